@@ -42,8 +42,8 @@ def no_server_is_left() -> Iterator[None]:
 
 def test_whether_jobs_are_forked_is_known_without_pytorch() -> None:
     code = "import sys, lighten.forked_jobs as f; print(f.possible(), 'torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.split() == [str(forked_jobs.possible()), "False"]
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert printed.split() == [str(forked_jobs.possible()), "False"]
 
 
 def forked(libraries: tuple[str, ...] = ("numpy",), **settings: Any) -> Outcome:

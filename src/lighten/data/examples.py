@@ -72,19 +72,20 @@ class Example:
                 if m.role != "assistant"
             ]
         else:
-            tokens = str(self._asked()) if self.text is None else _composed(self.text)
+            tokens = str(self._prompt_ids()) if self.text is None else _composed(self.text)
             prompt = [("text", tokens)]
         return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()
 
-    def _asked(self) -> tuple[int, ...]:
+    def _prompt_ids(self) -> tuple[int, ...]:
         """Of ready tokens those that are read and not learnt, up to the last that is learnt.
 
         All of them where that is one at most: a text after its BOS asks nothing.
         """
         ids, labels = self.input_ids or (), self.labels or ()
         learnt = [place for place, label in enumerate(labels) if label != -100]
-        asked = [ids[place] for place in range(max(learnt, default=0)) if labels[place] == -100]
-        return tuple(asked) if len(asked) > 1 else ids
+        end = max(learnt, default=0)
+        prompt = tuple(ids[place] for place in range(end) if labels[place] == -100)
+        return prompt if len(prompt) > 1 else ids
 
     @property
     def reference(self) -> str | None:

@@ -40,10 +40,10 @@ def _unseen() -> str | None:
     if torch.version.cuda is None:
         return f"this PyTorch is built without CUDA, and there is an NVIDIA GPU: {_OTHER}"
     try:
-        found = re.search(r"Module\s.*?(\d+\.\d[\d.]*)", _DRIVER.read_text(encoding="utf-8"))
+        version = re.search(r"Module\s.*?(\d+\.\d[\d.]*)", _DRIVER.read_text(encoding="utf-8"))
     except OSError:
-        found = None
-    driver = "its driver" if found is None else f"its driver ({found[1]})"
+        version = None
+    driver = "its driver" if version is None else f"its driver ({version[1]})"
     return (
         f"PyTorch does not reach the NVIDIA GPU: {driver} may be too old for CUDA "
         f"{torch.version.cuda}; update it, or {_OTHER}"
@@ -58,10 +58,10 @@ def _without_code() -> str | None:
     if torch.version.cuda is None or not architectures:
         return None
     major, minor = torch.cuda.get_device_capability()
-    here = 10 * major + minor
+    capability = 10 * major + minor
     for kind, number in architectures:
-        of = int(number)
-        if of <= here and (kind == "compute" or of // 10 == major):
+        code = int(number)
+        if code <= capability and (kind == "compute" or code // 10 == major):
             return None
     return (
         f"this PyTorch has no code for {torch.cuda.get_device_name()} (compute capability "

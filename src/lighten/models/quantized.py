@@ -193,8 +193,8 @@ def on_processor(folder: Path) -> dict[str, Any]:
     Of bitsandbytes' formats it takes a model to a GPU where there is one and nothing is said.
     """
     stored = stored_as(folder)
-    told = stored is not None and stored.get("quant_method") == "bitsandbytes"
-    return {"device_map": {"": "cpu"}} if told else {}
+    by_bitsandbytes = stored is not None and stored.get("quant_method") == "bitsandbytes"
+    return {"device_map": {"": "cpu"}} if by_bitsandbytes else {}
 
 
 def remaining_storage(name: str, folder: Path, storage: Storage | None) -> Storage | None:
