@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lighten.job_server import MESSAGE
+from lighten.machine import forks
 
 PATIENCE_S = 5.0
 PAGES_LOOKED_AT_FOR_A_JOB = (5, 14)  # Linux, with MADV_POPULATE_READ
@@ -156,16 +157,14 @@ _busy = threading.Lock()  # while a job runs
 
 def possible() -> bool:
     """Whether jobs are forked on this machine."""
-    if not sys.platform.startswith("linux"):
+    if not forks.possible():
         return False
     version = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
     if version < PAGES_LOOKED_AT_FOR_A_JOB:
         return False
     if not any(Path("/dev", name).exists() for name in _GPUS):
         return True  # known without PyTorch, which takes two seconds to import
-    import torch
-
-    return not torch.cuda.is_available()  # what a GPU's libraries hold is not passed on
+    return forks.computing()
 
 
 def adopt(connection: socket.socket) -> None:
