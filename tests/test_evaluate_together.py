@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -177,6 +178,27 @@ def test_a_model_that_slots_get_wrong_is_measured_apart(monkeypatch: pytest.Monk
     with pytest.raises(Disagrees, match="from the model's"):
         one_pass(trained).run(*examples())
     assert trained.model.config._attn_implementation == attention_before
+
+
+@needs_kernels
+def test_what_is_no_number_answers_nothing_that_the_row_says() -> None:
+    trained = adapted("llama")
+    rows, prompts = examples()
+    broken = rows[0].input_ids[2]  # of the shortest prompt that a row begins with
+    others = {token for example in rows[1:] for token in example.input_ids}
+    assert broken not in others | {token for prompt in prompts[2:] for token in prompt}
+    with torch.no_grad():
+        trained.model.get_input_embeddings().weight[broken] = math.nan
+    losses, answers = one_pass(trained).run(rows, prompts)
+    assert [math.isnan(loss) for loss in losses.nll] == [True, False, False, False, False]
+    stops = stop_tokens(trained.model, tiny_tokenizer())
+    with torch.no_grad(), trained.using("a"):
+        expected = [plain_answer(trained.model, prompt, stops) for prompt in prompts]
+    assert answers.texts == [visible(ids, tiny_tokenizer(), hidden={0, 1}) for ids in expected]
+    with torch.no_grad():  # of all rows: they are measured apart
+        trained.parameters("a")[next(iter(trained.parameters("a")))].fill_(math.nan)
+    with pytest.raises(Disagrees):
+        one_pass(trained).run(rows, prompts)
 
 
 def test_what_has_no_slots_says_why() -> None:

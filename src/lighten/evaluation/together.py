@@ -263,7 +263,8 @@ class Pass:
         for position, nats in zip(targets, lost, strict=True):
             if position < expected:  # an answer before the one that is asked for
                 continue
-            if position != expected or nats >= CERTAIN or len(begun) == job.room:
+            # A loss that is no number is not below anything: nothing is known then.
+            if position != expected or not nats < CERTAIN or len(begun) == job.room:
                 break
             begun.append(job.input_ids[position])
             expected += 1

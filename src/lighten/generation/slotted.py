@@ -132,18 +132,21 @@ class Slotted:
         Args:
             rows: Whole ones that lie in slots.
             slots: Theirs.
+
+        Returns:
+            Not a number where logits are none.
         """
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         options: dict[str, Any] = {"logits_to_keep": COMPARED} if keeps else {}
-        largest = 0.0
+        differences = [0.0]
         for ids, slot in zip(rows, slots, strict=True):
             first = max(0, len(ids) - COMPARED)
             reference = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False, **options)
             for place in range(first, len(ids)):
                 logits = self.step([ids[place]], [slot], [place])[0].double()
                 expected = reference.logits[0, place - len(ids)].double()
-                largest = max(largest, float((logits - expected).norm() / expected.norm()))
-        return largest
+                differences.append(float((logits - expected).norm() / expected.norm()))
+        return float(torch.tensor(differences).max())  # which keeps what is not a number
 
     def answers(
         self, prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]],
