@@ -37,6 +37,34 @@ doc_to_target: "{{{{choices[answer]}}}}"
 generation_kwargs: {{until: ["."], max_gen_toks: 4, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
+CONTINUED = """
+task: tiny_continued
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+TEXTS = """
+task: tiny_texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}} {{{{choices[answer]}}}}"
+metric_list:
+  - {{metric: word_perplexity}}
+  - {{metric: byte_perplexity}}
+  - {{metric: bits_per_byte}}
+"""
+TRANSLATED = ANSWERS.replace("tiny_answer", "tiny_translated").replace(
+    "metric: exact_match, aggregation: mean", "metric: chrf, aggregation: chrf"
+)
 FEW = {"max_examples": 2, "max_new_tokens": 2}
 
 
@@ -52,6 +80,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "choice.yaml").write_text(CHOICES.format(data=data))
     (folder / "answer.yaml").write_text(ANSWERS.format(data=data))
+    (folder / "continued.yaml").write_text(CONTINUED.format(data=data))
+    (folder / "texts.yaml").write_text(TEXTS.format(data=data))
+    (folder / "translated.yaml").write_text(TRANSLATED.format(data=data))
     return folder
 
 
@@ -101,6 +132,66 @@ def test_choices_and_answers_are_scored_and_paired(
     assert with_template.settings["lm_eval"]["chat_template"] is True
     with pytest.raises(UserError, match="of the tasks, chat_template is"):
         against.compare(with_template.to_dict(), evaluation.to_dict(), "other")
+
+
+def test_figures_are_lm_evals_own(run: Run, tasks: Path, tiny_folder: Path) -> None:
+    """Perplexities are no means over documents, and a corpus score has no scores of them."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    names = ["tiny_continued", "tiny_texts", "tiny_translated"]
+    options = {"include_path": str(tasks), "tasks": names, "tasks_chat_template": False, **FEW}
+    evaluation = lighten.evaluate(run, **options)
+    expected = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=str(tiny_folder), dtype="float32", device="cpu"),
+        tasks=names,
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )["results"]  # fmt: skip
+    rows = {(row["task"], row["metric"]): row for row in evaluation.tasks}
+    assert {metric for _, metric in rows} == {
+        "perplexity", "acc", "word_perplexity", "byte_perplexity", "bits_per_byte", "chrf",
+    }  # fmt: skip
+    for (task, metric), row in rows.items():
+        base = row["models"]["base"]
+        assert base["value"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-4)
+        if metric == "chrf":
+            assert (base["low"], row["differences"]["default"]["verdict"]) == (None, "no interval")
+        else:
+            assert base["low"] <= base["value"] <= base["high"]
+    # The loss of each word rose, and a perplexity that rises is worse.
+    for key in (("tiny_continued", "perplexity"), ("tiny_texts", "bits_per_byte")):
+        change = rows[key]["differences"]["default"]
+        assert change["value"] > 0
+        assert change["verdict"] == ("worse" if change["low"] > 0 else "no difference found")
+        (compared,) = [
+            row
+            for row in against.compare(evaluation.to_dict(), evaluation.to_dict(), "other")
+            if (row["model"], row["against"]) == ("default", "base")
+            and row["metric"] == ", ".join(key)
+        ]
+        assert compared["difference"] == pytest.approx(change["value"])
+        assert compared["low"] == pytest.approx(change["low"])
+
+
+def test_tasks_of_one_name_that_ask_other_things_are_not_compared(run: Run, tasks: Path) -> None:
+    pytest.importorskip("lm_eval")
+    options = {"include_path": str(tasks), "tasks": ["tiny_choice"], **FEW}
+    first = lighten.evaluate(run, **options).to_dict()
+    data = tasks / "data.jsonl"
+    before = data.read_text()
+    try:
+        data.write_text(before.replace("What is 3", "How much is 3"))
+        reworded = lighten.evaluate(run, **options).to_dict()
+        data.write_text("".join(before.splitlines(keepends=True)[:-1]))
+        fewer = lighten.evaluate(run, **options).to_dict()
+    finally:
+        data.write_text(before)
+    with pytest.raises(UserError, match="the documents of task tiny_choice are not the same"):
+        against.compare(reworded, first, "other")
+    with pytest.raises(UserError, match="task tiny_choice has 23 and 24 documents"):
+        against.compare(fewer, first, "other")
 
 
 def test_mistakes_are_told(

@@ -108,12 +108,20 @@ def _tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str,
         for (name, values), (against, references) in itertools.product(
             task["values"].items(), (counterpart or {"values": {}})["values"].items()
         ):
+            assert counterpart is not None
+            # A file of an earlier version has means alone, each document with the same weight.
             first, second = (
-                np.stack([np.asarray(scores), np.ones(len(scores))], 1)
-                for scores in (values, references)
-            )
+                np.stack([np.asarray(scores, float), which.get("weights", {}).get(model)
+                          or np.ones(len(scores))], 1)
+                for which, model, scores in (
+                    (task, name, values), (counterpart, against, references)
+                )
+            )  # fmt: skip
             draws = Resamples(len(values), samples, seed)
-            difference = harness.difference(first, second, draws, higher=task["higher_is_better"])
+            difference = harness.difference(
+                first, second, draws, higher=task["higher_is_better"],
+                formula=task.get("formula", "mean"),
+            )  # fmt: skip
             rows.append({
                 "model": name, "against": against, "metric": f"{task['task']}, {task['metric']}",
                 "difference": difference.pop("value"), **difference,
@@ -137,6 +145,7 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
             for name in first
             if name != "tasks" and first[name] != second[name]
         ]
+        different += _other_documents(ours, theirs)
     if ours["dataset"]["rows"] != theirs["dataset"]["rows"]:
         different.append(
             f"{ours['dataset']['rows']} and {theirs['dataset']['rows']} held-out examples"
@@ -146,6 +155,26 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     elif _supervised(ours) != _supervised(theirs):
         different.append("the same examples have other tokens: the losses are per token")
     _refuse(different)
+
+
+def _other_documents(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Tasks of one name that asked other things."""
+    asked = {task["task"]: task for task in theirs.get("tasks", [])}
+    different = []
+    for task in {task["task"]: task for task in ours.get("tasks", [])}.values():
+        counterpart = asked.get(task["task"])
+        if counterpart is None:
+            continue
+        if task["documents"] != counterpart["documents"]:
+            different.append(
+                f"task {task['task']} has {task['documents']} and {counterpart['documents']} "
+                "documents"
+            )
+        elif task["documents_sha256"] != counterpart.get(
+            "documents_sha256", task["documents_sha256"]  # which earlier versions did not write
+        ):  # fmt: skip
+            different.append(f"the documents of task {task['task']} are not the same")
+    return different
 
 
 def _different(

@@ -3,12 +3,18 @@
 lm-eval's own code asks and scores; it is given the model that is in memory. Whether the chat
 template stood around the questions decides such figures as much as the model does (trap 46): it is
 recorded, and figures of unlike settings are never compared.
+
+A task's figure is lm-eval's own. Most are means over documents; perplexities are not, and a corpus
+score has no score of each document. What is resampled for an interval is therefore the formula that
+gives lm-eval's figure, and where none does, the figure stands alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,12 +24,20 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import UserError, missing_extra
-from lighten.evaluation.bootstrap import Array, Resamples
+from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluation.metrics import mean_loss
 from lighten.evaluation.verdicts import verdict
 from lighten.recipe import EvaluateOptions
 
 SEED = 1234
+# From summed [value, weight] of the documents to a figure, as lm-eval's aggregations of these names
+# have it; the weight of a document is 1 where lm-eval names none.
+FORMULAS: dict[str, FromSums] = {
+    "mean": mean_loss,
+    "perplexity": lambda sums: np.exp(-mean_loss(sums)),
+    "bits_per_byte": lambda sums: -mean_loss(sums) / math.log(2),
+}
+_Scores = dict[int, tuple[float, float]]
 
 
 @dataclass
@@ -32,15 +46,20 @@ class Tasks:
 
     Attributes:
         settings: What has to be the same for two scores to be comparable.
-        scores: By task, metric and filter, then model: a score for each document, by its number.
-        better: By the same: whether more is better.
         manager: lm-eval's, which knows the tasks.
+        figures: By task, metric and filter, then model: lm-eval's figure.
+        scores: By the same: value and weight of each document, by its number; none of a metric that
+            gives a document no number.
+        better: By task, metric and filter: whether more is better.
+        asked: By task: how many documents, and a digest of what was asked.
     """
 
     settings: dict[str, Any]
     manager: Any
-    scores: dict[tuple[str, str, str], dict[str, dict[int, float]]] = field(default_factory=dict)
+    figures: dict[tuple[str, str, str], dict[str, float]] = field(default_factory=dict)
+    scores: dict[tuple[str, str, str], dict[str, _Scores]] = field(default_factory=dict)
     better: dict[tuple[str, str, str], bool] = field(default_factory=dict)
+    asked: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 def require(options: EvaluateOptions) -> None:
@@ -121,46 +140,123 @@ def score(
     assert results is not None
     for task, samples in results["samples"].items():
         direction = results["higher_is_better"].get(task, {})
+        tasks.asked[task] = _asked(samples, with_prompts=not tasks.settings["chat_template"])
         for sample in samples:
             for metric in sample.get("metrics", ()):
-                value = sample.get(metric)
-                if not isinstance(value, bool | int | float):
-                    continue  # what is no mean over documents, such as a corpus score's parts
+                if metric == "bypass":  # lm-eval's name of no metric
+                    continue
                 key = (task, metric, str(sample.get("filter", "none")))
-                by_model = tasks.scores.setdefault(key, {}).setdefault(name, {})
-                by_model[int(sample["doc_id"])] = float(value)
+                figure = results["results"][task].get(f"{metric},{key[2]}")
+                if not _is_number(figure):
+                    continue
+                tasks.figures.setdefault(key, {})[name] = float(figure)
                 tasks.better[key] = bool(direction.get(metric, True))
+                if (score := _score(sample.get(metric))) is not None:
+                    by_model = tasks.scores.setdefault(key, {}).setdefault(name, {})
+                    by_model[int(sample["doc_id"])] = score
+
+
+def _asked(samples: Sequence[Mapping[str, Any]], *, with_prompts: bool) -> tuple[int, str]:
+    """How many documents a task has, and a digest of them.
+
+    The digest is of the prompts too where these do not hang on the model: a template is its own.
+    """
+    names = ("doc_hash", "target_hash", "prompt_hash")[: 3 if with_prompts else 2]
+    lines = {
+        int(sample["doc_id"]): ",".join(str(sample.get(name)) for name in names)
+        for sample in samples
+    }
+    text = "\n".join(f"{document}: {line}" for document, line in sorted(lines.items()))
+    return len(lines), hashlib.sha256(text.encode()).hexdigest()
+
+
+def _score(value: Any) -> tuple[float, float] | None:
+    """A document's value and weight; None: it has none, such as the texts of a corpus score."""
+    if _is_number(value):
+        return float(value), 1.0
+    if isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_number, value)):
+        return float(value[0]), float(value[1])
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float | np.number | np.bool_)
 
 
 def summary(tasks: Tasks, options: EvaluateOptions) -> list[dict[str, Any]]:
-    """Each metric of each task: every model's mean with its interval, and paired differences.
+    """Each metric of each task: every model's figure with its interval, and paired differences.
 
     Args:
         tasks: Scored by all models; the first is the base.
         options: How intervals are drawn.
     """
     rows = []
-    for key, by_model in tasks.scores.items():
+    for key, figures in tasks.figures.items():
         task, metric, filtered = key
-        documents = sorted(next(iter(by_model.values())))
-        statistics = {name: _counts(scores, documents) for name, scores in by_model.items()}
-        draws = Resamples(len(documents), options.bootstrap_samples, options.seed)
-        base = next(iter(statistics))
+        count, digest = tasks.asked[task]
+        statistics = _statistics(tasks.scores.get(key, {}))
+        formula = _formula(statistics, figures, count)
+        base = next(iter(figures))
+        row = {
+            "task": task, "metric": metric, "filter": filtered, "documents": count,
+            "documents_sha256": digest, "higher_is_better": tasks.better[key], "formula": formula,
+        }  # fmt: skip
+        if formula is None:
+            alone = {name: Estimate(figure, None, None, None) for name, figure in figures.items()}
+            rows.append({
+                **row, "models": {name: figure.to_dict() for name, figure in alone.items()},
+                "differences": {
+                    name: {"value": figure - figures[base], "low": None, "high": None,
+                           "verdict": "no interval"}
+                    for name, figure in figures.items() if name != base
+                },
+                "values": {}, "weights": {},
+            })  # fmt: skip
+            continue
+        draws = Resamples(count, options.bootstrap_samples, options.seed)
         rows.append({
-            "task": task, "metric": metric, "filter": filtered, "documents": len(documents),
-            "higher_is_better": tasks.better[key],
-            "models": {name: draws.estimate(counts, mean_loss).to_dict()
+            **row,
+            "models": {name: draws.estimate(counts, FORMULAS[formula]).to_dict()
                        for name, counts in statistics.items()},
             "differences": {
-                name: difference(counts, statistics[base], draws, higher=tasks.better[key])
+                name: difference(counts, statistics[base], draws, higher=tasks.better[key],
+                                 formula=formula)
                 for name, counts in statistics.items() if name != base
             },
             "values": {name: counts[:, 0].tolist() for name, counts in statistics.items()},
+            "weights": {name: counts[:, 1].tolist() for name, counts in statistics.items()},
         })  # fmt: skip
     return rows
 
 
-def difference(ours: Array, theirs: Array, draws: Resamples, *, higher: bool) -> dict[str, Any]:
+def _statistics(scores: Mapping[str, _Scores]) -> dict[str, Array]:
+    """[documents, 2] of each model, in the order of the documents."""
+    return {
+        name: np.asarray([by_document[place] for place in sorted(by_document)])
+        for name, by_document in scores.items()
+    }
+
+
+def _formula(
+    statistics: Mapping[str, Array], figures: Mapping[str, float], documents: int
+) -> str | None:
+    """The name of the formula that gives lm-eval's figure of every model; None: none does."""
+    if set(statistics) != set(figures) or any(len(c) != documents for c in statistics.values()):
+        return None
+    weighted = any((counts[:, 1] != 1).any() for counts in statistics.values())
+    for name, formula in FORMULAS.items():
+        if weighted and name == "mean":  # pairs that a mean is made of are no weights
+            continue
+        ours = [float(formula(counts.sum(0))) for counts in statistics.values()]
+        theirs = [figures[model] for model in statistics]
+        if np.allclose(ours, theirs, rtol=1e-6, atol=1e-9, equal_nan=True):
+            return name
+    return None
+
+
+def difference(
+    ours: Array, theirs: Array, draws: Resamples, *, higher: bool, formula: str = "mean"
+) -> dict[str, Any]:
     """Of two models on the same documents, with a verdict.
 
     Args:
@@ -168,12 +264,8 @@ def difference(ours: Array, theirs: Array, draws: Resamples, *, higher: bool) ->
         theirs: Of the other.
         draws: Over the documents.
         higher: More is better.
+        formula: Of `FORMULAS`.
     """
-    estimate = draws.difference(ours, theirs, mean_loss)
+    estimate = draws.difference(ours, theirs, FORMULAS[formula])
     label = verdict(estimate, len(ours), lower_is_better=not higher)
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "verdict": label}
-
-
-def _counts(scores: Mapping[int, float], documents: Sequence[int]) -> Array:
-    values = [scores[document] for document in documents]
-    return np.stack([np.asarray(values), np.ones(len(values))], axis=1)
