@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import signal
@@ -25,6 +26,7 @@ from lighten.engine.loss import Objective
 from lighten.engine.scaling import LossScaler
 from lighten.engine.step import AdapterStep, train_step
 from lighten.engine.workers import Threads, Workers
+from lighten.machine import forks
 from lighten.machine.hardware import PeakMemory
 from tests.test_train_step import (
     UNEVEN,
@@ -99,6 +101,28 @@ def test_held_out_losses_come_back_in_the_order_of_their_batches() -> None:
         assert workers.measure(objective, []) == []
         workers.give_back()
     assert [len(losses) for losses in expected] == [len(batch.items) for batch in batches]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_somebody_froze_stays_frozen_and_nothing_is_added_to_it(frozen: bool) -> None:
+    """Whoever keeps the search for garbage away from their objects does so for these alone."""
+    gc.unfreeze()
+    if frozen:
+        gc.freeze()
+    theirs = gc.get_freeze_count()
+
+    def stays() -> bool:
+        return 0.9 * theirs <= gc.get_freeze_count() <= theirs  # a frozen object may be deleted
+
+    cohort = in_blocks(cohort_of(random_spec("a"), arch="llama"))
+    with at_work(processes(2), cohort):
+        assert stays() if frozen else gc.get_freeze_count() > 0
+    assert stays()
+    for place, piece in enumerate(forks.in_order(lambda piece: piece, 3, 2, 30.0)):
+        assert place == piece
+        assert stays() if frozen else gc.get_freeze_count() > 0
+    assert stays()
+    gc.freeze()  # as it was
 
 
 def test_an_error_of_a_child_is_raised_here_and_the_next_step_goes_well() -> None:

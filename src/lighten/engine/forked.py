@@ -36,7 +36,7 @@ from lighten.engine.forward_backward import measure
 from lighten.engine.loss import Objective
 from lighten.engine.workers import GradientSums, Pool, Workers, in_order, shared_out
 from lighten.machine import hardware
-from lighten.machine.forks import computing, end_with_parent
+from lighten.machine.forks import computing, end_with_parent, freeze
 
 possible = computing  # whether workers can be processes at all
 ALIGNED = 64  # bytes: a cache line, and the widest vector
@@ -130,10 +130,7 @@ class Forked(Workers):
         largest = max(sum(map(_room, group)) for group in groups)
         threads_each = max(1, threads // count)
         self._children: list[_Child] = []
-        # Looking for garbage writes to every object, and each page that one side writes to is there
-        # twice from then on.
-        gc.collect()
-        gc.freeze()
+        self._thaws = freeze()
         allocator.trim()  # a child would copy each free page that it writes to
         try:
             for _ in range(count - 1):
@@ -204,7 +201,8 @@ class Forked(Workers):
     def _end_children(self) -> None:
         for child in self._children:
             child.end()
-        gc.unfreeze()
+        if self._thaws:
+            gc.unfreeze()
 
     def _run_workers(
         self,

@@ -22,8 +22,6 @@ from typing import Any, TypeVar
 from lighten.machine import containers
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# The launcher whose variables were translated into PyTorch's (`lighten.parallel.launch`).
-TRANSLATED = "LIGHTEN_LAUNCHER"
 # Pieces that a process has been asked for, so that it never waits for the next.
 AHEAD = 2
 # Pieces that are made and not yet taken, for each process: memory that a slow one may cost.
@@ -53,20 +51,26 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def processors() -> int:
-    """Processors that this process may use, its share where a launcher started several.
+def freeze() -> bool:
+    """Keep the search for garbage away from all that there is, which forks are to share.
 
-    A task that SLURM has bound to some of the node's has its share already.
+    It writes to every object, and each page that one side writes to is there twice from then on.
+
+    Returns:
+        Whether it is the caller's to thaw. Where somebody froze something before, all stays as it
+        is: only everything can be thawed, and what is frozen with theirs for good is never freed.
     """
-    cores = containers.cores()
-    if os.environ.get(TRANSLATED) == "srun" and cores < _number("SLURM_CPUS_ON_NODE"):
-        return cores
-    return max(1, cores // max(1, _number("LOCAL_WORLD_SIZE")))
+    if gc.get_freeze_count():
+        return False
+    gc.collect()
+    gc.freeze()
+    return True
 
 
-def _number(name: str) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else 0
+def processors() -> int:
+    """Processors that this process may use, its share where a launcher started several."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, containers.cores() // max(1, int(ranks) if ranks.isdecimal() else 1))
 
 
 def in_order(
@@ -97,16 +101,17 @@ class _Crew:
         self._work, self._pieces, self._next = work, pieces, 0
         self._pending: dict[Connection, deque[int]] = {}
         self._pids: dict[Connection, int] = {}
-        # Looking for garbage writes to every object, and each page that one side writes to is
-        # there twice from then on.
-        gc.collect()
-        gc.freeze()
+        self._thaws = freeze()
         try:
             for _ in range(processes):
                 self._fork()
         except OSError:  # no room for more processes
-            if not self._pids:
-                gc.unfreeze()
+            self._thaw()
+
+    def _thaw(self) -> None:
+        """Once nobody shares what is here."""
+        if self._thaws and not self._pids:
+            gc.unfreeze()
 
     def _fork(self) -> None:
         parent_end, child_end = Pipe()
@@ -178,8 +183,7 @@ class _Crew:
         pipe.close()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        if not self._pids:
-            gc.unfreeze()
+        self._thaw()
 
     def end(self) -> None:
         """End all processes, which have nothing to save."""
