@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -38,14 +39,19 @@ hypothesis.settings.load_profile("patient")
 
 
 # What tests measure is no experience that this machine's plans should learn from.
-# Nor are the rates that they time beside each other: every worker has a cache of its own, and only
-# the models in it, fetched once, are the user's.
-SCRATCH = Path(tempfile.mkdtemp(prefix="lighten-tests-"))
-MODELS = cache_folder() / "models"
-MODELS.mkdir(parents=True, exist_ok=True)
-(SCRATCH / "models").symlink_to(MODELS)
+# Nor are the rates that they time beside each other: the workers of a run share a cache, and only
+# models and kernels in it, fetched and compiled once, are the user's.
+WORKERS_CACHE = "LIGHTEN_TESTS_CACHE"  # of pytest's first process, for those that it starts
+IS_FIRST = WORKERS_CACHE not in os.environ
+if IS_FIRST:
+    os.environ[WORKERS_CACHE] = tempfile.mkdtemp(prefix="lighten-tests-")
+    for kept in (cache_folder() / "models", cache_folder() / "kernels"):
+        kept.mkdir(parents=True, exist_ok=True)
+        (Path(os.environ[WORKERS_CACHE]) / kept.name).symlink_to(kept)
+SCRATCH = Path(os.environ[WORKERS_CACHE])
+MODELS = SCRATCH / "models"
 os.environ["LIGHTEN_CACHE"] = str(SCRATCH)
-os.environ["LIGHTEN_CALIBRATION"] = str(SCRATCH / "calibration.json")
+os.environ["LIGHTEN_CALIBRATION"] = str(SCRATCH / f"calibration-{os.getpid()}.json")
 
 # A plan takes longer than most of the tests' runs; tests/test_plan_training.py turns it on.
 os.environ["LIGHTEN_PLAN"] = "off"
@@ -58,7 +64,17 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(SCRATCH, ignore_errors=True)
+    if IS_FIRST:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: nobody need look for garbage there, time and again.
+
+    Each plan looks among what it made alone, and each process that is forked, too.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,6 +94,19 @@ def seeded() -> None:
     """One state of the random generators that tests share."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def forked_jobs() -> Iterator[None]:
+    """What this process asks jobs for begins in processes that need not import everything anew."""
+    from lighten.forked_jobs import Server
+    from tests.processes import JobServers
+
+    servers = JobServers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Server, "started", servers.started)
+        yield
+        servers.close()
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,17 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import IO, Any, TypeVar
 
 import torch
 
@@ -117,9 +120,10 @@ def call(
     stdin: str = "",
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`lighten` with these words, to its end, on a wide screen."""
+    """`lighten` with these words, to its end, on a wide screen; its ranks are forks, too."""
     wide = {"COLUMNS": "200", **(environment or {})}
-    process = Forked(_lighten, words, cwd=cwd, stdin=stdin, environment=wide)
+    body = _launcher if "--processes" in words else _lighten
+    process = Forked(body, words, cwd=cwd, stdin=stdin, environment=wide)
     return _completed(process, words)
 
 
@@ -242,13 +246,24 @@ def _is_job() -> bool:
     return False
 
 
-def fork_jobs() -> Forked:
-    """From now on the jobs of this process are forked from one that has the libraries."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        server = Forked(_serve_jobs, (theirs,))
-    forked_jobs.adopt(ours)
-    return server
+class JobServers:
+    """In the place of `forked_jobs.Server.started`: forked, and so there at once."""
+
+    def __init__(self) -> None:
+        self._forks: list[Forked] = []
+
+    def started(self, libraries: tuple[str, ...]) -> forked_jobs.Server:
+        """A server with the environment and folder of this moment."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._forks.append(Forked(_serve_jobs, (theirs,)))
+        return forked_jobs.Server(ours, None, libraries)
+
+    def close(self) -> None:
+        """End the last one; the others have ended."""
+        forked_jobs.close()
+        for fork in self._forks:
+            assert fork.wait() == 0
 
 
 def _serve_jobs(connection: socket.socket) -> None:
@@ -259,6 +274,67 @@ def _serve_jobs(connection: socket.socket) -> None:
 def _lighten(*words: str) -> None:
     sys.argv = ["lighten", *words]
     runpy.run_module("lighten", run_name="__main__", alter_sys=True)
+
+
+def _launcher(*words: str) -> None:
+    from lighten.parallel import spawn
+
+    ranks: Any = SimpleNamespace(Popen=_Rank, DEVNULL=subprocess.DEVNULL)
+    spawn.subprocess = ranks  # type: ignore[attr-defined]
+    _lighten(*words)
+
+
+class _Rank:
+    """`subprocess.Popen` of `python -m lighten`, forked from the process that starts it."""
+
+    def __init__(
+        self, command: Sequence[str], *, env: Mapping[str, str], stderr: IO[bytes] | None,
+        preexec_fn: Callable[[], None], **_: Any,
+    ) -> None:  # fmt: skip
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                preexec_fn()
+                os.environ.clear()
+                os.environ.update(env)
+                null = os.open(os.devnull, os.O_RDWR)
+                for number, stream in enumerate((null, null, stderr.fileno() if stderr else 2)):
+                    os.dup2(stream, number)
+                code = _exit_code(command[command.index("lighten") + 1 :])
+            finally:
+                sys.stderr.flush()
+                os._exit(code)  # what it would tidy up is its parent's
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._wait(0)
+
+    def _wait(self, how: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, how)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _exit_code(words: Sequence[str]) -> int:
+    try:
+        _lighten(*words)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _job() -> None:

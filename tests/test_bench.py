@@ -22,6 +22,7 @@ from tests.processes import call
 from tests.tiny import save_tiny
 
 MIB = 2**20
+pytestmark = pytest.mark.usefixtures("forked_jobs")
 
 
 def test_a_time_is_repeated_until_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

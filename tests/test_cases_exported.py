@@ -177,6 +177,7 @@ def test_an_adapter_may_lie_at_the_top_of_a_disk(
     assert open_source(tmp_path / "adapter").name == "adapter"
 
 
+@pytest.mark.usefixtures("forked_jobs")
 def test_a_killed_quantize_leaves_nothing_that_the_next_one_does_not_remove(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

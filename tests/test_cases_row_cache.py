@@ -27,6 +27,7 @@ from lighten.recipe import Recipe
 from lighten.training import row_cache
 from lighten.training.base import tokenizer_of
 from lighten.training.rows import load_rows
+from tests.caches import new_cache
 
 # The room has a function of this name.
 read_module = sys.modules["lighten.data.read"]
@@ -47,7 +48,7 @@ def loaded(recipe: Recipe, model: Path) -> Any:
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with data that are large enough to keep, and a cache of its own."""
-    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIGHTEN_CACHE", str(new_cache(tmp_path / "cache")))
     monkeypatch.setattr(row_cache, "LEAST_BYTES", 0)
     rows = [
         {"messages": [{"role": "user", "content": f"Say {i}"},
@@ -382,7 +383,10 @@ def test_a_plan_of_data_says_what_they_take(cached: Path, tiny_folder: Path) -> 
     assert "while they are encoded" not in dict(text.fact_rows(again))["data"]
 
 
-def test_a_cache_that_cannot_be_written_changes_nothing(cached: Path, tiny_folder: Path) -> None:
-    (cached / "cache").write_text("a file where the folder would be", encoding="utf-8")
+def test_a_cache_that_cannot_be_written_changes_nothing(
+    cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cached / "file").write_text("a file where the folder would be", encoding="utf-8")
+    monkeypatch.setenv("LIGHTEN_CACHE", str(cached / "file"))
     rows = loaded(recipe_for(cached, tiny_folder), tiny_folder)
     assert rows.train.counts.rows == 48  # of 60: a fifth is held out at least

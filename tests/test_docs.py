@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from lighten.machine import hardware
+from tests import once
+from tests.caches import new_cache
 from tests.processes import call, python
 
 ROOT = Path(__file__).parents[1]
@@ -54,19 +56,20 @@ def small_cache(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) 
     """A cache whose `smollm2-135m` is the real one's first two layers."""
     from transformers import AutoModelForCausalLM
 
-    cache = tmp_path_factory.mktemp("small")
-    folder = cache / smollm2_folder.relative_to(hardware.cache_folder())
-    shutil.copytree(
-        smollm2_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf")
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2_folder, num_hidden_layers=LAYERS, dtype="auto"
-    )
-    model.save_pretrained(folder)
-    # save_pretrained leaves out what is the default, and writes what transformers reads.
-    config = json.loads((folder / "config.json").read_text())
-    assert config["num_hidden_layers"] == LAYERS
-    return cache
+    def make(cache: Path) -> None:
+        folder = new_cache(cache) / smollm2_folder.relative_to(hardware.cache_folder())
+        shutil.copytree(
+            smollm2_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf")
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            smollm2_folder, num_hidden_layers=LAYERS, dtype="auto"
+        )
+        model.save_pretrained(folder)
+        # save_pretrained leaves out what is the default, and writes what transformers reads.
+        config = json.loads((folder / "config.json").read_text())
+        assert config["num_hidden_layers"] == LAYERS
+
+    return once.folder(tmp_path_factory, "small-cache", make)
 
 
 @pytest.mark.slow

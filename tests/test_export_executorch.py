@@ -21,6 +21,7 @@ from tests.tiny import save_tiny, tiny_model
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("forked_jobs"),
     pytest.mark.skipif(
         importlib.util.find_spec("executorch") is None, reason="the extra phone is not installed"
     ),

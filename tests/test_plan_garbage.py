@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+
+import pytest
 
 from lighten.planning.gc_pause import spared, unsearched
+
+
+@pytest.fixture(autouse=True)
+def thawed() -> Iterator[None]:
+    """As a process begins; what tests have imported is frozen again afterwards."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 class Ring:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lighten
-from lighten import forked_jobs
 from lighten.errors import UserError
 from lighten.quantization import table
 from lighten.quantization.int4 import group_size
@@ -26,17 +24,10 @@ from lighten.quantization.table import Quantized
 from lighten.quantization.targets import DYNAMIC, parse, require_tools
 from lighten.runs import Run
 from tests import once
-from tests.processes import call, fork_jobs, python
+from tests.processes import call, python
 from tests.tiny import tiny_model, tiny_tokenizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def jobs() -> Iterator[None]:
-    """Formats are made and measured in processes that need not import everything anew."""
-    server = fork_jobs()
-    yield
-    forked_jobs.close()
-    assert server.wait() == 0
+pytestmark = pytest.mark.usefixtures("forked_jobs")
 
 
 def save_tied(folder: Path) -> Path:

@@ -35,6 +35,7 @@ from lighten.serving import checks
 from lighten.serving.options import Options
 from lighten.serving.remote import Remote
 from lighten.serving.talk import talk
+from tests.caches import new_cache
 from tests.processes import call
 from tests.serving import ADMIN, Server, ask, in_process, save_adapters, serving, text
 
@@ -58,7 +59,8 @@ def server(
     with serving(
         str(tiny_folder), "--adapters", f"one={inside / 'one'}", f"two={inside / 'two'}",
         "--served-model-name", BASE, "--adapter-dir", str(inside), "--storage", "f32",
-        "--max-num-seqs", "4", "--engine", request.param, cache=tmp_path_factory.mktemp("cache"),
+        "--max-num-seqs", "4", "--engine", request.param,
+        cache=new_cache(tmp_path_factory.mktemp("cache")),
     ) as running:  # fmt: skip
         yield running
 

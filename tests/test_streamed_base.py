@@ -19,7 +19,6 @@ from torch import Tensor
 
 import lighten
 from lighten.errors import UserError
-from lighten.machine.hardware import cache_folder
 from lighten.parallel.streamed import build as building
 from lighten.parallel.streamed import shards as reading
 from lighten.parallel.streamed.cuda import CudaSlots
@@ -27,6 +26,7 @@ from lighten.parallel.streamed.feed import LayerFeed, LayerPieces
 from lighten.parallel.streamed.shards import RateLimit, Shards
 from lighten.recipe import RecipeError
 from lighten.runs import Run
+from tests.caches import new_cache
 from tests.cut_runs import cut_short, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -132,8 +132,10 @@ def packed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_four_bits_are_quantised_once_and_learn_the_same(
-    settings: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cache = new_cache(tmp_path / "cache")
+    monkeypatch.setenv("LIGHTEN_CACHE", str(cache))
     run_settings = packed_settings(settings)
     resident = train(run_settings, tmp_path / "resident")
     streamed = train(run_settings, offload_base="disk")
@@ -141,7 +143,7 @@ def test_four_bits_are_quantised_once_and_learn_the_same(
     before, after = resident.info()["base"], streamed.info()["base"]
     assert after | {"weights_bytes": 0} == before | {"weights_bytes": 0}
     assert after["weights_bytes"] < before["weights_bytes"], "tables of constants are not streamed"
-    (cached_file,) = (cache_folder() / "streamed").glob("*/*/layer-00000.safetensors")
+    (cached_file,) = (cache / "streamed").glob("*/*/layer-00000.safetensors")
     written = cached_file.stat().st_mtime_ns
     repeated = train(run_settings, tmp_path / "again", offload_base="disk")
     assert cached_file.stat().st_mtime_ns == written, "quantised once"
