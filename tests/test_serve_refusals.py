@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,71 @@ def test_more_than_a_body_or_a_request_may_hold_is_refused(served: Served) -> No
     assert "4 answers" in too_many.text
 
 
+def test_what_is_far_too_much_is_refused_before_it_is_read_piece_by_piece(served: Served) -> None:
+    front, client = served()
+    front.ready = True
+    context = front.engine.context
+    chat = {"path": "/v1/chat/completions", "field": "messages"}
+    prompt = {"path": "/v1/completions", "field": "prompt"}
+    many = 100_000
+    cases: list[tuple[dict[str, str], dict[str, Any]]] = [
+        (prompt, {"prompt": ["a"] * many}),
+        (prompt, {"prompt": [[5]] * many}),
+        (prompt, {"prompt": [5] * many}),
+        (prompt, {"prompt": [[5], [5] * many]}),
+        (prompt, {"prompt": "word " * many}),
+        (prompt, {"prompt": ["a"] * 40, "n": 16}),
+        (chat, {"messages": CHAT["messages"] * (context + 1)}),
+        (chat, {"messages": [{"role": "user", "content": "word " * many}]}),
+    ]
+    calls = [
+        lambda http, where=where, body=body: http.post(
+            where["path"], json={"model": "base", "max_tokens": 1, **body}
+        )
+        for where, body in cases
+    ]
+    began = time.process_time()
+    answers = answered(client, *calls)
+    seconds = time.process_time() - began
+    for (where, _), answer in zip(cases, answers, strict=True):
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, where["field"])
+    assert "640 answers" in answers[5].text
+    assert "more than the 512" in answers[0].text
+    # Encoding the first alone takes longer, by far.
+    encode = front.registry.models["base"].asking.text
+    began = time.process_time()
+    for _ in range(many // 10):
+        encode("a")
+    assert seconds < 10 * (time.process_time() - began)
+
+
+@pytest.mark.parametrize("kind", ["json_object", "text"])
+def test_a_schema_beside_another_type_is_refused_by_name(served: Served, kind: str) -> None:
+    front, client = served()
+    front.ready = True
+    schema = {"name": "it", "schema": {"type": "array"}}
+    body = {**CHAT, "response_format": {"type": kind, "json_schema": schema}}
+    (answer,) = answered(client, lambda http: http.post("/v1/chat/completions", json=body))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "response_format.json_schema"
+
+
+def test_a_path_too_long_for_a_file_system_is_refused(served: Served, tmp_path: Path) -> None:
+    front, client = served(admin_keys=("admin",))
+    front.registry._root = tmp_path
+    try:
+        (answer,) = answered(
+            client,
+            lambda http: http.post(
+                "/v1/load_lora_adapter", json={**LOAD, "lora_path": "a" * 5000},
+                headers=bearer("admin"),
+            ),
+        )  # fmt: skip
+    finally:
+        front.registry._root = None
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_path")
+
+
 def test_one_that_is_not_there_yet_or_is_being_stopped_says_so(served: Served) -> None:
     front, client = served()
 
@@ -150,7 +216,14 @@ def test_one_that_is_not_there_yet_or_is_being_stopped_says_so(served: Served) -
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("logit_bias", {"5": float("nan")}), ("top_k", 10**30)]
+    ("field", "value"),
+    [
+        ("logit_bias", {"5": float("nan")}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", {"\N{ARABIC-INDIC DIGIT THREE}": 1}),
+        ("top_k", 10**30),
+    ],
+    ids=["nan", "digits", "arabic", "top_k"],
 )
 def test_a_number_that_no_engine_takes_is_refused_by_name(
     served: Served, field: str, value: Any

@@ -16,6 +16,7 @@ from lighten.serving.adapters import Model
 from lighten.serving.answering import Answering, Disconnected, Front, chained, unless_disconnected
 from lighten.serving.answers import ChatForm, CompletionForm, Form
 from lighten.serving.engine import EngineFailed, Generation
+from lighten.serving.oversize import require_answers_fit, require_few, require_texts_fit
 from lighten.serving.page import page
 from lighten.serving.requests import ChatRequest, CompletionRequest, Refused, parse
 
@@ -253,17 +254,22 @@ def _text_fields(body: Any, *names: str) -> list[str]:
 
 
 async def _chat(request: Request, front: Front) -> Reply:
+    context = front.engine.context
     body = await _body(request, front)
+    require_few(body, context, front.limits.waiting)
     chat_request = parse(ChatRequest, body)
     model = front.registry.named(chat_request.model, chat_request.adapter_id)
     messages = chat_request.conversation()
+
+    def encoded() -> list[int]:
+        # Thoughts in an assistant's messages may be left out; other messages are not.
+        texts = [message.content for message in messages if message.role != "assistant"]
+        require_texts_fit(texts, "messages", context, model.asking.text)
+        return model.asking.conversation(messages)
+
     long = sum(len(message.content) for message in messages) > _LONG_TEXT
     try:
-        ids = (
-            await asyncio.to_thread(model.asking.conversation, messages)
-            if long
-            else model.asking.conversation(messages)
-        )
+        ids = await asyncio.to_thread(encoded) if long else encoded()
     except UserError as error:
         raise Refused(400, str(error), "messages") from error
     form = ChatForm(model.name, chat_request.alternatives is not None)
@@ -271,10 +277,19 @@ async def _chat(request: Request, front: Front) -> Reply:
 
 
 async def _completions(request: Request, front: Front) -> Reply:
-    completion_request = parse(CompletionRequest, await _body(request, front))
+    context, most = front.engine.context, front.limits.waiting
+    body = await _body(request, front)
+    require_few(body, context, most)
+    completion_request = parse(CompletionRequest, body)
     model = front.registry.named(completion_request.model, completion_request.adapter_id)
-    vocabulary = front.registry.vocabulary
-    prompts = await asyncio.to_thread(completion_request.prompts, model.asking.text, vocabulary)
+    require_answers_fit(len(completion_request.each_prompt), completion_request.answers, most)
+
+    def encoded() -> list[list[int]]:
+        texts = [prompt for prompt in completion_request.each_prompt if isinstance(prompt, str)]
+        require_texts_fit(texts, "prompt", context, model.asking.text)
+        return completion_request.prompts(model.asking.text, front.registry.vocabulary)
+
+    prompts = await asyncio.to_thread(encoded)
     form = CompletionForm(model.name, completion_request.alternatives is not None)
     return await _answer(request, front, model, completion_request, prompts, form)
 
@@ -284,16 +299,12 @@ async def _answer(
     prompts: Sequence[Sequence[int]], form: Form,
 ) -> Reply:  # fmt: skip
     """Generate every answer of a request, whole or streamed."""
+    require_answers_fit(len(prompts), parsed.answers, front.limits.waiting)
     generations = [
         _generation(front, model, parsed, prompt, number)
         for prompt in prompts
         for number in range(parsed.answers)
     ]
-    if len(generations) > (most := front.limits.waiting):
-        field = "n" if len(prompts) == 1 else "prompt"
-        raise Refused(400, f"{field}: {len(generations)} answers in one request are more than "
-                      f"the {most} that this server makes at a time (--max-waiting)",
-                      field)  # fmt: skip
     if (obstacle := front.obstacle()) is not None:
         raise Refused(503, f"{obstacle}; try again in a few seconds")
     if front.answering + len(generations) > front.limits.waiting:

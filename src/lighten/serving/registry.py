@@ -134,12 +134,13 @@ class Registry:
                           "lora_path")  # fmt: skip
         try:
             folder = (self._root / path).resolve()
-        except (OSError, ValueError) as error:  # a null character, a loop of links
+            is_folder = folder.is_dir()
+        except (OSError, ValueError) as error:  # a null character, a loop of links, too long
             raise Refused(400, "lora_path is no path", "lora_path") from error
         if self._root not in folder.parents:
             raise Refused(403, "lora_path lies outside the folder that adapters may be loaded from",
                           "lora_path")  # fmt: skip
-        if not folder.is_dir():
+        if not is_folder:
             raise Refused(404, f"there is no folder {path[:200]!r} in the adapters' folder",
                           "lora_path")  # fmt: skip
         return folder

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
+    FailFast,
     Field,
     StrictBool,
     StrictInt,
@@ -74,6 +75,10 @@ class ResponseFormat(BaseModel):
 
     def schema_wanted(self) -> dict[str, Any] | None:
         """The JSON schema that the answer has to follow."""
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise Refused(400, f"response_format: json_schema is not applied where the type is "
+                          f"{self.type}; say type json_schema", "response_format.json_schema",
+                          "unsupported_parameter")  # fmt: skip
         if self.type == "json_object":
             return {"type": "object"}
         if self.type == "json_schema":
@@ -154,9 +159,11 @@ class _Common(BaseModel):
         """
         bias: dict[int, float] = {}
         for token, value in (self.logit_bias or {}).items():
-            if not token.isdecimal() or int(token) >= vocabulary:
-                raise Refused(400, f"logit_bias: {token!r} is no token of this model, which has "
-                              f"ids from 0 to {vocabulary - 1}", "logit_bias")  # fmt: skip
+            # More digits than the largest id has are no number that Python would read.
+            digits = token.isascii() and token.isdecimal() and len(token) <= len(str(vocabulary))
+            if not digits or int(token) >= vocabulary:
+                raise Refused(400, f"logit_bias: {token[:20]!r} is no token of this model, which "
+                              f"has ids from 0 to {vocabulary - 1}", "logit_bias")  # fmt: skip
             bias[int(token)] = value
         temperature = self.temperature
         if temperature is not None and temperature < _LEAST_TEMPERATURE:
@@ -207,7 +214,7 @@ class _Turn(BaseModel):
 class ChatRequest(_Common):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[_Turn], Field(min_length=1)]
+    messages: Annotated[list[_Turn], Field(min_length=1), FailFast()]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -250,15 +257,18 @@ class CompletionRequest(_Common):
         """See `_Common`."""
         return self.logprobs
 
+    @property
+    def each_prompt(self) -> Sequence[str | list[int]]:
+        """The prompts, as texts or token ids."""
+        prompts: Any = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        return [prompts] if prompts and isinstance(prompts[0], int) else prompts
+
     def prompts(self, encode: Callable[[str], list[int]], vocabulary: int) -> list[list[int]]:
         """Token ids of each prompt."""
-        prompts: Any = self.prompt if isinstance(self.prompt, list) else [self.prompt]
-        if prompts and isinstance(prompts[0], int):
-            prompts = [prompts]
-        if not prompts:
+        if not self.each_prompt:
             raise Refused(400, "prompt is empty", "prompt")
         token_ids = []
-        for prompt in prompts:
+        for prompt in self.each_prompt:
             ids = encode(prompt) if isinstance(prompt, str) else list(prompt)
             if not ids:
                 raise Refused(400, "prompt is empty", "prompt")
