@@ -121,6 +121,38 @@ def test_everything_that_a_run_and_its_tracker_leave_is_a_runs(
     assert Run(tmp_path / "r-1").evaluation() is not None
 
 
+def test_each_step_of_a_run_is_told_and_one_rank_alone_takes_those_after_the_training(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "model": str(tiny_folder), "dataset": str(chat_file), "output_dir": str(tmp_path / "r"),
+        "max_steps": 1, "lora_r": 2, "max_length": 64, "progress": False, "planned": False,
+        "evaluate.max_examples": 2, "evaluate.max_new_tokens": 1,
+    }  # fmt: skip
+    finished = api.train(**settings)
+    told: dict[str, object] = {}
+    with monkeypatch.context() as as_second_rank:
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+            as_second_rank.setenv(name, value)
+        api.run(**settings, resume=True, done=told.__setitem__)
+    assert (told, finished.evaluation()) == ({}, None)
+    api.run(**settings, resume=True, done=told.__setitem__)
+    assert list(told) == ["evaluate", "report"]
+    assert told["evaluate"].to_dict() == finished.evaluation()  # type: ignore[attr-defined]
+    assert told["report"] == finished.folder / "report.html"
+
+
+def test_copies_of_several_adapters_are_refused_before_the_training(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"trains 2 adapters \(r2, r4\); .* --adapter r2"):
+        api.run(
+            model=str(tiny_folder), dataset=str(chat_file), output_dir=str(tmp_path / "r"),
+            lora_r=[2, 4], max_steps=1, progress=False, planned=False, quantize={"to": "gguf:q4_0"},
+        )  # fmt: skip
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("lora_r", [2, [2, 4]])
 def test_a_refused_run_takes_back_only_what_was_made_for_it(
     lora_r: object, tmp_path: Path, chat_file: Path

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 
 if TYPE_CHECKING:
+    from lighten.evaluation.result import Evaluation
     from lighten.sweeps.result import SweepResult
 
 
@@ -157,25 +157,71 @@ def run(
     evaluation_progress: Progress | None = None,
     planned: bool = True,
     force: bool = False,
+    processes: int | None = None,
+    gpus: int | None = None,
+    log: Callable[[str], None] = lambda _: None,
+    done: Callable[[str, Any], None] = lambda _verb, _result: None,
     **overrides: Any,
 ) -> Run:
     """Train, evaluate, quantise where the recipe says so, and report, one after another.
 
     Where nothing is held out (a handful of rows, `val_size: 0`) the report has no held-out figures.
+    Of several ranks the first goes on after the training, alone.
+
+    Args:
+        recipe: A recipe, its file, or None to take settings from the overrides alone.
+        resume: Go on from the newest whole checkpoint of the run folder.
+        progress: Show what happens while it trains on standard error.
+        evaluation_progress: Log what is being measured, how far it is, and of how much.
+        planned: As for `train`.
+        force: As for `train`.
+        processes: As for `train`.
+        gpus: As for `train`.
+        log: Given a line about each part of the quantising.
+        done: Told of each step after the training once it is done: the verb's name, and what that
+            verb returned (of `evaluate`, the `NoHeldOut` where there is nothing to measure on).
+        overrides: Settings by name.
 
     Raises:
         UserError: Something the user can mend.
+        Interrupted: As for `train`.
     """
     chosen = recipe_of(recipe, **overrides)
     if chosen.quantize.to:  # what it needs is missed before the training, not after
-        from lighten.quantization.targets import parse, require_tools
-
-        require_tools(parse(chosen.quantize.to))
-    done = train(chosen, resume=resume, progress=progress, planned=planned, force=force)
-    with suppress(NoHeldOut):  # training has said so; `run.json` and the report do too
-        evaluate(done, progress=evaluation_progress, **chosen.evaluate.model_dump())
+        _require_quantizable(chosen)
+    trained = train(
+        chosen, resume=resume, progress=progress, planned=planned, force=force,
+        processes=processes, gpus=gpus,
+    )  # fmt: skip
+    if not launch.recognise().main:
+        return trained
+    done("evaluate", _evaluation(trained, chosen, evaluation_progress))
     if chosen.quantize.to:
-        options = chosen.quantize
-        quantize(done, options.to, tokens=options.tokens, questions=options.questions)
-    report(done)
-    return done
+        done("quantize", quantize(trained, log=log, **chosen.quantize.model_dump()))
+    done("report", report(trained))
+    return trained
+
+
+def _require_quantizable(recipe: Recipe) -> None:
+    """What the recipe trains can be written in the formats that it names.
+
+    Raises:
+        UserError: A package is missing, or it trains several adapters: none can be named.
+    """
+    from lighten.quantization.targets import parse, require_tools
+
+    require_tools(parse(recipe.quantize.to))
+    names = [adapter.name for adapter in recipe.cohort()]
+    if len(names) > 1:
+        raise UserError(
+            f"quantize.to writes copies of one model, and this recipe trains {len(names)} adapters "
+            f"({', '.join(names)}); remove it, and quantise one of them afterwards: lighten "
+            f"quantize {recipe.run_folder} --adapter {names[0]}"
+        )
+
+
+def _evaluation(run: Run, recipe: Recipe, progress: Progress | None) -> Evaluation | NoHeldOut:
+    try:
+        return evaluate(run, progress=progress, **recipe.evaluate.model_dump())
+    except NoHeldOut as nothing:  # training has said so; `run.json` and the report do too
+        return nothing

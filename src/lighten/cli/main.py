@@ -35,7 +35,7 @@ from lighten.cli.export import export, push, verify
 from lighten.cli.quantize import quantize
 from lighten.cli.runs import runs_app
 from lighten.cli.settings import TakesSettings, TakesSweep, show_settings
-from lighten.errors import NoHeldOut
+from lighten.cli.steps import print_report, print_step
 from lighten.parallel import launch
 from lighten.wording import counted
 
@@ -173,31 +173,14 @@ def run(
 ) -> None:  # fmt: skip
     """Train, evaluate, quantise where the recipe says so, and report, one after another."""
     from lighten import api
-    from lighten.quantization.targets import parse, require_tools
 
     recipe, settings = _recipe_arguments([*(words or []), *ctx.args])
-    chosen = api.recipe_of(recipe, **settings)
-    if chosen.quantize.to:  # what it needs is missed before the training, not after
-        require_tools(parse(chosen.quantize.to))
-    with _stopped_cleanly():
-        trained_run = api.train(
-            chosen, resume=resume, force=force, planned=not no_plan, processes=processes, gpus=gpus
-        )
-    if not launch.recognise().main:
-        return
-    try:
-        with progress_bar() as progress:
-            options = chosen.evaluate.model_dump()
-            evaluation = api.evaluate(trained_run, progress=progress, **options)
-        print_evaluation(evaluation.to_dict())
-    except NoHeldOut as error:
-        console().print(f"not evaluated: {error}", highlight=False, markup=False)
-    if chosen.quantize.to:
-        quantize(
-            str(trained_run.folder), ",".join(chosen.quantize.to), tokens=chosen.quantize.tokens,
-            questions=chosen.quantize.questions,
+    with _stopped_cleanly(), progress_bar() as progress:
+        api.run(
+            recipe, resume=resume, force=force, planned=not no_plan, processes=processes,
+            gpus=gpus, evaluation_progress=progress, log=lambda line: typer.echo(line, err=True),
+            done=print_step, **settings,
         )  # fmt: skip
-    console().print(f"report: {api.report(trained_run)}", soft_wrap=True, highlight=False)
 
 
 @app.command(cls=TakesSettings, context_settings=OPEN)
@@ -278,7 +261,7 @@ def report(
     """Write the HTML page of a run, of several side by side, of a sweep or of an audit."""
     from lighten import api
 
-    console().print(f"report: {api.report(*runs, output=output)}", soft_wrap=True, highlight=False)
+    print_report(api.report(*runs, output=output))
 
 
 @app.command()

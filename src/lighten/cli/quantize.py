@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lighten.cli.console import Json, console, print_json, print_table
+
+if TYPE_CHECKING:
+    from lighten.quantization.table import Quantized
 
 _Source = Annotated[str, typer.Argument(metavar="RUN | MODEL", help="What is made smaller.")]
 _To = Annotated[
@@ -53,7 +56,12 @@ def quantize(
     )  # fmt: skip
     if as_json:
         print_json(result.to_dict())
-        return
+    else:
+        print_quantized(result)
+
+
+def print_quantized(result: Quantized) -> None:
+    """Print what each format costs and keeps, and where the files are."""
     rows = result.formats
     columns = [*COLUMNS, *((label, _metric(name)) for name, label in
                            result.settings["metrics"].items()), *COSTS]  # fmt: skip
