@@ -125,6 +125,11 @@ def test_everything_that_counts_cores_or_memory_goes_by_them(
     assert devices.usable_memory_bytes() <= GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert forks.processors() == 1
+    # SLURM's tasks share the node's, unless each is bound to its own.
+    monkeypatch.setenv(forks.TRANSLATED, "srun")
+    for on_node, share in (("3", 1), ("12", 3)):
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", on_node)
+        assert forks.processors() == share
 
 
 def test_products_use_no_more_threads_than_the_quota_feeds(
@@ -140,5 +145,8 @@ def test_products_use_no_more_threads_than_the_quota_feeds(
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         hardware.choose_device()
         assert torch.get_num_threads() == 2
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        hardware.choose_device()
+        assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -38,7 +38,7 @@ from lighten.generation.attention import Prefill
 from lighten.machine import devices, forks, gpu_support, hardware
 from lighten.models.attention_setting import require_attention
 from lighten.models.quantized import on_processor
-from lighten.parallel import ranks, tried
+from lighten.parallel import launch, ranks, tried
 from lighten.parallel.launch import Launch
 from lighten.parallel.tried import Tried
 from lighten.planning.planner import Planner
@@ -91,7 +91,9 @@ def devices_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_gpu_that_pytorch_does_not_reach_is_told_of(
     devices_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert not gpu_support.has_driver()
     (devices_folder / "nvidiactl").touch()
+    assert gpu_support.has_driver()
     assert hardware.choose_device() == hardware.Choice("cpu", "no CUDA device")
     (devices_folder / "nvidia0").touch()
     (devices_folder / "version").write_text(
@@ -345,15 +347,20 @@ def test_flash_attention_is_refused_before_anything_is_loaded(
 def test_ranks_may_see_one_gpu_each_where_slurm_shows_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    two = {"rank": 1, "world_size": 2, "local_rank": 1, "local_world_size": 2}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    ranks._require_gpus(Launch("srun", **two), gpus=1)
-    ranks._require_gpus(Launch("torchrun", **two), gpus=2)
-    with pytest.raises(UserError, match="a machine with 1 GPUs"):
-        ranks._require_gpus(Launch("torchrun", **two), gpus=1)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(UserError, match="a machine with 1 GPUs"):
-        ranks._require_gpus(Launch("srun", **two), gpus=1)
+    def task(gpus_on_node: int) -> Launch:
+        return launch.recognise({
+            "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
+            "SLURM_LOCALID": "1", "SLURM_GPUS_ON_NODE": str(gpus_on_node),
+            "CUDA_VISIBLE_DEVICES": "0",
+        })  # fmt: skip
+
+    # Two tasks of a node with one GPU are shown the same one.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    ranks._require_gpus(task(2), gpus=1)
+    ranks._require_gpus(Launch("torchrun", 1, 2, 1, 2), gpus=2)
+    for shared in (task(1), Launch("torchrun", 1, 2, 1, 2)):
+        with pytest.raises(UserError, match=r"2 ranks .* a machine with 1 GPU;"):
+            ranks._require_gpus(shared, gpus=1)
 
 
 def test_a_ranks_own_lack_of_memory_is_no_lost_peer() -> None:

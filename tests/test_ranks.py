@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -143,18 +146,28 @@ def test_a_launcher_is_recognised_by_its_environment() -> None:
     }  # fmt: skip
     assert launch.recognise(srun) == Launch("srun", 4, 7, 0, 2)
     assert (srun["RANK"], srun["WORLD_SIZE"], srun["MASTER_ADDR"]) == ("4", "7", "gpu03.cluster")
-    assert launch.recognise(srun) == Launch("torchrun", 4, 7, 0, 2)  # what it wrote is read alike
+    assert launch.recognise(srun) == Launch("srun", 4, 7, 0, 2)  # what it wrote is read alike
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         del srun[name]
     assert launch.recognise(srun) == Launch("srun", 4, 7, 0, 2)  # its script may set WORLD_SIZE
     one_gpu_each = {"SLURM_LOCALID": "1", "SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0"}
     del srun["RANK"]
-    assert launch.recognise(srun | one_gpu_each) == Launch("srun", 4, 7, 0, 1)
+    seen_alone = srun | one_gpu_each
+    for _ in range(2):
+        assert launch.recognise(seen_alone) == Launch("srun", 4, 7, 0, 2, own_gpu=True)
     shared = one_gpu_each | {"CUDA_VISIBLE_DEVICES": "0,1"}
     assert launch.recognise(srun | shared) == Launch("srun", 4, 7, 1, 2)
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
     assert launch.recognise(mpi) == Launch("mpirun", 1, 2, 1, 2)
+    hydra = {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2",
+             "MASTER_ADDR": "node1"}  # fmt: skip
+    assert launch.recognise(dict(hydra)) == Launch("mpirun", 3, 4, 1, 2)
+    # mpirun reaches other nodes of a SLURM job by a step of one task each; srun has PMI's names.
+    of_nodes = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0"}
+    assert launch.recognise(hydra | of_nodes) == Launch("mpirun", 3, 4, 1, 2)
+    by_pmi = {"PMI_SIZE": "7", "PMI_RANK": "4"}
+    assert launch.recognise(srun | by_pmi) == Launch("srun", 4, 7, 0, 2)
     # The script of a batch job that has many tasks is one process.
     assert launch.recognise({"SLURM_PROCID": "0", "SLURM_NTASKS": "7"}) == Launch()
 
@@ -171,7 +184,11 @@ def test_a_launcher_may_say_the_local_rank_as_an_option(tmp_path: Path) -> None:
     ({"WORLD_SIZE": "2", "RANK": "1"}, "LOCAL_RANK is not set"),
     ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "RANK is 2, but WORLD_SIZE is 2"),
     ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two', not a number"),
-    ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "MASTER_ADDR is not set"),
+    ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+      "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "mpirun -x MASTER_ADDR=HOST"),
+    ({"PMI_SIZE": "4", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "0"},
+     "mpirun -genv MASTER_ADDR HOST"),
+    ({"PMI_SIZE": "4", "PMI_RANK": "1"}, "PMI_SIZE is 4, .* start with torchrun"),
 ])  # fmt: skip
 def test_a_launcher_that_contradicts_itself_is_told_so(
     variables: dict[str, str], message: str
@@ -186,6 +203,36 @@ def test_a_launcher_that_contradicts_itself_is_told_so(
 ])  # fmt: skip
 def test_the_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
     assert launch.first_host(nodes) == first
+
+
+COUNTED = """
+import sys, psutil, torch
+psutil.cpu_count = lambda logical=True: 64  # the host's
+from lighten.parallel import launch, ranks
+torch.set_num_threads(3)
+ranks.connect(launch.recognise(), "cpu", "recipe")
+print("threads", torch.get_num_threads())
+"""
+
+
+def test_ranks_keep_their_share_of_the_processors() -> None:
+    """accelerate would give each its share of the host's."""
+    port = str(free_port())
+    places = [
+        {**os.environ, "PMI_SIZE": "2", "PMI_RANK": rank, "MPI_LOCALRANKID": rank,
+         "MPI_LOCALNRANKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in "01"
+    ]  # fmt: skip
+    for place in places:
+        place.pop("OMP_NUM_THREADS")
+    started = [
+        subprocess.Popen([sys.executable, "-c", COUNTED], env=place, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for place in places
+    ]  # fmt: skip
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert "threads 3" in out, err
 
 
 def test_a_sweep_under_ranks_is_refused(

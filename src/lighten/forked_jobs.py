@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from lighten.job_server import MESSAGE
-from lighten.machine import forks
+from lighten.machine import forks, gpu_support
 
 PATIENCE_S = 5.0
 PAGES_LOOKED_AT_FOR_A_JOB = (5, 14)  # Linux, with MADV_POPULATE_READ
-_GPUS = ("nvidiactl", "nvmap", "dxg", "kfd")  # NVIDIA's, on its boards and in WSL; AMD's
 # What a job's process gets from the one that starts it, beside its environment.
 _INHERITED = ("/proc/self/limits", "/proc/self/cgroup")
 _STATUS = ("Umask", "Uid", "Gid", "Cpus_allowed", "Mems_allowed", "CapEff", "NoNewPrivs")
@@ -162,9 +161,7 @@ def possible() -> bool:
     version = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
     if version < PAGES_LOOKED_AT_FOR_A_JOB:
         return False
-    if not any(Path("/dev", name).exists() for name in _GPUS):
-        return True  # known without PyTorch, which takes two seconds to import
-    return forks.computing()
+    return not gpu_support.has_driver() or forks.computing()
 
 
 def adopt(connection: socket.socket) -> None:

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 from lighten.machine import containers
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# The launcher whose variables were translated into PyTorch's (`lighten.parallel.launch`).
+TRANSLATED = "LIGHTEN_LAUNCHER"
 # Pieces that a process has been asked for, so that it never waits for the next.
 AHEAD = 2
 # Pieces that are made and not yet taken, for each process: memory that a slow one may cost.
@@ -68,9 +70,19 @@ def freeze() -> bool:
 
 
 def processors() -> int:
-    """Processors that this process may use, its share where a launcher started several."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, containers.cores() // max(1, int(ranks) if ranks.isdecimal() else 1))
+    """Processors that this process may use, its share where a launcher started several.
+
+    A task that SLURM has bound to some of the node's has its share already.
+    """
+    cores = containers.cores()
+    if os.environ.get(TRANSLATED) == "srun" and cores < _number("SLURM_CPUS_ON_NODE"):
+        return cores
+    return max(1, cores // max(1, _number("LOCAL_WORLD_SIZE")))
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
 
 
 def in_order(

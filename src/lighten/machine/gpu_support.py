@@ -14,7 +14,14 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 _DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
+# What a driver makes there: NVIDIA's, on its boards and in WSL; AMD's.
+_DRIVEN = ("nvidiactl", "nvmap", "dxg", "kfd")
 _OTHER = "install another PyTorch (https://pytorch.org/get-started/locally)"
+
+
+def has_driver() -> bool:
+    """Whether this machine has a driver of GPUs: known without PyTorch, which is slow to import."""
+    return any((_DEVICES / name).exists() for name in _DRIVEN)
 
 
 def unused_gpu() -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from lighten.errors import UserError
-from lighten.machine import containers
+from lighten.machine import containers, forks
 from lighten.machine.gpu_support import unused_gpu
 
 # Extra of the package by the module that it brings: those that this version uses, no others.
@@ -136,15 +136,15 @@ def choose_device() -> Choice:
 
     A container's quota of processor time is no part of what OpenMP looks at: with a thread for each
     core of the host, every one would wait for those that the quota halts. So they are limited here,
-    where everything begins that computes, unless `OMP_NUM_THREADS` says how many.
+    where everything begins that computes, unless `OMP_NUM_THREADS` says how many; ranks share them.
 
     Raises:
         UserError: `LIGHTEN_DEVICE` names none of this machine's.
     """
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > containers.cores():
-        torch.set_num_threads(containers.cores())
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > forks.processors():
+        torch.set_num_threads(forks.processors())
     if named := os.environ.get("LIGHTEN_DEVICE"):
         return Choice(_use(named), "LIGHTEN_DEVICE says so")
     if (why := unused_gpu()) is not None:

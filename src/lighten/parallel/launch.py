@@ -1,8 +1,8 @@
 """How this process was started: alone, or as one rank of several by whichever launcher.
 
 torchrun, `accelerate launch`, `deepspeed` and `lighten train --processes` say it in PyTorch's own
-environment variables; SLURM's `srun` and `mpirun` have theirs, which are translated here. Nothing
-heavy is imported: the command line asks before it loads anything.
+environment variables; SLURM's `srun` and `mpirun` (Open MPI's, MPICH's, Intel's) have theirs, which
+are translated here. Nothing heavy is imported: the command line asks before it loads anything.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lighten.errors import UserError
+from lighten.machine.forks import TRANSLATED
 from lighten.parallel.foreign import strategy_of
 
 ERROR_FILE = "LIGHTEN_ERROR_FILE"
 PORTS = range(20_000, 30_000)  # below those that systems give to connections
+# How `mpirun` tells of the ranks: Open MPI's, and Hydra, which is MPICH's and Intel's.
+_MPI = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
+     "OMPI_COMM_WORLD_LOCAL_RANK", "-x MASTER_ADDR=HOST"),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID", "-genv MASTER_ADDR HOST"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Launch:
         local_rank: Its number on this machine.
         local_world_size: How many there are on this machine.
         strategy: What the launcher was configured to spread over them; None: it says nothing.
+        own_gpu: Whether it sees one GPU alone, which no other rank of this machine has.
     """
 
     launcher: str = "none"
@@ -40,6 +48,7 @@ class Launch:
     local_rank: int = 0
     local_world_size: int = 1
     strategy: str | None = None
+    own_gpu: bool = False
 
     @property
     def main(self) -> bool:
@@ -59,8 +68,16 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
     variables = os.environ if environment is None else environment
     strategy = strategy_of(variables)
     launch = None
-    if "RANK" not in variables:  # scripts of SLURM jobs set WORLD_SIZE for their tasks
-        launch = _from_slurm(variables) or _from_mpi(variables)
+    # Scripts of SLURM jobs set WORLD_SIZE for their tasks. Where this was asked before, PyTorch's
+    # names are ours.
+    if "RANK" not in variables or TRANSLATED in variables:
+        # Of several machines mpirun reaches the others by srun, with a task for each.
+        launch = _from_mpi(variables) or _from_slurm(variables)
+        if launch is None and (count := _number(variables, "PMI_SIZE", 1)) > 1:
+            raise UserError(
+                f"PMI_SIZE is {count}, so an MPI launcher started several ranks, but MPI_LOCALRANKID "
+                "does not say which device is this one's; start with torchrun"
+            )
     if launch is None and ("RANK" in variables or "WORLD_SIZE" in variables):
         return replace(_from_torch(variables), strategy=strategy)
     if launch is None:
@@ -68,6 +85,7 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
     variables.update(
         RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size),
         LOCAL_RANK=str(launch.local_rank), LOCAL_WORLD_SIZE=str(launch.local_world_size),
+        **{TRANSLATED: launch.launcher},
     )  # fmt: skip
     return launch
 
@@ -148,31 +166,36 @@ def _from_slurm(variables: MutableMapping[str, str]) -> Launch | None:
     node, place = _number(variables, "SLURM_NODEID", 0), _number(variables, "SLURM_LOCALID", 0)
     local = counts[node] if node < len(counts) else world_size
     visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    if len(visible) == 1 and _number(variables, "SLURM_GPUS_ON_NODE", 0) >= local:
-        place, local = 0, 1  # --gpus-per-task: each task sees its own GPU alone, as the first one
+    # --gpus-per-task: each task sees its own GPU alone, as the first one.
+    own_gpu = len(visible) == 1 and _number(variables, "SLURM_GPUS_ON_NODE", 0) >= local > 1
+    if own_gpu:
+        place = 0
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "")
     variables.setdefault("MASTER_ADDR", first_host(nodes))
     job = _number(variables, "SLURM_JOB_ID", 0) + _number(variables, "SLURM_STEP_ID", 0)
     variables.setdefault("MASTER_PORT", str(PORTS[job % len(PORTS)]))
-    return Launch("srun", _number(variables, "SLURM_PROCID", 0), world_size, place, local)
+    rank = _number(variables, "SLURM_PROCID", 0)
+    return Launch("srun", rank, world_size, place, local, own_gpu=own_gpu)
 
 
 def _from_mpi(variables: MutableMapping[str, str]) -> Launch | None:
-    world_size = _number(variables, "OMPI_COMM_WORLD_SIZE", 1)
-    if world_size <= 1:
-        return None
-    local = _number(variables, "OMPI_COMM_WORLD_LOCAL_SIZE", world_size)
-    if "MASTER_ADDR" not in variables and local < world_size:
-        raise UserError(
-            "mpirun started ranks on several machines and MASTER_ADDR is not set; give it the "
-            "first machine's name: mpirun -x MASTER_ADDR=HOST ..."
-        )
-    variables.setdefault("MASTER_ADDR", "127.0.0.1")
-    variables.setdefault("MASTER_PORT", str(PORTS[0]))
-    return Launch(
-        "mpirun", _number(variables, "OMPI_COMM_WORLD_RANK", 0), world_size,
-        _number(variables, "OMPI_COMM_WORLD_LOCAL_RANK", 0), local,
-    )  # fmt: skip
+    for size, rank, local_size, local_rank, option in _MPI:
+        world_size = _number(variables, size, 1)
+        if world_size <= 1 or local_rank not in variables:  # srun gives its tasks PMI's names, too
+            continue
+        local = _number(variables, local_size, world_size)
+        if "MASTER_ADDR" not in variables and local < world_size:
+            raise UserError(
+                "mpirun started ranks on several machines and MASTER_ADDR is not set; give it the "
+                f"first machine's name: mpirun {option} ..."
+            )
+        variables.setdefault("MASTER_ADDR", "127.0.0.1")
+        variables.setdefault("MASTER_PORT", str(PORTS[0]))
+        return Launch(
+            "mpirun", _number(variables, rank, 0), world_size, _number(variables, local_rank, 0),
+            local,
+        )  # fmt: skip
+    return None
 
 
 def first_host(nodes: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lighten.errors import UserError
 from lighten.parallel.foreign import set_aside
 from lighten.parallel.launch import Launch
+from lighten.wording import counted
 
 Value = TypeVar("Value")
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -54,8 +55,11 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
     meeting = InitProcessGroupKwargs(backend=None, timeout=PATIENCE)
+    threads = torch.get_num_threads()
     with lost_peers(launch.rank, launch.world_size), set_aside(os.environ):
         accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[meeting], **options)
+    # accelerate shares out the cores of the host, whatever a container or SLURM leaves of them.
+    torch.set_num_threads(threads)
     if accelerator.device.type == "cpu":
         # accelerate says `cpu:0` to ranks, and whatever is moved there is copied: a base that is
         # mapped from its files would be in memory once for every rank.
@@ -85,18 +89,16 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
 def _require_gpus(launch: Launch, gpus: int) -> None:
     """Every rank of this machine has a GPU of its own.
 
-    SLURM may show each of its tasks no other than its own (`--gpus-per-task`).
-
     Raises:
         UserError: There are too few.
     """
     if not gpus:
         raise UserError("PyTorch sees no GPU on this machine; use: lighten train --processes N")
-    shown_one = gpus == 1 and launch.launcher == "srun" and "CUDA_VISIBLE_DEVICES" in os.environ
-    if launch.local_world_size > gpus and not shown_one:
+    if launch.local_world_size > gpus and not launch.own_gpu:
         raise UserError(
-            f"{launch.local_world_size} ranks were started on a machine with {gpus} GPUs; start "
-            f"{gpus} of them, or train on the processor with LIGHTEN_DEVICE=cpu"
+            f"{launch.local_world_size} ranks were started on a machine with "
+            f"{counted(gpus, 'GPU')}; start {gpus} of them, or train on the processor with "
+            "LIGHTEN_DEVICE=cpu"
         )
 
 
