@@ -374,5 +374,11 @@ def test_in_a_pipe_measuring_says_now_and_then_how_far_it_is(
         for done in range(0, 61, 2):
             now[0] += 2.0
             tell("r8: answers", done, 60)
+        now[0] += 100.0  # something else is at work
+        tell("loading weights", 1, 9)
+        now[0] += 15.0
+        tell("loading weights", 2, 9)
     lines = capfd.readouterr().err.splitlines()
-    assert lines == [f"r8: answers: {done} of 60" for done in (14, 30, 46)]
+    assert lines == [f"r8: answers: {done} of 60" for done in (14, 30, 46)] + [
+        "loading weights: 2 of 9"
+    ]

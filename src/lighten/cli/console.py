@@ -88,13 +88,18 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     live = screen.is_terminal and not screen.is_dumb_terminal
     progress = Progress(console=screen, transient=True, disable=not live)
     tasks: dict[str, Any] = {}
-    said_s = time.monotonic()
+    said_s = heard_s = time.monotonic()
+    heard = ""
 
     def tell(what: str, done: int, total: int) -> None:
-        nonlocal said_s
+        nonlocal said_s, heard_s, heard
         if not live:
-            if time.monotonic() - said_s >= LOG_EVERY_S:
-                said_s = time.monotonic()
+            now = time.monotonic()
+            if what != heard and now - heard_s >= LOG_EVERY_S:
+                said_s = now  # others were at work, a training for one: this has only begun
+            heard_s, heard = now, what
+            if now - said_s >= LOG_EVERY_S:
+                said_s = now
                 typer.echo(f"{what}: {done:,} of {total:,}", err=True)
             return
         if what not in tasks:

@@ -75,8 +75,8 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
         launch = _from_mpi(variables) or _from_slurm(variables)
         if launch is None and (count := _number(variables, "PMI_SIZE", 1)) > 1:
             raise UserError(
-                f"PMI_SIZE is {count}, so an MPI launcher started several ranks, but MPI_LOCALRANKID "
-                "does not say which device is this one's; start with torchrun"
+                f"PMI_SIZE is {count}, so an MPI launcher started several ranks, but "
+                "MPI_LOCALRANKID does not say which device is this one's; start with torchrun"
             )
     if launch is None and ("RANK" in variables or "WORLD_SIZE" in variables):
         return replace(_from_torch(variables), strategy=strategy)
