@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "folders": {"locks", "whole_files"},
     "recipe": {"paths", "peft_config"},
     "models": {"cpu", "gguf_names", "machine", "safetensors_header", "streams"},
-    "runs": {"folders", "locks", "recipe", "whole_files"},
+    "runs": {"folders", "locks", "paths", "recipe", "whole_files"},
     "artifacts": {"models", "peft_config", "runs"},
     "parallel": {
         "adapters",

@@ -79,6 +79,8 @@ def test_every_problem_is_told_at_once_with_key_value_line_and_mend(tmp_path: Pa
         ),
         ("a: [1\n", r"recipe\.yaml:2 is not valid YAML"),
         ("- 1\n", "it must hold settings"),
+        ("no: 3\n", r":1: no is not a setting"),
+        ("evaluate:\n  on: 3\n", r":2: evaluate\.on is not a setting"),
     ],
 )
 def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: str) -> None:
@@ -247,6 +249,25 @@ def test_data_beside_a_recipe_are_seen_from_its_folder(line: str, tmp_path: Path
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     recipe = Recipe.from_file(write_recipe(tmp_path, f"model: m\n{line}\n"))
     assert recipe.dataset in (str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl#3"))
+
+
+def test_a_deepspeed_file_lies_beside_its_recipe(
+    tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for stage, folder in ((2, "."), (3, "..")):
+        Path(folder, "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    path = write_recipe(tmp_path, f"model: m\ndataset: {chat_file}\ndeepspeed: zero.json\n")
+    Path("zero2").mkdir()
+    assert Recipe.from_file(path).strategy == "zero3"
+    # Said on the command line it is the working directory's; what is missing there is, too.
+    plain = write_recipe(tmp_path, f"model: m\ndataset: {chat_file}\n")
+    assert Recipe.from_file(plain, {"deepspeed": "zero.json"}).strategy == "zero2"
+    assert Recipe.from_file(plain, {"deepspeed": "zero2"}).strategy == "zero2"
+    path = write_recipe(tmp_path, f"model: m\ndataset: {chat_file}\ndeepspeed: zero.json\n")
+    (tmp_path / "zero.json").unlink()
+    assert Recipe.from_file(path).strategy == "zero2"
 
 
 def test_an_alias_beside_its_canonical_name_is_an_error(values: dict[str, Any]) -> None:

@@ -8,13 +8,14 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lighten import runs
+from lighten import path_checks, runs
 from lighten.adapters.shards import Shard
 from lighten.errors import UserError
 from lighten.recipe import Recipe
@@ -202,6 +203,29 @@ def test_a_run_of_another_version_is_read_or_refused_in_words(tmp_path: Path) ->
     path.write_text(text + "of_next_year: 3\n")
     with pytest.raises(UserError, match=r"recipe.yaml: this version .* of_next_year"):
         run.recipe()
+
+
+@pytest.mark.parametrize(("stored", "typed"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_runs_name_is_found_in_either_form_of_its_letters(
+    stored: str, typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {form: unicodedata.normalize(form, "café-한국어") for form in (stored, typed)}
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "runs" / names[stored])
+    for name in (names[typed], f"runs/{names[typed]}", str(tmp_path / "runs" / names[typed])):
+        assert path_checks.run_of(name).folder.samefile(run.folder)
+        assert Path(str(path_checks.source_of(name))).samefile(run.folder)
+        assert path_checks.is_run(name)
+
+
+def test_a_runs_name_is_found_beside_a_folder_that_is_called_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "runs" / "books")
+    Path("books").mkdir()
+    assert path_checks.run_of("books").folder.samefile(run.folder)
+    assert path_checks.source_of("books") == "books"  # it may be a model
 
 
 def test_a_run_finds_its_relative_data_from_another_folder(

@@ -258,6 +258,7 @@ def test_a_deepspeed_configuration_is_read(
     ({"deepspeed": "nowhere.json"}, "nowhere.json cannot be read"),
     ({"deepspeed": {"gradient_clipping": 0.5}, "max_grad_norm": 2.0}, "both set the same thing"),
     ({"fsdp": "full_shard offload"}, "'offload' is not built"),
+    ({"fsdp": ["full_shard", 3]}, "fsdp: full_shard and 3 contradict each other; keep one"),
 ])  # fmt: skip
 def test_what_has_no_equal_here_is_told(
     settings: dict[str, Any], message: str, chat_file: Path
@@ -269,6 +270,7 @@ def test_what_has_no_equal_here_is_told(
 def test_transformers_words_for_fsdp_are_read(chat_file: Path) -> None:
     assert recipe(chat_file, fsdp="full_shard auto_wrap").strategy == "fsdp"
     assert recipe(chat_file, fsdp=["shard_grad_op"]).strategy == "zero2"
+    assert recipe(chat_file, fsdp=["full_shard", 1]).strategy == "fsdp"  # said twice
     assert recipe(chat_file, fsdp=True).strategy == "fsdp"  # transformers 5
     assert recipe(chat_file, fsdp=False).strategy == "auto"
 

@@ -423,6 +423,38 @@ def test_resuming_with_other_held_out_data_or_another_template_is_refused(
     assert train(settings, resume=True).info()["status"] == "finished"
 
 
+def test_resuming_with_an_edited_tokenizer_is_refused(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(settings["model_name_or_path"], base)
+    settings |= {"model_name_or_path": str(base), "max_steps": 2}
+    run = train(settings)
+    file = base / "tokenizer.json"
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for edit in (
+        {"normalizer": {"type": "Lowercase"}},
+        {"added_tokens": [{**token, "lstrip": True} for token in before["added_tokens"]]},
+    ):
+        run.update(status="interrupted")
+        file.write_text(json.dumps({**before, **edit}), encoding="utf-8")
+        with pytest.raises(UserError, match="the tokenizer has changed since the run began"):
+            train(settings, resume=True)
+    # Written otherwise it is the same, and what another version of the library wrote is unknown.
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+               "pad_id": 0, "pad_type_id": 0, "pad_token": "?"}  # fmt: skip
+    for edit, version in (
+        ({"padding": padding}, None),
+        ({"normalizer": {"type": "Lowercase"}}, "0"),
+    ):
+        file.write_text(json.dumps({**before, **edit}, indent=1), encoding="utf-8")
+        data = run.info()["data"]
+        data["tokenizer"]["tokenizers"] = version or data["tokenizer"]["tokenizers"]
+        run.update(status="interrupted", data=data)
+        shutil.rmtree(run.folder / "adapters")
+        assert train(settings, resume=True).info()["status"] == "finished"
+
+
 def test_the_best_is_the_lowest_loss_whatever_counts_as_gain(settings: dict[str, Any]) -> None:
     run = train(
         settings, eval_steps=1, save_steps=8, early_stopping_patience=6,

@@ -8,7 +8,7 @@ from pathlib import Path
 from lighten.errors import UserError
 from lighten.paths import exists, expanded
 from lighten.recipe import Recipe
-from lighten.runs import RECIPE, Run
+from lighten.runs import RECIPE, Run, folder_of
 from lighten.runs import is_run as is_begun
 
 RunLike = Run | str | os.PathLike[str]
@@ -40,7 +40,7 @@ def require_answerable(target: str) -> None:
 
 def is_run(target: str) -> bool:
     """Whether a run lies in that folder, or under `runs/` by that name."""
-    return any(exists(folder / RECIPE) for folder in (expanded(target), Path("runs") / target))
+    return folder_of(target) is not None
 
 
 def source_of(source: RunLike) -> Run | str:
@@ -53,8 +53,8 @@ def source_of(source: RunLike) -> Run | str:
     if isinstance(target, Run) or (expanded(target) / "adapter_config.json").is_file():
         return target
     require_answerable(target)
-    named = Path("runs") / target
-    return str(named) if exists(named / RECIPE) and not Path(target).exists() else target
+    folder, path = folder_of(target), expanded(target)
+    return target if folder is None or (folder != path and exists(path)) else str(folder)
 
 
 def finished(recipe: Recipe, *, resume: bool, announce: bool) -> Run | None:
@@ -95,8 +95,7 @@ def run_of(run: RunLike) -> Run:
 
 def run_folder(name: str) -> Path:
     """The folder that a run's path or its name under `runs/` means; it need not be there."""
-    path, named = expanded(name), Path("runs") / name
-    return named if not exists(path) and exists(named) else path
+    return folder_of(name) or expanded(name)
 
 
 def recipe_in(folder: Path) -> Recipe | Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from lighten.errors import UserError
@@ -36,9 +37,17 @@ def exists(path: Path) -> bool:
 
 
 def expanded(text: str) -> Path:
-    """The path, with `~` as the user's home."""
+    """The path, with `~` as the user's home, in the form of its letters that is on disk.
+
+    macOS takes letters and their accents apart (NFD), other systems do not (NFC): a name that was
+    copied or typed may be in one form and the folder in the other.
+    """
     path = Path(text)
     try:
-        return path.expanduser()
+        path = path.expanduser()
     except RuntimeError:  # ~somebody who is not there
         return path
+    if text.isascii() or exists(path):
+        return path
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((form for form in forms if exists(form)), path)

@@ -21,6 +21,7 @@ from lighten.folders import PLAN as PLAN
 from lighten.folders import QUANTIZE as QUANTIZE
 from lighten.folders import RECIPE as RECIPE
 from lighten.folders import is_run as is_run
+from lighten.paths import exists, expanded
 from lighten.recipe import Recipe, aliases, places, yaml_lines
 from lighten.whole_files import FileContent as FileContent
 from lighten.whole_files import append_line as append_line
@@ -228,6 +229,12 @@ class Run:
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON: {error}") from error
         return value
+
+
+def folder_of(target: str) -> Path | None:
+    """Where a run lies that is given by its folder or its name under `runs/`; None: nowhere."""
+    folders = (expanded(target), expanded(str(Path("runs") / target)))
+    return next((folder for folder in folders if exists(folder / RECIPE)), None)
 
 
 def find(folder: str | os.PathLike[str] = "runs") -> list[Run]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Thread
 from typing import Any, TextIO
 
@@ -22,7 +21,7 @@ from lighten.evaluation.run_models import Models, Opened, open_model
 from lighten.generation.engine import Request
 from lighten.generation.settings import Sampling
 from lighten.machine import hardware
-from lighten.runs import Run
+from lighten.runs import Run, folder_of
 
 TOP_K = 50  # transformers' default where tokens are drawn
 
@@ -77,7 +76,8 @@ class Conversation:
     ) -> None:
         transformers_logging.disable_progress_bar()
         device = hardware.choose_device().value
-        run = _run_of(target)
+        folder = folder_of(target)
+        run = None if folder is None else Run(folder)
         self.names: tuple[str, ...] = ()
         self.learnt, self.handling = data.LearntAnswers(), data.Handling()
         if run is None:
@@ -268,10 +268,3 @@ def chat(
         converse(talk, model=adapter, compare=compare, lines=lines, out=out)
     finally:
         talk.close()
-
-
-def _run_of(target: str) -> Run | None:
-    for folder in (Path(target).expanduser(), Path("runs") / target):
-        if (folder / "recipe.yaml").is_file():
-            return Run(folder)
-    return None

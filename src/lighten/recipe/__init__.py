@@ -84,8 +84,8 @@ class Recipe(RecipeFields):
     def from_file(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """Read a recipe file; overrides may be dotted (`evaluate.max_examples`).
 
-        Relative paths of data and models mean the recipe's folder if they exist there, else the
-        working directory.
+        Relative paths of data, models, templates and DeepSpeed's configuration mean the recipe's
+        folder if they exist there, else the working directory.
 
         Raises:
             RecipeError: Every problem found, each with key, value, line and what to change.
@@ -117,7 +117,7 @@ class Recipe(RecipeFields):
         applied_adapter: str | None = None,
         folder: Path | None = None,
     ) -> Recipe:
-        settings, notices, problems = aliases.translate(values)
+        settings, notices, problems = aliases.translate(values, folder)
         if folder is not None:
             settings = places.beside(settings, folder)
         over, override_notices, override_problems = aliases.translate(overrides or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from lighten.recipe import foreign
@@ -62,8 +63,14 @@ _FLASH = {
 }  # fmt: skip
 
 
-def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+def translate(
+    values: Mapping[str, Any], folder: Path | None = None
+) -> tuple[dict[str, Any], list[str], list[str]]:
     """Canonical names for aliased ones.
+
+    Args:
+        values: Settings by name.
+        folder: That holds the recipe's file, where a file that they name may lie.
 
     Returns:
         The settings, a notice per alias used, and a sentence per problem.
@@ -137,7 +144,9 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], lis
                 put(key, "dtype", dtype)
         elif key in ("deepspeed", "fsdp"):
             try:
-                converted = foreign.deepspeed(value) if key == "deepspeed" else foreign.fsdp(value)
+                converted = (
+                    foreign.deepspeed(value, folder) if key == "deepspeed" else foreign.fsdp(value)
+                )
             except ValueError as error:
                 problems.append(f"{key}: {error}")
             else:

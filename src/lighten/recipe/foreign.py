@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lighten.recipe.places import within
+
 STAGES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
 # Words of transformers' `fsdp` and of accelerate's sharding strategies.
 SHARDING = {
@@ -36,18 +38,19 @@ _OFFLOAD = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_
 _OPTIMIZER = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
 
 
-def deepspeed(source: Any) -> dict[str, Any]:
+def deepspeed(source: Any, folder: Path | None = None) -> dict[str, Any]:
     """Our settings for a DeepSpeed configuration.
 
     Args:
         source: Its values, the path of its file, or a short name (`zero2`).
+        folder: That holds the recipe's file.
 
     Raises:
         ValueError: It cannot be read, or asks for what is not the same here; says what to change.
     """
     if isinstance(source, str) and source in STAGES.values():
         return {"strategy": source}
-    config = source if isinstance(source, Mapping) else _read(str(source))
+    config = source if isinstance(source, Mapping) else _read(str(source), folder)
     zero = _section(config, "zero_optimization")
     if (stage := zero.get("stage", 0)) not in [*STAGES]:
         raise ValueError(f"stage {stage!r} is none of 0, 1, 2, 3")
@@ -76,20 +79,22 @@ def fsdp(value: Any) -> dict[str, Any]:
     """Our settings for the words of transformers' `fsdp`, such as `full_shard auto_wrap`.
 
     Raises:
-        ValueError: A word asks for what is not the same here.
+        ValueError: A word asks for what is not the same here, or two contradict each other.
     """
     if value is True:  # transformers', since its version 5
         return {"strategy": "fsdp"}
     words = value if isinstance(value, list) else str(value or "").split()
-    settings = {}
+    named: dict[str, str] = {}  # the word by strategy
     for word in words:
         if str(word) in SHARDING:
-            settings["strategy"] = SHARDING[str(word)]
+            named.setdefault(SHARDING[str(word)], str(word))
         elif word != "auto_wrap":  # decoder layers, as here
             raise ValueError(
                 f"{word!r} is not built; use full_shard, shard_grad_op or no_shard, with auto_wrap"
             )
-    return settings
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named.values())} contradict each other; keep one")
+    return {"strategy": next(iter(named))} if named else {}
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -142,7 +147,9 @@ def _optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _read(path: str) -> Mapping[str, Any]:
+def _read(path: str, folder: Path | None) -> Mapping[str, Any]:
+    if folder is not None:
+        path = within("deepspeed", path, folder)
     try:
         config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:

@@ -19,7 +19,7 @@ def beside(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         settings: Of a recipe.
         folder: That holds the recipe's file.
     """
-    return {**settings, **{name: _within(name, settings[name], folder) for name in _said(settings)}}
+    return {**settings, **{name: within(name, settings[name], folder) for name in _said(settings)}}
 
 
 def above(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def above(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for name in _said(settings):
         value = settings[name]
         if not exists(_path(name, value)[0]):
-            places = (_within(name, value, parent) for parent in folder.resolve().parents)
+            places = (within(name, value, parent) for parent in folder.resolve().parents)
             paths[name] = next((place for place in places if place != value), value)
     return {**settings, **paths}
 
@@ -49,8 +49,14 @@ def _path(name: str, value: str) -> tuple[Path, int | None]:
     return split_limit(value) if name in _LIMITED else (expanded(value), None)
 
 
-def _within(name: str, value: str, folder: Path) -> str:
-    """The path as seen from a folder if something is there."""
+def within(name: str, value: str, folder: Path) -> str:
+    """The path as seen from a folder if something is there.
+
+    Args:
+        name: Of the setting.
+        value: Its path, as it was written.
+        folder: Which.
+    """
     if Path(value).expanduser().is_absolute():
         return value
     path, limit = _path(name, str(folder / value))

@@ -12,7 +12,16 @@ from lighten.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, except that `1e-4` is a number (YAML 1.1 wants `1.0e-4`)."""
+    """The safe loader, except that `1e-4` is a number (YAML 1.1 wants `1.0e-4`).
+
+    A key is what was written: YAML 1.1 reads `no` as false.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

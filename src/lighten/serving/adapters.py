@@ -20,7 +20,7 @@ from lighten.peft_config import CONFIG, WEIGHTS, read_config
 from lighten.quantization.export_card import MANIFEST
 from lighten.quantization.gguf_adapter import write_gguf_adapter
 from lighten.quantization.gguf_source import read_json
-from lighten.runs import INFO, RECIPE, Run, whole_folder
+from lighten.runs import INFO, RECIPE, Run, folder_of, whole_folder
 from lighten.serving.engine import Adapter
 from lighten.serving.prompts import Asking, asking
 
@@ -212,10 +212,8 @@ def _below(name: str | None, path: Path) -> dict[str, Path]:
 
 def run_of(target: str) -> Run | None:
     """The run at a path, or of a name under `runs/`."""
-    for folder in (Path(target), Path("runs") / target):
-        if (folder / RECIPE).is_file():
-            return Run(folder)
-    return None
+    folder = folder_of(target)
+    return None if folder is None else Run(folder)
 
 
 def run_of_adapter(folder: Path) -> Run | None:

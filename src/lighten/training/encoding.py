@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +15,22 @@ from lighten.recipe import Recipe
 from lighten.wording import counted
 
 Progress = Callable[[int, int], None]
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What a run notes of a tokenizer: a checksum of what it makes of text, but for the template.
+
+    Another version of the library may write the same tokenizer otherwise, so it stands beside it.
+    """
+    core = tokenizer.backend_tokenizer
+    # Where it cuts and pads is set anew by whoever encodes.
+    parts = (core.normalizer, core.pre_tokenizer, core.post_processor, core.model)
+    digest = hashlib.sha256(repr((type(tokenizer).__name__, tokenizer.special_tokens_map)).encode())
+    for part in parts:
+        digest.update(b"" if part is None else part.__getstate__())
+    for number, token in sorted(core.get_added_tokens_decoder().items()):
+        digest.update(f"{number} {token!r}".encode())
+    return {"sha256": digest.hexdigest(), "tokenizers": version("tokenizers")}
 
 
 def encode_as(

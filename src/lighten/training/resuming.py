@@ -9,7 +9,7 @@ from lighten.training.rows import Rows
 
 
 def require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
-    """The run must see the model, the data and the chat template that it began with.
+    """The run must see the model, tokenizer, data and chat template that it began with.
 
     Other rows would stand in another order, and held-out losses of other examples say nothing about
     which state is the best. What runs of older versions did not note is not compared.
@@ -24,8 +24,12 @@ def require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
     """
     info = run.info()
     noted, facts = info.get("data") or {}, rows.facts
+    tokenizer = noted.get("tokenizer") or {}
+    if tokenizer.get("tokenizers") != facts["tokenizer"]["tokenizers"]:
+        tokenizer = {}  # another version of the library writes it otherwise
     compared = [
         (f"the model {base.name}", info.get("base") or {}, "checksum", base.checksum),
+        ("the tokenizer", tokenizer, "sha256", facts["tokenizer"]["sha256"]),
         (f"the dataset {facts['path']}", noted, "sha256", facts["sha256"]),
         ("the set of held-out examples", noted, "eval_sha256", facts["eval_sha256"]),
         (

@@ -38,6 +38,7 @@ from lighten.data.tokenise import EncodingCounts
 from lighten.machine.hardware import cache_folder
 from lighten.models import Limits
 from lighten.recipe import Recipe
+from lighten.training.encoding import tokenizer_facts
 
 # Smaller data are encoded before a cache would be looked up.
 LEAST_BYTES = 2**20
@@ -108,10 +109,7 @@ class RowCache:
             "template": template,
             # a template may write the date
             "date": str(date.today()) if re.search(r"strftime_now|date", template) else None,
-            "tokenizer": hashlib.sha256(
-                tokenizer.backend_tokenizer.to_str().encode()
-                + repr((type(tokenizer).__name__, tokenizer.special_tokens_map)).encode()
-            ).hexdigest(),
+            "tokenizer": tokenizer_facts(tokenizer),
         }
         text = json.dumps(identity, sort_keys=True, default=str)
         self.folder = _root() / hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -18,7 +18,7 @@ from lighten.models import Limits
 from lighten.paths import split_limit
 from lighten.recipe import Recipe
 from lighten.training import held_out_data
-from lighten.training.encoding import Progress, encode_as, lost_sentences
+from lighten.training.encoding import Progress, encode_as, lost_sentences, tokenizer_facts
 from lighten.training.held_out_data import held_out_source
 from lighten.training.row_cache import RowCache
 
@@ -68,11 +68,11 @@ def load_rows(
     cache = RowCache(recipe, _files(recipe), tokenizer, limits)
     entry = cache.load()
     if entry is not None:
-        return _rows(recipe, limits, template, *entry, cached=True)
+        return _rows(recipe, limits, tokenizer, template, *entry, cached=True)
     train, held_out, facts, notes = _read_rows(recipe, tokenizer, limits, cache.contents, progress)
     extras = {"facts": facts, "notes": notes}
     parts = cache.save({"train": train, "held_out": held_out}, extras)
-    return _rows(recipe, limits, template, parts, extras, cached=False)
+    return _rows(recipe, limits, tokenizer, template, parts, extras, cached=False)
 
 
 def cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
@@ -84,7 +84,9 @@ def cached_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows | No
     limits = _limits(recipe, tokenizer)
     template = data.choose_template(tokenizer, recipe.chat_template)
     entry = RowCache(recipe, _files(recipe), tokenizer, limits).load()
-    return None if entry is None else _rows(recipe, limits, template, *entry, cached=True)
+    return (
+        None if entry is None else _rows(recipe, limits, tokenizer, template, *entry, cached=True)
+    )
 
 
 def sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int) -> Rows:
@@ -110,7 +112,7 @@ def sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int) 
     extras = {"facts": {}, "notes": data.left_out("training", dataset)}
     parts = {"train": encoded, "held_out": None}
     of_rows = round(len(train) * len(encoded.rows) / len(sample))
-    return _rows(recipe, limits, template, parts, extras, cached=False, of_rows=of_rows)
+    return _rows(recipe, limits, tokenizer, template, parts, extras, cached=False, of_rows=of_rows)
 
 
 def _limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Limits:
@@ -125,6 +127,7 @@ def _limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Limits:
 def _rows(
     recipe: Recipe,
     limits: Limits,
+    tokenizer: PreTrainedTokenizerBase,
     template: TemplateChoice,
     parts: Mapping[str, Encoded | None],
     extras: Mapping[str, Any],
@@ -139,6 +142,8 @@ def _rows(
         "reason": template.reason,
         "sha256": hashlib.sha256(template.text.encode()).hexdigest(),
     }
+    if of_rows is None:  # else no run comes of them
+        facts["tokenizer"] = tokenizer_facts(tokenizer)
     longest = limits.longest(recipe.max_length)[1]
     notes = [*extras["notes"], *lost_sentences(encoded, limits, longest)]
     if parts["held_out"] is None and of_rows is None:
