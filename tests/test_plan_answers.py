@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 from pathlib import Path
@@ -19,15 +20,17 @@ from lighten.generation.settings import Sampling
 from lighten.planning import answers, process_overhead
 from lighten.planning.answers import answer_peak, resident_after
 from lighten.planning.memory import TOKENIZER_FACTOR
+from lighten.planning.process_overhead import AnswerContext
 from lighten.planning.storage_tracker import StorageTracker
 from tests.tiny import VOCAB, save_tiny, tiny_config
 
-PROCESS_BYTES = 1_000
+PROCESS_BYTES, MODEL_BYTES = 1_000, 400
 
 
 @pytest.fixture(autouse=True)
 def process_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "answer_bytes", lambda: PROCESS_BYTES)
+    context = AnswerContext(PROCESS_BYTES, MODEL_BYTES)
+    monkeypatch.setattr(answers, "answer_context", lambda: context)
 
 
 def held(folder: Path, attention: str, dtype: str, rows: int, tokens: int) -> tuple[int, int]:
@@ -133,8 +136,8 @@ def test_what_stays_of_a_quantised_model(tiny_folder: Path) -> None:
     linear = sum(
         parameter.numel() for name, parameter in model.named_parameters() if "proj" in name
     )
-    assert resident_after(str(tiny_folder), storage="int8", rest="int8") == every + PROCESS_BYTES
-    expected = linear * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * (every - linear) + PROCESS_BYTES
+    assert resident_after(str(tiny_folder), storage="int8", rest="int8") == every + MODEL_BYTES
+    expected = linear * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * (every - linear) + MODEL_BYTES
     planned = resident_after(str(tiny_folder), storage="nf4 double", rest="bfloat16")
     assert planned == pytest.approx(expected, abs=1)
 
@@ -146,17 +149,25 @@ def test_what_a_process_takes_that_answers_is_measured_once(
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         commands.append(command)
-        return subprocess.CompletedProcess(command, 0, 'a warning\n{"bytes": 20000000}\n', "")
+        figures = '{"bytes": 20000000, "model_bytes": 14000000}'
+        return subprocess.CompletedProcess(command, 0, f"a warning\n{figures}\n", "")
 
     monkeypatch.setattr(process_overhead.subprocess, "run", run)
     path = tmp_path / "answers.json"
-    assert process_overhead.answer_bytes(path) == process_overhead.answer_bytes(path) == 20_000_000
+    first = process_overhead.answer_context(path)
+    assert first == process_overhead.answer_context(path) == AnswerContext(20_000_000, 14_000_000)
     ((*_, what),) = commands
     assert what == "answering"
+    # A file of an older version lacks one of them.
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["model_bytes"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert process_overhead.answer_context(path) == first
+    assert len(commands) == 2
 
     def fails(command: list[str], **_: Any) -> None:
         raise subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(process_overhead.subprocess, "run", fails)
-    unmeasured = process_overhead.answer_bytes(tmp_path / "other.json")
+    unmeasured = process_overhead.answer_context(tmp_path / "other.json")
     assert unmeasured == process_overhead.UNMEASURED_ANSWER

@@ -17,7 +17,7 @@ from lighten.models import skeleton
 from lighten.models.load import locate
 from lighten.planning import serving
 from lighten.planning.memory import TOKENIZER_FACTOR
-from lighten.planning.process_overhead import answer_bytes
+from lighten.planning.process_overhead import answer_context
 from lighten.planning.serve import sizes_of
 from lighten.planning.storage_tracker import KERNEL_BYTES
 
@@ -110,7 +110,7 @@ def _process_bytes(model: str, revision: str | None) -> int:
     """What a process takes that answers, and its tokenizer."""
     file = locate(model, revision=revision, weights=False)[1] / "tokenizer.json"
     tokenizer = TOKENIZER_FACTOR * file.stat().st_size if file.is_file() else 0
-    return answer_bytes() + int(tokenizer)
+    return answer_context().bytes + int(tokenizer)
 
 
 def kernel_bytes(dtype: str, attention: str, new_tokens: int) -> int:
@@ -127,7 +127,9 @@ def kernel_bytes(dtype: str, attention: str, new_tokens: int) -> int:
 
 
 def resident_after(model: str, *, storage: str, rest: str, revision: str | None = None) -> int:
-    """Bytes that stay once a quantised model has answered, its tokenizer not counted.
+    """Bytes that stay once a quantised model has answered, as its receipt counts them.
+
+    Neither its tokenizer is among them nor the code that runs it.
 
     Args:
         model: The base before it was quantised, as for `models.load`.
@@ -140,7 +142,7 @@ def resident_after(model: str, *, storage: str, rest: str, revision: str | None 
     """
     sizes = sizes_of(skeleton(model, revision=revision))
     weights = serving.weight_bytes(sizes.linear_numbers, sizes.rest, storage, rest)
-    return weights + answer_bytes()
+    return weights + answer_context().model_bytes
 
 
 def moments(

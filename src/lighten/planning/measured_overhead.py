@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lighten.planning import probe
-from lighten.planning.process_overhead import UNMEASURED, Context
+from lighten.planning.process_overhead import UNMEASURED, AnswerContext, Context
 from lighten.recipe import Recipe
 
 # Small enough that its own tensors do not count.
@@ -29,31 +29,34 @@ def training() -> Context:
     return Context(measured["settled_bytes"], measured.get("worker_bytes", UNMEASURED.worker_bytes))
 
 
-def answering() -> dict[str, int]:
+def answering() -> AnswerContext:
     """Answer here and now, and see what stays when every free page is given back."""
-    import psutil
     import torch
     from transformers import DynamicCache
 
     from lighten import models
     from lighten.cpu import allocator
+    from lighten.models.resident import load_code, resident_bytes
     from lighten.planning import build
     from lighten.training import run
 
     assert build is not None  # imported before anything is measured
     assert run is not None
     allocator.keep_pages("cpu")
-    before = psutil.Process().memory_info().rss
+    before = resident_bytes()
     with tempfile.TemporaryDirectory(prefix="lighten-context-") as folder, torch.inference_mode():
-        model = probe.random_base(_recipe(folder), "cpu").model
+        recipe = _recipe(folder)
+        load_code(folder)
+        started = resident_bytes()
+        model = probe.random_base(recipe, "cpu").model
         cache = {models.cache_argument(model): DynamicCache(config=model.config)}
         ids = torch.ones(1, TOKENS, dtype=torch.int64)
         for _ in range(NEW_TOKENS):
             logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache).logits
             ids = logits[:, -1:].argmax(-1)
         del cache, ids, logits
-        allocator.trim()
-        return {"bytes": psutil.Process().memory_info().rss - before}
+        after = resident_bytes()
+    return AnswerContext(after - before, after - started)
 
 
 def _recipe(folder: str) -> Recipe:
@@ -68,5 +71,5 @@ def _recipe(folder: str) -> Recipe:
 
 
 if __name__ == "__main__":
-    figures = answering() if sys.argv[1:] == ["answering"] else asdict(training())
-    print(json.dumps(figures))  # noqa: T201
+    figures = answering() if sys.argv[1:] == ["answering"] else training()
+    print(json.dumps(asdict(figures)))  # noqa: T201

@@ -12,9 +12,9 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lighten import cpu, runs
 from lighten.errors import UserError
@@ -38,9 +38,25 @@ class Context:
     worker_bytes: int
 
 
+@dataclass(frozen=True)
+class AnswerContext:
+    """What comes with answering and is no tensor's, a tokenizer's aside.
+
+    Attributes:
+        bytes: Resident in the process that answers.
+        model_bytes: The part that comes with the model, once code is imported and threads have
+            started: what a quantised model's resident memory is counted from.
+    """
+
+    bytes: int
+    model_bytes: int
+
+
+_Figures = TypeVar("_Figures", Context, AnswerContext)
 # Where it cannot be measured: a Xeon with AMX, torch 2.13.
 UNMEASURED = Context(115 * MIB, 100 * MIB)
-UNMEASURED_ANSWER = 25 * MIB  # where it cannot be, either: an EPYC with AVX512-BF16, torch 2.13
+# The same: an EPYC with AVX512-BF16, torch 2.13.
+UNMEASURED_ANSWER = AnswerContext(25 * MIB, 15 * MIB)
 
 
 def context_of(path: Path | None = None) -> Context:
@@ -49,30 +65,23 @@ def context_of(path: Path | None = None) -> Context:
     Args:
         path: Where the figures are kept; default in the cache folder.
     """
-    measured = _measured("training", path or cache_folder() / FILE)
-    try:
-        return Context(int(measured["bytes"]), int(measured["worker_bytes"]))
-    except (KeyError, TypeError, ValueError):
-        return UNMEASURED
+    return _measured(UNMEASURED, "training", path or cache_folder() / FILE)
 
 
-def answer_bytes(path: Path | None = None) -> int:
-    """What is resident in a process that answers here and is no tensor's, a tokenizer's aside.
+def answer_context(path: Path | None = None) -> AnswerContext:
+    """The same of a process that answers.
 
     Args:
-        path: Where the figure is kept; default in the cache folder.
+        path: Where the figures are kept; default in the cache folder.
     """
-    measured = _measured("answering", path or cache_folder() / ANSWERS_FILE)
-    try:
-        return int(measured["bytes"])
-    except (KeyError, TypeError, ValueError):
-        return UNMEASURED_ANSWER
+    return _measured(UNMEASURED_ANSWER, "answering", path or cache_folder() / ANSWERS_FILE)
 
 
-def _measured(what: str, path: Path) -> dict[str, Any]:
-    """Figures of a process, from a file or measured now; none where they cannot be.
+def _measured(unmeasured: _Figures, what: str, path: Path) -> _Figures:
+    """Figures of a process, from a file or measured now.
 
     Args:
+        unmeasured: What they are where they cannot be measured.
         what: As `lighten.planning.measured_overhead` takes it.
         path: Where they are kept.
     """
@@ -83,7 +92,7 @@ def _measured(what: str, path: Path) -> dict[str, Any]:
     try:
         record: Any = json.loads(path.read_text(encoding="utf-8"))
         if record["of"] == stamp:
-            return dict(record)
+            return _figures(unmeasured, record)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet
     try:
@@ -91,12 +100,27 @@ def _measured(what: str, path: Path) -> dict[str, Any]:
             [sys.executable, "-m", "lighten.planning.measured_overhead", what],
             capture_output=True, text=True, check=True, timeout=TIMEOUT_S,
         )  # fmt: skip
-        figures = dict(json.loads(completed.stdout.strip().splitlines()[-1]))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError, TypeError):
-        return {}
+        figures = _figures(unmeasured, json.loads(completed.stdout.strip().splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError, KeyError, TypeError):
+        return unmeasured
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, {"of": stamp, **figures})
+        runs.write_json(path, {"of": stamp, **asdict(figures)})
     except (OSError, UserError):
         pass  # measured again the next time
     return figures
+
+
+def _figures(like: _Figures, record: Any) -> _Figures:
+    """A record as figures.
+
+    Args:
+        like: Of the same kind.
+        record: Read from JSON.
+
+    Raises:
+        KeyError: One of them is missing.
+        TypeError: It is none of them.
+        ValueError: One is no number.
+    """
+    return type(like)(**{field.name: int(record[field.name]) for field in fields(like)})

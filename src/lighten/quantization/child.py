@@ -13,7 +13,7 @@ from lighten.errors import UserError
 from lighten.jobs import MODELS, in_child
 from lighten.machine.containers import cores
 from lighten.machine.mapped import drop_mapped_weights
-from lighten.quantization.resident import load_code, resident_bytes
+from lighten.models.resident import load_code, resident_bytes
 from lighten.quantization.scores import EvaluationRow, score, speeds, summary
 from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
 
