@@ -58,8 +58,11 @@ class Answer:
         self.tokens.append(chosen.token)
         self.logprobs.append(dict(chosen.top))
 
-    def ended(self, how: Any, cached: int) -> None:
-        self.how, self.cached = how, cached
+    def begun(self, cached: int) -> None:
+        self.cached = cached
+
+    def ended(self, how: Any) -> None:
+        self.how = how
         self.done.set()
 
 
@@ -72,7 +75,11 @@ def ask(
     stops: frozenset[int] = frozenset(),
 ) -> Answer:
     answer = Answer()
-    engine.submit(Request(prompt, name, count, stops, GREEDY, VOCAB, answer.chosen, answer.ended))
+    engine.submit(
+        Request(
+            prompt, name, count, stops, GREEDY, VOCAB, answer.chosen, answer.ended, answer.begun
+        )
+    )  # fmt: skip
     return answer
 
 

@@ -46,8 +46,7 @@ def answer_together(
         ends: list[str | BaseException] = []
         complete = threading.Event()
 
-        def end(reason: str | BaseException, cached: int) -> None:
-            del cached
+        def end(reason: str | BaseException) -> None:
             ends.append(reason)
             if len(ends) == rows:
                 complete.set()

@@ -165,8 +165,7 @@ class Conversation:
         errors: list[BaseException] = []
         assert opened.engine is not None
 
-        def end(reason: str | BaseException, cached: int) -> None:
-            del cached
+        def end(reason: str | BaseException) -> None:
             if isinstance(reason, BaseException):
                 errors.append(reason)
             streamer.end()

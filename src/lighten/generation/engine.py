@@ -49,7 +49,8 @@ class Request:
             not among them.
         on_end: Called at the end with "stop" (a token ended it), "complete" (its grammar did),
             "length", "cancelled" or the error (a `UserError` where the request or its adapter is at
-            fault), and with the tokens of the prompt that were in the cache.
+            fault).
+        on_begin: Called before the first token with the prompt's tokens that were in the cache.
         grammar: That the answer has to follow; of this request alone.
     """
 
@@ -60,7 +61,8 @@ class Request:
     sampling: Sampling
     top_logprobs: int | None
     on_token: Callable[[Chosen], None]
-    on_end: Callable[[str | BaseException, int], None]
+    on_end: Callable[[str | BaseException], None]
+    on_begin: Callable[[int], None] = lambda _: None
     grammar: Grammar | None = None
 
 
@@ -73,7 +75,6 @@ class _Sequence:
     sampler: Sampler
     tokens: list[int]
     cached: int = 0  # tokens whose keys and values the slot holds
-    reused: int = 0  # of those, what it held before
     slot: int = -1
     cancelled: bool = False
     answer: list[int] = field(default_factory=list)
@@ -300,13 +301,14 @@ class Engine:
     def _admit(self) -> None:
         for sequence in [queued for queued in self._waiting if queued.cancelled]:
             self._waiting.remove(sequence)
-            sequence.request.on_end("cancelled", 0)
+            sequence.request.on_end("cancelled")
             if sequence.adapter is not None:
                 self._forget(sequence.adapter)
         while self._waiting and self._free:
             sequence = self._waiting.popleft()
             slot = max(self._free, key=lambda free: (self._shared(sequence, free), -free))
-            sequence.cached = sequence.reused = self._shared(sequence, slot)
+            sequence.cached = self._shared(sequence, slot)
+            sequence.request.on_begin(sequence.cached)
             self._free.remove(slot)
             sequence.slot = slot
             self._running.append(sequence)
@@ -329,7 +331,7 @@ class Engine:
         )
         content.tokens, content.adapter = sequence.tokens[:reusable], sequence.adapter
         self._free.add(sequence.slot)
-        sequence.request.on_end(reason, sequence.reused)
+        sequence.request.on_end(reason)
         if sequence.adapter is not None:
             self._forget(sequence.adapter)
 

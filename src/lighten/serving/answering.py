@@ -6,13 +6,20 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from lighten.errors import UserError
 from lighten.serving.adapters import Model
 from lighten.serving.answers import Choice, Form, Usage, failure_event
-from lighten.serving.engine import Engine, EngineFailed, EngineRefused, Generation, Piece
+from lighten.serving.engine import (
+    Engine,
+    EngineFailed,
+    EngineRefused,
+    Generation,
+    Piece,
+    TokenLogprob,
+)
 from lighten.serving.metrics import Metrics
 from lighten.serving.registry import Registry
 from lighten.serving.requests import Refused
@@ -118,21 +125,31 @@ async def chained(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 class Answering:
-    """The answers of one request while they are made."""
+    """The answers of one request while they are made.
+
+    Args:
+        front: What the routes share.
+        model: Who answers.
+        generations: Of each prompt, one after another.
+        stops: Texts that end an answer.
+        answers: To each prompt.
+    """
 
     def __init__(
         self, front: Front, model: Model, generations: Sequence[Generation], stops: Sequence[str],
-        prompt_tokens: int,
+        answers: int,
     ) -> None:  # fmt: skip
         self._front, self._model, self._generations = front, model, generations
-        self._stops, self._prompt_tokens = stops, prompt_tokens
+        self._stops, self._answers = stops, answers
+        self._prompt_tokens = sum(len(each.prompt) for each in generations[::answers])
         self._began = time.perf_counter()
         self._first = True
 
     def usage(self, choices: Sequence[Choice]) -> Usage:
         """Tokens; a prompt that has several answers counts once."""
         completion = sum(choice.tokens for choice in choices)
-        return Usage(self._prompt_tokens, completion, min(self._prompt_tokens, choices[0].cached))
+        cached = sum(choice.cached for choice in choices[:: self._answers])
+        return Usage(self._prompt_tokens, completion, min(self._prompt_tokens, cached))
 
     async def collect(self) -> list[Choice]:
         """All answers, when all are made."""
@@ -180,8 +197,9 @@ class Answering:
                         begun.add(number)
                         if (opening := form.first(number)) is not None:
                             yield opening
-                    if piece.text or piece.logprobs or piece.finish:
-                        yield form.part(number, piece.text, piece.logprobs, piece.finish)
+                    told = piece.logprobs or piece.missing_logprobs
+                    if piece.text or piece.finish or told:
+                        yield form.part(number, piece)
                 if usage:
                     yield form.usage(self.usage(choices))
                 yield "data: [DONE]\n\n"
@@ -197,21 +215,23 @@ class Answering:
 
     async def _pieces(self, generation: Generation, choice: Choice) -> AsyncIterator[Piece]:
         """The engine's pieces up to a stop text, each added to the choice before it is given."""
-        stops = StopTexts(self._stops)
+        stops, length = StopTexts(self._stops), 0
         pieces = self._front.engine.generate(generation)
         async with contextlib.aclosing(pieces):  # type: ignore[type-var]
             async for piece in pieces:
                 self._tell_first()
+                logprobs = _placed(piece, length)
+                length += len(piece.text)
                 text = stops.take(piece.text)
                 finish = "stop" if stops.stopped else piece.finish
                 if finish is not None and not stops.stopped:
                     text += stops.rest()
                 choice.text += text
-                choice.logprobs += piece.logprobs
+                choice.logprobs += logprobs
                 choice.finish, choice.tokens = finish, piece.tokens
                 choice.cached = piece.cached
                 choice.missing_logprobs += piece.missing_logprobs
-                yield Piece(text, piece.logprobs, finish, piece.tokens, piece.cached)
+                yield replace(piece, text=text, logprobs=logprobs, finish=finish)
                 if finish is not None:
                     return
 
@@ -253,6 +273,18 @@ class Answering:
             self._front.metrics.count("engine_failures", model=self._model.name)
             return Refused(503, f"the engine failed: {error}")
         return error
+
+
+def _placed(piece: Piece, begin: int) -> tuple[TokenLogprob, ...]:
+    """A piece's tokens with their places in the answer's text, where the piece begins at `begin`.
+
+    Tokens that are parts of one character begin where it does.
+    """
+    placed, at = [], begin
+    for token in piece.logprobs:
+        placed.append(replace(token, offset=at))
+        at = min(at + len(token.text), begin + len(piece.text))
+    return tuple(placed)
 
 
 def _cause(error: BaseException) -> BaseException:

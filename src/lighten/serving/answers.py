@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lighten.serving.engine import Finish, TokenLogprob
+from lighten.serving.engine import Finish, Piece, TokenLogprob
 
 
 @dataclass
@@ -50,9 +50,7 @@ class Form(Protocol):
     def first(self, number: int) -> str | None:
         """What a stream begins each answer with."""
 
-    def part(
-        self, number: int, text: str, logprobs: Sequence[TokenLogprob], finish: Finish | None
-    ) -> str:
+    def part(self, number: int, piece: Piece) -> str:
         """The next part of a streamed answer."""
 
     def usage(self, usage: Usage) -> str:
@@ -101,24 +99,23 @@ class ChatForm(_BaseForm):
         return self._event([{"index": number, "delta": delta, "logprobs": None,
                              "finish_reason": None}])  # fmt: skip
 
-    def part(
-        self, number: int, text: str, logprobs: Sequence[TokenLogprob], finish: Finish | None
-    ) -> str:
+    def part(self, number: int, piece: Piece) -> str:
         """See `Form`."""
-        delta = {"content": text} if text or finish is None else {}
-        token_logprobs = self._probabilities(logprobs) if logprobs else None
-        return self._event([{"index": number, "delta": delta, "logprobs": token_logprobs,
-                             "finish_reason": finish}])  # fmt: skip
+        delta = {"content": piece.text} if piece.text or piece.finish is None else {}
+        told = piece.logprobs or piece.missing_logprobs
+        logprobs = self._probabilities(piece.logprobs, piece.missing_logprobs) if told else None
+        return self._event([{"index": number, "delta": delta, "logprobs": logprobs,
+                             "finish_reason": piece.finish}])  # fmt: skip
 
     def _probabilities(
-        self, logprobs: Sequence[TokenLogprob], missing: int = 0
+        self, logprobs: Sequence[TokenLogprob], missing: int
     ) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         content = [
             {**_token(token), "top_logprobs": [_token(top) for top in token.top]}
             for token in logprobs
-        ]  # fmt: skip
+        ]
         body = {"content": content, "refusal": None}
         return {**body, "missing_tokens": missing} if missing else body
 
@@ -128,7 +125,6 @@ class CompletionForm(_BaseForm):
 
     def __init__(self, model: str, logprobs: bool) -> None:
         super().__init__("text_completion", "text_completion", "cmpl", model, logprobs)
-        self._offsets: dict[int, int] = {}
 
     def full_body(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """See `Form`."""
@@ -136,7 +132,7 @@ class CompletionForm(_BaseForm):
             **self._head, "object": self._object_type,
             "choices": [
                 {"index": number, "text": choice.text, "finish_reason": choice.finish,
-                 "logprobs": self._probabilities(number, choice.logprobs)}
+                 "logprobs": self._probabilities(choice.logprobs, choice.missing_logprobs)}
                 for number, choice in enumerate(choices)
             ],
             "usage": usage.body(),
@@ -146,32 +142,28 @@ class CompletionForm(_BaseForm):
         """See `Form`."""
         return None
 
-    def part(
-        self, number: int, text: str, logprobs: Sequence[TokenLogprob], finish: Finish | None
-    ) -> str:
+    def part(self, number: int, piece: Piece) -> str:
         """See `Form`."""
-        token_logprobs = self._probabilities(number, logprobs) if logprobs else None
-        return self._event([{"index": number, "text": text, "logprobs": token_logprobs,
-                             "finish_reason": finish}])  # fmt: skip
+        told = piece.logprobs or piece.missing_logprobs
+        logprobs = self._probabilities(piece.logprobs, piece.missing_logprobs) if told else None
+        return self._event([{"index": number, "text": piece.text, "logprobs": logprobs,
+                             "finish_reason": piece.finish}])  # fmt: skip
 
     def _probabilities(
-        self, number: int, logprobs: Sequence[TokenLogprob]
+        self, logprobs: Sequence[TokenLogprob], missing: int
     ) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
-        offsets, at = [], self._offsets.get(number, 0)
-        for token in logprobs:
-            offsets.append(at)
-            at += len(token.text)
-        self._offsets[number] = at
-        return {
+        body = {
             "tokens": [_token_key(token) for token in logprobs],
             "token_logprobs": [token.logprob for token in logprobs],
+            # The token itself is always among them, so there may be one more than were wanted.
             "top_logprobs": [
-                {_token_key(top): top.logprob for top in token.top} for token in logprobs
+                {_token_key(top): top.logprob for top in (*token.top, token)} for token in logprobs
             ],
-            "text_offset": offsets,
+            "text_offset": [token.offset for token in logprobs],
         }
+        return {**body, "missing_tokens": missing} if missing else body
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class CohortEngine:
         assert texts is not None
         assert grammars is not None
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Chosen | tuple[str | BaseException, int]] = asyncio.Queue()
+        events: asyncio.Queue[int | Chosen | str | BaseException] = asyncio.Queue()
 
         def put(event: Any) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
@@ -128,13 +128,13 @@ class CohortEngine:
             request = Request(
                 list(generation.prompt), generation.adapter, generation.max_tokens,
                 generation.stop_ids, generation.sampling, generation.logprobs,
-                put, lambda end, cached: put((end, cached)), grammar,
+                on_token=put, on_end=put, on_begin=put, grammar=grammar,
             )  # fmt: skip
             cancel = engine.submit(request)
         except UserError as error:
             raise EngineRefused(str(error)) from error
         stream = texts.stream(generation.shown)
-        tokens, ended = 0, False
+        tokens, cached, ended = 0, 0, False
         try:
             while not ended:
                 event = await events.get()
@@ -143,18 +143,21 @@ class CohortEngine:
                     logprobs = () if event.logprob is None else (
                         texts.token_logprob(event.token, event.logprob, event.top),
                     )  # fmt: skip
-                    yield Piece(stream.text(event.token), logprobs, tokens=tokens)
+                    text = stream.text(event.token)
+                    yield Piece(text, logprobs, tokens=tokens, cached=cached)
                     continue
-                end, cached = event
+                if isinstance(event, int):
+                    cached = event
+                    continue
                 ended = True
-                if isinstance(end, UserError):
-                    raise EngineRefused(str(end)) from end
-                if isinstance(end, BaseException):
-                    raise EngineFailed(str(end) or type(end).__name__) from end
-                if end == "cancelled":
+                if isinstance(event, UserError):
+                    raise EngineRefused(str(event)) from event
+                if isinstance(event, BaseException):
+                    raise EngineFailed(str(event) or type(event).__name__) from event
+                if event == "cancelled":
                     raise EngineFailed("the answer was cancelled")
-                finish: Finish = "length" if end == "length" else "stop"
-                yield Piece("", finish=finish, tokens=tokens + (end == "stop"), cached=cached)
+                finish: Finish = "length" if event == "length" else "stop"
+                yield Piece("", finish=finish, tokens=tokens + (event == "stop"), cached=cached)
         finally:
             if not ended:
                 cancel()

@@ -49,13 +49,18 @@ class Generation:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token with its natural log-probability before sampling settings, and its alternatives."""
+    """A token with its natural log-probability before sampling settings, and its alternatives.
+
+    `offset` is where it begins in the answer's text, in letters: that of the character that it is
+    a part of.
+    """
 
     id: int
     text: str
     bytes: tuple[int, ...]
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Piece:
         logprobs: Of its tokens, where they were asked for.
         finish: Why the answer ends here, None where it goes on.
         tokens: Tokens generated so far, the one that ended the answer included.
-        cached: Prompt tokens whose state was there already; known with the last piece.
+        cached: Prompt tokens whose state was there already.
         missing_logprobs: Tokens whose log-probabilities were asked for and are not known.
     """
 

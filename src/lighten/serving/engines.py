@@ -155,7 +155,7 @@ def _llamacpp(
     for adapter in registry.adapters:  # refused here, with the reason, and not while it serves
         adapters.adapter_as_gguf(adapter, base)
     return LlamaCpp(
-        model, lambda adapter: adapters.adapter_as_gguf(adapter, base),
+        model, base.asking.tokenizer, lambda adapter: adapters.adapter_as_gguf(adapter, base),
         context=context, slots=options.slots, threads=options.threads,
         gpu_layers=options.gpu_layers, cache="f32" if options.storage == "f32" else "f16",
         flags=dict(options.engine_flags), prefix_caching=options.prefix_caching,

@@ -310,7 +310,7 @@ async def _answer(
     if front.answering + len(generations) > front.limits.waiting:
         raise Refused(429, f"{front.answering} answers are under way or wait; try again later",
                       None, "rate_limit_exceeded")  # fmt: skip
-    run = Answering(front, model, generations, parsed.stops, sum(map(len, prompts)))
+    run = Answering(front, model, generations, parsed.stops, parsed.answers)
     if parsed.stream:
         options = parsed.stream_options
         events = run.events(form, usage=options is not None and options.include_usage)

@@ -13,8 +13,9 @@ What is guarded here, since its server takes it without a word (measured, b11549
 - It takes likely tokens before it looks at the temperature; the order is told, as OpenAI's is.
 - An adapter under which numbers overflow answers with nothing and may spoil the cache of later
   answers: each is tried before it serves.
-- Tokens that are no whole character are missing from its stream (a Korean syllable of three
-  tokens is told as one); their number is known, their log-probabilities are not.
+- Tokens that are no whole character are missing from its stream: a Korean syllable of three tokens
+  is told as one, with the probability of the last. That one alone is told here, as the part that it
+  is; the number of the others is known, their log-probabilities are not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from lighten.serving.engine import (
 )
 from lighten.serving.schemas import compiled, laid_out
 from lighten.serving.server_process import ServerProcess, Supervisor, visible_gpus
+from lighten.serving.texts import Texts
 
 _START_S = 600.0  # a large model from a slow disk
 _MOST_SCHEMAS = 1000  # remembered
@@ -67,6 +69,7 @@ class LlamaCpp:
 
     Args:
         model: The base as GGUF.
+        tokenizer: Of the base.
         convert: Path of an adapter as GGUF; may take a second, so it runs in a thread.
         context: Tokens that a prompt and its answer may have together.
         slots: Answers made at the same time.
@@ -82,6 +85,7 @@ class LlamaCpp:
     def __init__(
         self,
         model: Path,
+        tokenizer: Any,
         convert: Callable[[Adapter], Path],
         *,
         context: int,
@@ -93,7 +97,7 @@ class LlamaCpp:
         prefix_caching: bool = True,
     ) -> None:
         self.model, self.context, self.slots = model, context, slots
-        self._convert = convert
+        self._convert, self._texts = convert, Texts(tokenizer)
         self._threads = threads or containers.cores()
         self._gpu_layers, self._cache, self._flags = gpu_layers, cache, flags or {}
         self._prefix_caching = prefix_caching
@@ -157,7 +161,7 @@ class LlamaCpp:
             if generation.schema is not None:
                 await self._require_obeyed(process, generation.schema)
             body = request_body(generation, process.adapters, prefix_caching=self._prefix_caching)
-            async for piece in _pieces(process, generation, body):
+            async for piece in _pieces(process, generation, body, self._texts):
                 yield piece
 
     async def _require_obeyed(self, process: ServerProcess, schema: dict[str, Any]) -> None:
@@ -273,6 +277,7 @@ def request_body(
         "stream": True,
         "return_tokens": True,
         "cache_prompt": prefix_caching,
+        "return_progress": True,  # tells how much of the prompt was there before it is computed
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -298,39 +303,45 @@ def request_body(
 
 
 async def _pieces(
-    process: ServerProcess, generation: Generation, body: dict[str, Any]
+    process: ServerProcess, generation: Generation, body: dict[str, Any], texts: Texts
 ) -> AsyncIterator[Piece]:
     events = wire.post_stream(process.socket, "/completion", body)
     async with contextlib.aclosing(events):
-        tokens = reported_tokens = 0
+        tokens = reported_tokens = cached = 0
+
+        def missing(told: int) -> int:
+            """Tokens since the last event whose log-probabilities are wanted and not known."""
+            return 0 if generation.logprobs is None else max(0, tokens - reported_tokens - told)
+
         async for event in events:
+            if (progress := event.get("prompt_progress")) is not None:
+                cached = progress["cache"]
+                continue
             tokens = event.get("tokens_predicted", tokens)
             if event.get("stop"):
                 finish: Finish = "length" if event["stop_type"] == "limit" else "stop"
-                cached = event.get("timings", {}).get("cache_n", 0)
-                yield Piece(event.get("content", ""), (), finish, tokens, cached)
+                # A token that ends an answer is never told.
+                untold = missing(int(finish == "stop"))
+                yield Piece(event.get("content", ""), (), finish, tokens, cached, untold)
                 return
             if any(token in generation.stop_ids for token in event["tokens"]):
-                yield Piece("", (), "stop", tokens)  # hanging up frees its slot
+                yield Piece("", (), "stop", tokens, cached, missing(1))  # hanging up frees its slot
                 return
-            logprobs = tuple(_logprobs(event, generation))
-            # A character of several tokens is told with its last one.
-            missing_logprobs = (
-                0 if generation.logprobs is None else tokens - reported_tokens - len(logprobs)
-            )
+            logprobs = tuple(_logprobs(event, generation, texts))
+            untold = missing(len(logprobs))
             reported_tokens = tokens
-            yield Piece(event["content"], logprobs, None, tokens, 0, missing_logprobs)
+            yield Piece(event["content"], logprobs, None, tokens, cached, untold)
     raise EngineFailed("the engine ended its answer without an end")
 
 
-def _logprobs(event: dict[str, Any], generation: Generation) -> list[TokenLogprob]:
+def _logprobs(
+    event: dict[str, Any], generation: Generation, texts: Texts
+) -> Iterator[TokenLogprob]:
+    """What is told of an event's tokens, each with the text of that token alone."""
     if generation.logprobs is None:
-        return []
-    return [
-        _token(entry, tuple(_token(top) for top in entry["top_logprobs"][: generation.logprobs]))
-        for entry in event.get("completion_probabilities", ())
-    ]
-
-
-def _token(entry: dict[str, Any], top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-    return TokenLogprob(entry["id"], entry["token"], tuple(entry["bytes"]), entry["logprob"], top)
+        return
+    for entry in event.get("completion_probabilities", ()):
+        top = entry["top_logprobs"][: generation.logprobs]
+        yield texts.token_logprob(
+            entry["id"], entry["logprob"], [(other["id"], other["logprob"]) for other in top]
+        )
