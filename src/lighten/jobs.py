@@ -25,6 +25,7 @@ from typing import IO, Any
 import psutil
 
 from lighten import forked_jobs
+from lighten.wording import first_line
 
 LOOK_S = 0.01
 # Looking takes at most this share of the time: of child processes it reads all pages' marks.
@@ -96,11 +97,12 @@ def in_child(
         stderr.seek(0)
         text = stderr.read().decode(errors="replace")
     if outcome.error is None and worker.returncode:
+        from lighten.engine.memory_errors import ended_by_it
+
         outcome.is_user_error = worker.returncode == USER_ERROR
         lines = text.strip().splitlines()
         outcome.error = lines[-1] if lines else f"it ended with {worker.returncode}"
-        # The kernel ends a process by signal 9 where memory is short.
-        outcome.out_of_memory = worker.returncode == -9 or _short(outcome.error)
+        outcome.out_of_memory = ended_by_it(worker.returncode, outcome.error)
         if worker.returncode == -9:
             outcome.error = "the system ended it: memory ran out"
     return outcome
@@ -111,12 +113,6 @@ def _started(libraries: tuple[str, ...], stdin: IO[bytes], stderr: IO[bytes]) ->
     return forked or subprocess.Popen(
         [sys.executable, "-m", "lighten.jobs"], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr
     )
-
-
-def _short(message: str) -> bool:
-    from lighten.engine.memory_errors import ran_out
-
-    return "MemoryError" in message or ran_out(RuntimeError(message))
 
 
 def _read(
@@ -199,7 +195,7 @@ def main() -> None:
         for record in run(**job["settings"]):
             print(json.dumps(record), flush=True)  # noqa: T201
     except UserError as error:
-        print(str(error).splitlines()[0], file=sys.stderr)  # noqa: T201
+        print(first_line(error), file=sys.stderr)  # noqa: T201
         sys.exit(USER_ERROR)
 
 

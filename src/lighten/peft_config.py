@@ -12,6 +12,7 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.safetensors_header import read_header
+from lighten.wording import first_line
 
 # Settings of a LoRA adapter whose update is more than scale·B·A on a linear layer.
 NOT_PLAIN = (
@@ -81,8 +82,9 @@ def from_hub(name: str) -> Path:
             f"{missing}, and the hub has nothing of that name, or it is private (set HF_TOKEN)"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{missing}, and the hub cannot be reached ({first})") from error
+        raise UserError(
+            f"{missing}, and the hub cannot be reached ({first_line(error)})"
+        ) from error
     if absent := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
         raise UserError(f"the hub's {name} is not an adapter in safetensors: it has no {absent[0]}")
     return folder

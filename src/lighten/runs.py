@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Sequence
@@ -229,6 +230,11 @@ class Run:
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON: {error}") from error
         return value
+
+
+def now() -> str:
+    """Date and time (UTC), as files keep them."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def folder_of(target: str) -> Path | None:

@@ -16,6 +16,11 @@ def with_article(noun: str) -> str:
     return f"{'an' if vowel else 'a'} {noun}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def counted(count: int, noun: str) -> str:
     """A number with its noun, which takes an s unless it is one: 1 step, 0 steps, 1,200 steps."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

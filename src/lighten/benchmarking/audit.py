@@ -17,15 +17,14 @@ from lighten import whole_files
 from lighten.artifacts.source import open_source
 from lighten.benchmarking import measuring, ratios, techniques
 from lighten.benchmarking.measuring import Measuring
-from lighten.benchmarking.running import now
 from lighten.benchmarking.techniques import LONG, TRAINING, Technique
 from lighten.errors import UserError
 from lighten.machine import devices, hardware
 from lighten.models.load import checksum, weight_files
 from lighten.recipe import Recipe
-from lighten.runs import AUDIT
+from lighten.runs import AUDIT, now
 from lighten.training.rows import data_sha256
-from lighten.wording import counted
+from lighten.wording import counted, first_line
 
 VERSION = 1
 # Of the time that is left after a first look: the first measurement of all rows. The rest is for
@@ -311,7 +310,7 @@ class _AuditRunner:
         try:
             row |= self.measuring.predicted(technique)
         except UserError as error:
-            return {**row, "status": "failed", "why": str(error).splitlines()[0]}
+            return {**row, "status": "failed", "why": first_line(error)}
         if self.left_s() <= 0:
             return {**row, **_out_of_budget(cost_s, 0.0, self.settings.budget_s)}
         allowed = min(self.left_s(), MOST_OF_ONE * self.settings.budget_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,8 @@ from lighten.planning import predict
 from lighten.planning.answers import answer_peak
 from lighten.planning.build import config_of
 from lighten.recipe import Recipe
+from lighten.runs import now
+from lighten.wording import first_line
 
 VERSION = 1
 FILE = "bench.json"
@@ -200,7 +201,7 @@ class Bench:
                     recipe = way_of(self.recipe, settings, checkpointing=checkpointing)
                     plan = planner(recipe)
                 except UserError as error:
-                    yield {**record, "why": str(error).splitlines()[0]}
+                    yield {**record, "why": first_line(error)}
                     continue
                 memory = plan.memory
                 predicted = memory.expected if memory.allocated is None else memory.allocated
@@ -361,8 +362,3 @@ def _earlier_records(
         return [r for r in before["records"] if alike and r["part"] not in measured]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # there is none, or another version's
-
-
-def now() -> str:
-    """Date and time, for files."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

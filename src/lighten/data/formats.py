@@ -17,6 +17,7 @@ from typing import Any
 from lighten.data.json_rows import json_rows
 from lighten.data.values import BadRowError
 from lighten.errors import UserError, missing_extra
+from lighten.wording import first_line
 
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 # Names of columns that say what a table is; its separator is the one that shows them.
@@ -168,7 +169,7 @@ def _table(file: Path) -> Iterator[Any]:
                         row[name] = int(row[name])
                 yield {key: _unfilled(value) for key, value in row.items()}
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         format_name = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
         raise UserError(f"{file} is not valid {format_name}: {reason}") from error
 

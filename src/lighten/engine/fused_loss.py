@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lighten.cpu import kernels
 from lighten.cpu.kernels import pointwise
+from lighten.wording import first_line
 
 log = logging.getLogger(__name__)
 BFLOAT16_SINCE = (8, 0)  # compute capability from which Triton converts numbers to bfloat16
@@ -71,7 +72,7 @@ def _obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a compiler, a linker or a driver: each has its own kind
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return first_line(error)
     return None
 
 

@@ -20,6 +20,17 @@ class ShortOfMemory(RuntimeError):
     """Memory ran out on a rank before anything moved, and every rank knows."""
 
 
+def ended_by_it(code: int, last_line: str) -> bool:
+    """Whether memory ran out in a process that has ended.
+
+    Args:
+        code: Its exit code, or minus the signal that ended it: the kernel takes 9 where memory is
+            short.
+        last_line: Of what it said as errors.
+    """
+    return code == -9 or "MemoryError" in last_line or _SAID.search(last_line) is not None
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on a processor."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

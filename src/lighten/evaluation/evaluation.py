@@ -35,7 +35,7 @@ from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.training import held_out_data
 from lighten.training.held_out_data import HeldOutData
-from lighten.wording import counted
+from lighten.wording import counted, first_line
 
 Progress = Callable[[str, int, int], None]
 
@@ -214,7 +214,7 @@ def askable(
         try:
             data.prompt_of(example, tokenizer, handling)
         except UserError as error:
-            reason = str(error).splitlines()[0].replace(example.where, "").lstrip(": ")
+            reason = first_line(error).replace(example.where, "").lstrip(": ")
             reasons.setdefault(reason, []).append(example.where)
             continue
         answerable.append(example)

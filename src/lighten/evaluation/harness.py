@@ -28,6 +28,7 @@ from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluation.metrics import mean_loss
 from lighten.evaluation.verdicts import verdict
 from lighten.recipe import EvaluateOptions
+from lighten.wording import first_line
 
 SEED = 1234
 # From summed [value, weight] of the documents to a figure, as lm-eval's aggregations of these names
@@ -135,8 +136,7 @@ def score(
                 fewshot_random_seed=SEED,
             )  # fmt: skip
         except (ValueError, KeyError, TypeError, OSError) as error:
-            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"tasks: lm-eval failed: {message}") from error
+            raise UserError(f"tasks: lm-eval failed: {first_line(error)}") from error
     assert results is not None
     for task, samples in results["samples"].items():
         direction = results["higher_is_better"].get(task, {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lighten.evaluation.bootstrap import Array, FromSums, Resamples
 from lighten.evaluation.result import Evaluation, Measured
 from lighten.evaluation.verdicts import verdict
 from lighten.recipe import EvaluateOptions
+from lighten.runs import now
 
 
 def summarise(
@@ -85,8 +85,7 @@ def summarise(
         "normalisation": "NFC",
         "signatures": signatures if answered else {},
     }
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Evaluation(recorded_settings, {}, summaries, differences, examples, created=now)
+    return Evaluation(recorded_settings, {}, summaries, differences, examples, created=now())
 
 
 def general_losses(statistics: Mapping[str, Array]) -> dict[str, Any]:

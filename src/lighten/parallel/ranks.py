@@ -19,7 +19,7 @@ from torch import Tensor
 from lighten.errors import UserError
 from lighten.parallel.foreign import set_aside
 from lighten.parallel.launch import Launch
-from lighten.wording import counted
+from lighten.wording import counted, first_line
 
 Value = TypeVar("Value")
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -214,7 +214,7 @@ def lost_within(rank: int, world_size: int) -> Iterator[None]:
 
 
 def _lost(rank: int, world_size: int, error: RuntimeError) -> PeerLost:
-    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    detail = first_line(error)
     return PeerLost(
         f"rank {rank} of {world_size} stopped because another rank has ended or cannot be "
         f"reached; that one's own message says why ({detail[:200]})"

@@ -6,7 +6,6 @@ it surely does not fit is the run refused.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +18,12 @@ from lighten.planning import calibration, offloaded, predict, text
 from lighten.planning.distributed import Distributed, of_recipe, on_ranks
 from lighten.planning.result import Plan
 from lighten.recipe import Recipe
-from lighten.runs import Run
+from lighten.runs import Run, now
 from lighten.training.base import require_trainable
 from lighten.training.prediction import Prediction
 from lighten.training.progress import TrainingProgress
 from lighten.training.rows import Rows
+from lighten.wording import first_line
 
 MOST_ADVICE = 3
 
@@ -82,7 +82,7 @@ def _rows(recipe: Recipe, device: Device, shown: TrainingProgress) -> Rows | Non
 
 def _none(error: Exception) -> Prediction:
     """Why there is no plan; whatever it is, the run does not depend on it."""
-    return Prediction([f"no plan: {_first_line(error)}"])
+    return Prediction([f"no plan: {first_line(error)}"])
 
 
 def remember(run: Run, *, uninterrupted: bool = True) -> None:
@@ -104,7 +104,7 @@ def remember(run: Run, *, uninterrupted: bool = True) -> None:
         uncorrected = plan.get("traced") or {}
         calibration.add(
             {
-                "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "when": now(),
                 "device": machine,
                 "model": plan["model"],
                 "weights_bytes": _weights_bytes(plan),
@@ -115,7 +115,7 @@ def remember(run: Run, *, uninterrupted: bool = True) -> None:
             }
         )
     except (UserError, OSError, KeyError) as error:
-        run.update(calibration=f"not kept: {_first_line(error)}")
+        run.update(calibration=f"not kept: {first_line(error)}")
 
 
 def _weights_bytes(plan: Mapping[str, Any]) -> float | None:
@@ -138,7 +138,7 @@ def _advice(
         try:
             changes = predict.changes_of(recipe, device, plan, rows)
         except Exception as error:  # memory may be short just now
-            return [f"what would need less cannot be planned here: {_first_line(error)}"]
+            return [f"what would need less cannot be planned here: {first_line(error)}"]
         return [text.change(change) for change in changes[:MOST_ADVICE]]
 
     return advice
@@ -161,8 +161,3 @@ def _refusal(plan: Plan, spread: Distributed | None, advice: Sequence[str]) -> s
     return f"{verdict}; --force trains all the same" + (
         f", and these would need less:{mend}" if advice else ""
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -93,9 +93,10 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
     lines = completed.stdout.strip().splitlines()
     measured = json.loads(lines[-1]) if completed.returncode == 0 and lines else None
     if measured is None:
+        from lighten.engine.memory_errors import ended_by_it
+
         message = _last_line(completed.stderr)
-        # The kernel ends a process by signal 9 where memory is short.
-        if completed.returncode != -9 and not found_short(message):
+        if not ended_by_it(completed.returncode, message):
             raise UserError(f"the probe failed: {message}")
         return Probed(None, None, None, plan.memory.expected, time_s, message or "killed")
     context = sum(p.bytes for p in plan.memory.parts if p.name == "device context")
@@ -109,13 +110,6 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
         peak, measured["memory"]["peak_bytes"] if on_gpu else None, measured["seconds"],
         plan.memory.expected, time_s,
     )  # fmt: skip
-
-
-def found_short(message: str) -> bool:
-    """Whether an error's last line says that memory ran out."""
-    from lighten.engine.memory_errors import ran_out
-
-    return "MemoryError" in message or ran_out(RuntimeError(message))
 
 
 def _last_line(text: str) -> str:

@@ -17,6 +17,7 @@ from lighten.planning.changes import SHORTEST, Planner
 from lighten.planning.result import MOST_TOKENS, Plan
 from lighten.recipe import Recipe
 from lighten.recipe.fields import RecipeFields
+from lighten.wording import first_line
 
 # How a base may be trained, by name; what is not named stays as the recipe has it.
 METHODS: dict[str, dict[str, Any]] = {
@@ -217,7 +218,7 @@ def largest_micro_batch(
             return Candidate(what, candidate_settings, plan, _too_much(plan))
         place = most(lambda i: _margin(planned(sizes[i])), 0, len(sizes) - 1)
     except UserError as error:
-        return Candidate(what, dict(settings), None, str(error).splitlines()[0])
+        return Candidate(what, dict(settings), None, first_line(error))
     candidate_settings, plan = plans[sizes[place]]
     return Candidate(what, candidate_settings, plan, "slower")
 
@@ -388,7 +389,7 @@ def _least(recipe: Recipe, planner: Planner, fixed: Sequence[str]) -> Plan | str
     try:
         plan = planner(recipe.changed(unfixed))
     except UserError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return _too_much(plan) if plan.fits() is False else plan
 
 

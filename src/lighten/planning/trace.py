@@ -23,6 +23,7 @@ from lighten.planning.step_time import Timed, time_of, workers_of
 from lighten.planning.steps import Traced, follow_recipe
 from lighten.recipe import Recipe
 from lighten.reporting.text import size
+from lighten.wording import first_line
 
 # What a process that trains on a GPU holds in main memory beside the base: the interpreter, PyTorch
 # and CUDA's libraries. Taken to be so, not measured.
@@ -78,9 +79,10 @@ def plan_recipe(
     except UserError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        name = recipe.model_name_or_path
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name} cannot be planned: its step cannot be traced ({first})") from error
+        raise UserError(
+            f"{recipe.model_name_or_path} cannot be planned: its step cannot be traced "
+            f"({first_line(error)})"
+        ) from error
     outside = tuple(_outside(recipe, config, device))
     margin = memory.BEYOND if outside else memory.WITHIN
     loading = memory.loading_of(source, path, traced.weights, converts)

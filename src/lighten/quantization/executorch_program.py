@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from lighten.errors import UserError
 from lighten.quantization.executorch_rounding import ProgramRounding, write_rounded
+from lighten.wording import first_line
 
 PREFILL_TOKENS = 128  # of one call at most; ExecuTorch's runner cuts longer prompts
 ATTENTION = "lighten_grouped"
@@ -70,7 +71,7 @@ def write_program(
         kind = model.config.model_type
         raise UserError(
             f"{folder} cannot become an ExecuTorch program: models of the type {kind} cannot be "
-            f"traced ({_first_line(error)}); export it --as gguf"
+            f"traced ({first_line(error)}); export it --as gguf"
         ) from error
     whole_files.write_bytes(target, data)
     return notes
@@ -113,12 +114,8 @@ def load(folder: Path, attention: str = "eager") -> Any:
             folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def grouped_attention(

@@ -19,6 +19,7 @@ from lighten.quantization.rounding import rounding_of
 from lighten.runs import whole_folder
 from lighten.safetensors_header import index_of
 from lighten.whole_files import scratch_folder
+from lighten.wording import first_line
 
 if TYPE_CHECKING:
     from lighten.quantization.verify import Receipt
@@ -123,8 +124,7 @@ def _merge_in_memory(
         model: Any = PeftModel.from_pretrained(base, artefact.adapter)
         whole = model.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{artefact.adapter} cannot be merged: {first_line}") from error
+        raise UserError(f"{artefact.adapter} cannot be merged: {first_line(error)}") from error
     with whole_folder(target) as partial:
         whole.to(getattr(torch, dtype_name)).save_pretrained(partial)
         add_companions(partial)

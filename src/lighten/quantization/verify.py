@@ -23,6 +23,7 @@ from lighten.quantization.questions import LONGEST_ANSWER, Questions
 from lighten.quantization.rounding import Rounding
 from lighten.quantization.runtime_loss import RuntimeLoss
 from lighten.runs import write_json
+from lighten.wording import first_line
 
 RECEIPT = "receipt.json"
 LONGEST, ANSWER = 256, 24
@@ -164,8 +165,7 @@ class InTransformers:
                 tokenizer or folder, local_files_only=True
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{adapter or folder} cannot be loaded: {first_line}") from error
+            raise UserError(f"{adapter or folder} cannot be loaded: {first_line(error)}") from error
         self.model = model.eval()
 
     def tokenise(self, text: str) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from lighten.machine import hardware
 from lighten.paths import expanded
 from lighten.recipe import Recipe
 from lighten.recipe.section import seconds
-from lighten.runs import Run
+from lighten.runs import Run, now
 from lighten.sweeps import ray_tune, result, tuning
 from lighten.sweeps.arms import FULL, Group, expand, full_arm, grid_of, group_arms
 from lighten.sweeps.budget import RUNGS, Halving, Speed, left_early, longest
@@ -76,7 +75,7 @@ def sweep(
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with suppress(OSError, ValueError):
             if not running.came_to_nothing(error):
-                running.write(status=ended, error=str(error) or type(error).__name__, ended=_now())
+                running.write(status=ended, error=str(error) or type(error).__name__, ended=now())
         raise
     finally:
         locks.release(running.folder)
@@ -115,7 +114,7 @@ class Sweep:
         commit, clean = hardware.commit()
         self.write(
             status="running", error=None, ended=None,
-            started=self._state.get("started") or _now(), commit=commit, tree_clean=clean,
+            started=self._state.get("started") or now(), commit=commit, tree_clean=clean,
             machine=hardware.machine().to_dict(), versions=hardware.versions(),
         )  # fmt: skip
         groups = self._groups() if self.recipe.sweep.search is None else self._searched()
@@ -127,7 +126,7 @@ class Sweep:
             self._collect(groups)
         if self.recipe.sweep.truncate:
             self.write(truncated=self._truncated(groups))
-        self.write(status="finished", ended=_now())
+        self.write(status="finished", ended=now())
         return SweepResult(self.folder, self._state)
 
     def write(self, **parts: Any) -> None:
@@ -464,7 +463,3 @@ def steps_of(recipe: Recipe, rows: int) -> int:
     per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     per_epoch = -(-rows // per_step)
     return recipe.max_steps or -(-int(recipe.num_train_epochs * per_epoch * 1000) // 1000)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -25,6 +25,7 @@ from lighten.errors import UserError, missing_extra
 from lighten.models.describe import skeleton
 from lighten.models.quantized import stored_as
 from lighten.recipe import Recipe
+from lighten.wording import first_line
 
 # Products summed in another order differ by a few roundings of the format.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -78,8 +79,9 @@ def try_conversion(model: PreTrainedModel) -> float:
     try:
         converted = really_quantised(layer)(x)
     except Exception as error:  # a library's; whatever it is, it would come after the training
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"qat: torchao cannot convert {path} ({first}), so {advice}") from error
+        raise UserError(
+            f"qat: torchao cannot convert {path} ({first_line(error)}), so {advice}"
+        ) from error
     trained = FakeQuantLinear._product(layer, x)
     largest = float(trained.abs().max())
     difference = float((trained.float() - converted.float()).abs().max()) / max(largest, 1e-30)

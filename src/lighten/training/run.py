@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +23,7 @@ from lighten.folders import resume_command
 from lighten.machine import hardware
 from lighten.parallel import launch, ranks
 from lighten.recipe import Recipe, spread
-from lighten.runs import PLAN, Run, write_json
+from lighten.runs import PLAN, Run, now, write_json
 from lighten.training import checkpoints, offloaded, quantization_aware, streaming, trackers
 from lighten.training.base import load_base, require_trainable, tokenizer_of
 from lighten.training.checkpoints import TrainerState
@@ -38,7 +37,7 @@ from lighten.training.progress import TrainingProgress
 from lighten.training.resuming import require_same_inputs
 from lighten.training.rows import load_rows
 from lighten.training.setup import Setup
-from lighten.wording import counted
+from lighten.wording import counted, first_line
 
 # After quantisation-aware training, so many rows go through the converted model too.
 COMPARED_ROWS = 8
@@ -104,7 +103,7 @@ def train(
                 with suppress(OSError, ValueError):
                     if not _came_to_nothing(run, error):
                         run.update(status=status, error=str(error) or type(error).__name__,
-                                   ended=_now())  # fmt: skip
+                                   ended=now())  # fmt: skip
             if error is not caught:
                 raise error from caught
             raise
@@ -156,17 +155,14 @@ def _explained(error: BaseException, run: Run, prediction: Prediction | None) ->
         return DiskFull(f"{error}, then go on with: {resume_command(run.folder)}")
     if not (isinstance(error, OutOfMemory) or ran_out(error)):
         return error
-    reason = str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {_line(error)}"
+    reason = (
+        str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {first_line(error)}"
+    )
     let_go(error)  # what would need less is planned in the same memory
     advice = prediction.advice() if prediction is not None else []
     if advice:
         reason = "\n  - ".join([f"{reason}; cheapest ways to need less:", *advice])
     return OutOfMemory(reason)
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
@@ -175,7 +171,7 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
         commit, clean = hardware.commit()
         run.update(
             version=1, name=run.name, status="running", error=None, ended=None,
-            started=(run.info().get("started") if resume else None) or _now(),
+            started=(run.info().get("started") if resume else None) or now(),
             commit=commit, tree_clean=clean,
             machine=hardware.machine().to_dict(), versions=hardware.versions(),
         )  # fmt: skip
@@ -357,7 +353,7 @@ def _finish(
         )
     run.update(
         status="finished",
-        ended=_now(),
+        ended=now(),
         adapters=adapters,
         choices=[
             *(choice for choice in run.info()["choices"] if choice["what"] != "packing"),
@@ -453,7 +449,3 @@ def _base_facts(base: models.Base) -> dict[str, Any]:
         "quantized_parameters": census.quantized,
         "file_bytes": base.file_bytes,
     }
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
