@@ -24,6 +24,7 @@ from benchmarks import (
     cohort_worker,
     comparison,
     engine,
+    float32,
     gpu_suite,
     limit,
     long_rows,
@@ -587,3 +588,29 @@ def test_the_peer_of_evaluation_measures_what_we_do(tmp_path: Path) -> None:
     together = peers_generate.answers(model, prompts, job)
     alone = [peers_generate.answers(model, [prompt], job)[0] for prompt in prompts]
     assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, None),
+        ({"losses": [2.0, 1.0, 0.6]}, "its losses are up to"),
+        ({"dtype": "bfloat16"}, "not both are in float32: bfloat16, float32"),
+        ({"moved": 0.0}, "no weight has changed"),
+    ],
+)
+def test_float32_beside_trl_counts_only_where_both_train_alike(
+    changes: dict[str, Any], why: str | None
+) -> None:
+    """The first of three steps takes long: it is in one of the speeds and not in the other."""
+    steps = lesson()
+    theirs = {"losses": [2.0, 1.0, 0.5], "grad_norms": [1.0, 1.0, 1.0], "moved": 1.0,
+              "dtype": "float32", "step_seconds": [4.0, 2.0, 2.0], "peak_bytes": 400}  # fmt: skip
+    ours = {**theirs, "step_seconds": [2.0, 1.0, 1.0], "peak_bytes": 100, **changes}
+    result = float32.ratios({"lighten": [ours], "trl": [theirs]}, steps, 1)
+    figures = [result[key] for key in float32.KEYS]
+    if why is None:
+        assert (result["why_not"], figures) == (None, [2.0, 2.0, 0.25, 0.0])
+    else:
+        assert why in result["why_not"]
+        assert figures == [None] * 4
