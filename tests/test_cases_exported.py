@@ -14,7 +14,7 @@ import pytest
 from lighten import api
 from lighten.artifacts import open_source
 from lighten.errors import DiskFull, UserError
-from lighten.quantization import child, gguf_model, room
+from lighten.quantization import child, gguf_model
 from lighten.quantization.export_card import require_replaceable
 from lighten.quantization.table import weight_bytes
 from tests.test_merge import trained
@@ -101,7 +101,7 @@ def test_a_receipts_own_files_are_looked_at_for_room_first(
         gguf_model, "write", lambda *_: pytest.fail("the base was written without a look")
     )
     free = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: free._replace(free=60_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=60_000))
     with pytest.raises(DiskFull, match="comparing adapter as gguf-adapter needs"):
         api.verify(folder, str(tmp_path / "adapter"))
     with pytest.raises(DiskFull, match="comparing adapter as gguf-adapter needs"):

@@ -11,7 +11,7 @@ import torch
 
 import lighten
 from lighten.errors import MissingExtra, UserError
-from lighten.evaluation import against, harness
+from lighten.evaluation import against
 from lighten.runs import Run
 from tests.tiny import tiny_tokenizer
 
@@ -198,7 +198,7 @@ def test_mistakes_are_told(
     run: Run, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(harness.importlib.util, "find_spec", lambda _: None)
+        patch.setattr("importlib.util.find_spec", lambda _: None)
         with pytest.raises(MissingExtra, match=r"pip install 'lighten\[lm-eval\]'"):
             lighten.evaluate(run, tasks=["tiny_choice"])
     pytest.importorskip("lm_eval")

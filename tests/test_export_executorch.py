@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lighten
 from lighten.errors import DiskFull, UserError
-from lighten.quantization import executorch, room, verify
+from lighten.quantization import executorch, verify
 from lighten.quantization.executorch_rounding import ProgramRounding
 from lighten.quantization.merged_model import Exported
 from tests.test_merge import trained
@@ -152,7 +152,7 @@ def test_a_later_receipt_looks_for_room_before_anything_is_compared(
 ) -> None:
     """It merges the adapter in float32 and rounds again: the export's weights are gone by then."""
     free = shutil.disk_usage(adapter)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: free._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=1000))
     monkeypatch.setattr(verify, "compare", lambda *_, **__: pytest.fail("it was compared"))
     with pytest.raises(DiskFull, match=r"comparing adapter as executorch needs .*; free some"):
         lighten.verify(made.folder, adapter)

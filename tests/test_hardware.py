@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,22 @@ from pathlib import Path
 import pytest
 
 import lighten
-from lighten.errors import UserError
-from lighten.machine import devices, hardware
+from lighten.errors import DiskFull, UserError
+from lighten.machine import devices, disk, hardware
 
 MIB = 2**20
+
+
+def test_a_kept_copy_leaves_room_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = shutil.disk_usage(tmp_path)._replace(free=2**30 + 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
+    disk.require_cache_room(tmp_path / "not" / "there", 5, "a copy")
+    says = rf"a copy needs 1\.07 GB in {tmp_path} and .*; set LIGHTEN_CACHE"
+    with pytest.raises(UserError, match=says):
+        disk.require_cache_room(tmp_path / "not" / "there", 6, "a copy")
+    disk.require_room(tmp_path, 2**30 + 5, "all of it")
+    with pytest.raises(DiskFull, match="choose another --output_dir"):
+        disk.require_room(tmp_path, 2**30 + 6, "all of it")
 
 
 def peak_memory_of(mib: int) -> dict[str, float]:

@@ -268,7 +268,7 @@ def test_what_does_not_suit_is_refused_before_anything_is_read(
     (rounded / "config.json").write_text(json.dumps(config_values), encoding="utf-8")
     with pytest.raises(UserError, match=r"quantised already \(gptq\)"):
         lighten.train(**{**settings, "model_name_or_path": str(rounded)}, progress=False)
-    monkeypatch.setattr(quantization_aware.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"lighten\[quantize\]"):
         lighten.train(**settings, progress=False)
 

@@ -15,7 +15,6 @@ import lighten
 from lighten import api
 from lighten.cli.main import app
 from lighten.errors import DiskFull
-from lighten.quantization import room
 from lighten.quantization.gguf_model import write_gguf
 from lighten.quantization.table import weight_bytes
 from lighten.quantization.targets import DYNAMIC
@@ -118,7 +117,7 @@ def test_what_is_missing_is_said_and_stops_before_anything_is_written(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: free._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=1000))
     forecast = api.plan_formats(models["tied"], "int8", output_dir=tmp_path / "out")
     assert forecast.fits() is False
     with pytest.raises(DiskFull, match=r"needs 1\.\d MB .* has 0\.0 MB left; free some"):

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lighten.errors import UserError
 from lighten.gguf_names import stored_name
+from lighten.quantization import executorch
 from lighten.quantization.gguf_model import plan_gguf, write_gguf
+from lighten.quantization.gguf_tokenizer import read_vocabulary
 from lighten.quantization.llamacpp import Runtime
 from tests.tiny import CHATML, save_tiny, tiny_model, tiny_tokenizer
 
@@ -291,6 +293,21 @@ def test_all_that_ends_an_answer_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
     with Runtime(tmp_path / "model.gguf", context_tokens=64, threads=1) as runtime:
         assert [runtime.ends(token) for token in (1, 2, 4)] == [True, True, True]
+
+
+@pytest.mark.parametrize("generation", [None, {"eos_token_id": None}])
+def test_what_ends_an_answer_is_the_models_where_its_generation_settings_do_not_say(
+    generation: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    save_model(tmp_path, "llama")
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "eos_token_id": [4]}))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert 4 in read_vocabulary(tmp_path, config["vocab_size"]).ends
+    assert executorch._ends(tmp_path)[0] == 4
 
 
 def test_padding_rows_of_the_vocabulary_are_tokens_of_no_use(tmp_path: Path) -> None:

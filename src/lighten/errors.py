@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: shown as one sentence, without a traceback."""
@@ -29,3 +31,17 @@ def missing_extra(package: str, extra: str) -> MissingExtra:
     return MissingExtra(
         f"{package} is not installed; install it with: pip install 'lighten[{extra}]'"
     )
+
+
+def require_package(module: str, extra: str) -> None:
+    """A package is installed; it is not imported.
+
+    Args:
+        module: As it is imported.
+        extra: The extra of `lighten` that brings it.
+
+    Raises:
+        MissingExtra: It is not.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise missing_extra(module.replace("_", "-"), extra)

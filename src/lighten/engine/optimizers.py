@@ -6,7 +6,6 @@ times the learning rate. Only they do; PEFT speeds up biases and norms trained w
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lighten.adapters import dtensors
-from lighten.errors import missing_extra
+from lighten.errors import require_package
 from lighten.machine.hardware import Choice
 from lighten.parallel.offloaded.adamw import OffloadedAdamW
 from lighten.parallel.offloaded.stores import Store
@@ -54,8 +53,8 @@ def choose(name: str, device: str) -> Choice:
         reason = f"{name} without paging, which moves state out of a GPU's memory: there is no GPU"
     if optimizer.endswith("8bit"):
         reason += "; tensors of fewer than 4096 numbers keep a 32-bit state"
-    if optimizer in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
-        raise missing_extra("bitsandbytes", "quant")
+    if optimizer in BITSANDBYTES:
+        require_package("bitsandbytes", "quant")
     return Choice(optimizer, reason)
 
 

@@ -12,7 +12,6 @@ gives lm-eval's figure, and where none does, the figure stands alone.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.errors import UserError, missing_extra
+from lighten.errors import UserError, require_package
 from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluation.metrics import mean_loss
 from lighten.evaluation.verdicts import verdict
@@ -70,8 +69,7 @@ def require(options: EvaluateOptions) -> None:
         MissingExtra: lm-eval is not installed.
         UserError: The folder of tasks is not there.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise missing_extra("lm-eval", "lm-eval")
+    require_package("lm_eval", "lm-eval")
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise UserError(f"include_path: the folder {options.include_path} does not exist")
 

@@ -27,6 +27,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from lighten import streams
 from lighten.errors import UserError
 from lighten.gguf_names import LAYER, STEM, STEM_OF_GPT2, WHOLE_WORDS, outer_names
+from lighten.machine.disk import require_cache_room
 from lighten.machine.hardware import cache_folder
 from lighten.models import links
 from lighten.models.configuration import FAULTS, build_empty, reason
@@ -38,8 +39,6 @@ log = logging.getLogger(__name__)
 # Raised when what a conversion writes changes, so that an old copy is not taken for it.
 LAYOUT = 2
 _SHARD_BYTES = 2**30  # a model that is small enough for tests is one file, as on the hub
-# Room that is left on the disk beside a kept copy.
-_SPARE_BYTES = 2**30
 
 # They became part of the configuration.
 _IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -71,13 +70,8 @@ def converted(path: Path) -> Path:
     config_of(header)  # what it refuses costs nothing yet
     tokenizer = read_tokenizer(path)
     needed_bytes = sum(4 * tensor.numbers for tensor in header.tensors.values())
+    require_cache_room(folder, needed_bytes, f"{path} as a model in float32")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed_bytes + _SPARE_BYTES:
-        raise UserError(
-            f"{path} takes {needed_bytes / 1e9:.1f} GB as a model in float32, and {folder.parent} "
-            f"has {free / 1e9:.1f} GB free; set LIGHTEN_CACHE to a folder with more room"
-        )
     log.warning(
         "converting %s once; the copy (%.1f GB) is kept in %s", path, needed_bytes / 1e9, folder
     )

@@ -15,7 +15,6 @@ as they are, in the format that the products are computed in.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lighten.errors import UserError, missing_extra
+from lighten.errors import UserError, require_package
 from lighten.machine.hardware import Choice
 
 # On import bitsandbytes complains of lacking a kernel that is not used here; peft imports it too.
@@ -103,8 +102,7 @@ def require_bitsandbytes() -> None:
     Raises:
         MissingExtra: It is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise missing_extra("bitsandbytes", "quant")
+    require_package("bitsandbytes", "quant")
 
 
 @functools.cache

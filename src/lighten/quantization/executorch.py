@@ -7,7 +7,6 @@ Dimensions: T tokens, V words.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,11 +20,11 @@ import numpy as np
 
 from lighten import data
 from lighten.artifacts import Artefact
-from lighten.errors import UserError, missing_extra
+from lighten.errors import UserError, require_package
 from lighten.quantization import child
 from lighten.quantization.calibration import calibration_rows
 from lighten.quantization.executorch_rounding import ProgramRounding
-from lighten.quantization.gguf_source import Array, read_json
+from lighten.quantization.gguf_source import Array, declared_ends
 from lighten.quantization.targets import dynamic_group_size
 
 SUFFIX = ".pte"
@@ -41,8 +40,7 @@ def require() -> None:
         MissingExtra: One is not.
     """
     for package in ("executorch", "torchao"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, "phone")
+        require_package(package, "phone")
 
 
 def program_rounding(artefact: Artefact) -> tuple[ProgramRounding, dict[str, Any], list[str]]:
@@ -131,12 +129,9 @@ def _ends(folder: Path) -> list[int]:
     """Ids of the tokens that end an answer: the model's, and the tokenizer's."""
     from transformers import AutoTokenizer
 
-    path = folder / "generation_config.json"
-    declared = (read_json(path) if path.is_file() else {}).get("eos_token_id")
-    declared_ids = declared if isinstance(declared, list) else [declared]
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ids = [int(end) for end in (*declared_ids, tokenizer.eos_token_id) if end is not None]
-    return list(dict.fromkeys(ids))
+    ids = [*declared_ends(folder), tokenizer.eos_token_id]
+    return [end for end in dict.fromkeys(ids) if end is not None]
 
 
 class Program:

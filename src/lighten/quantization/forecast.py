@@ -12,8 +12,9 @@ import numpy as np
 
 from lighten.artifacts import open_source
 from lighten.errors import MissingExtra
+from lighten.machine.disk import free_bytes, size_text
 from lighten.quantization.gguf_source import Weight
-from lighten.quantization.room import described, free_bytes, size_text, tensor_bytes
+from lighten.quantization.room import described, tensor_bytes
 from lighten.quantization.targets import (
     DYNAMIC,
     Target,

@@ -158,6 +158,22 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def declared_ends(folder: Path) -> list[int]:
+    """Ids that end an answer: `eos_token_id` of a model's generation settings, else of the model.
+
+    Raises:
+        UserError: As for `read_json`.
+    """
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            settings = read_json(folder / name)
+            for part in (settings, settings.get("text_config") or {}):
+                ends = part.get("eos_token_id")
+                if ends is not None:
+                    return ends if isinstance(ends, list) else [ends]
+    return []
+
+
 @contextmanager
 def as_user_error(problem: str) -> Iterator[None]:
     """What others' files hold in places where nobody looked is one sentence too.

@@ -14,7 +14,7 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.gguf_names import WHOLE_WORDS
-from lighten.quantization.gguf_source import read_json
+from lighten.quantization.gguf_source import declared_ends, read_json
 from lighten.wording import with_article
 
 # llama.cpp's kinds of tokens.
@@ -291,12 +291,9 @@ def _special(
         text = text.get("content") if isinstance(text, dict) else text
         if isinstance(text, str) and text in ids:
             vocabulary.special[role] = ids[text]
-    generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.is_file() else {}
     model_file = folder / "config.json"
     model = read_json(model_file) if model_file.is_file() else {}
-    ends = generation.get("eos_token_id", model.get("eos_token_id"))
-    listed = [ends] if isinstance(ends, int) else list(ends or [])
+    listed = declared_ends(folder)
     if "eos" in vocabulary.special and vocabulary.special["eos"] not in listed:
         listed.insert(0, vocabulary.special["eos"])
     elif "eos" not in vocabulary.special and listed:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.errors import UserError, missing_extra
+from lighten.errors import UserError, require_package
 from lighten.machine import containers
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -124,8 +124,7 @@ def library() -> ctypes.CDLL:
     Raises:
         UserError: `xllamacpp` is missing, or one whose structures are not known.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise missing_extra("xllamacpp", "gguf")
+    require_package("xllamacpp", "gguf")
     spec = importlib.util.find_spec("xllamacpp.xllamacpp")
     try:
         lib = ctypes.CDLL(str(spec.origin if spec else None))

@@ -19,7 +19,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lighten import safetensors_stream
-from lighten.errors import DiskFull, UserError
+from lighten.errors import UserError
+from lighten.machine.disk import require_room
 from lighten.models import quantized
 from lighten.models.configuration import build_empty, read_config
 from lighten.peft_config import more_than_low_rank
@@ -93,7 +93,7 @@ def merge(
         kind = more_than_low_rank(config) or f"LoRA adapter with bias {config.get('bias')}"
         raise Unmergeable(f"it is {with_article(kind)}")
     plan = _Plan(base, adapter, dtype, rounding, words)
-    _require_room(target, plan.nbytes)
+    require_room(target, plan.nbytes, f"merging into {target}")
     with whole_folder(target) as partial:
         plan.write(partial)
         beside(partial)
@@ -129,16 +129,6 @@ def _dtype(weights: dict[str, Weight], requested: str) -> torch.dtype:
         return _DTYPES[requested]
     kinds = collections.Counter(weight.kind for weight in weights.values())
     return torch.float16 if kinds["F16"] > kinds["BF16"] else torch.bfloat16
-
-
-def _require_room(target: Path, nbytes: int) -> None:
-    existing = next(path for path in (target, *target.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < nbytes:
-        raise DiskFull(
-            f"{target} needs {nbytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; free "
-            "some space or choose another --output_dir"
-        )
 
 
 class _Plan:

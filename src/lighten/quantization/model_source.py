@@ -17,9 +17,9 @@ from lighten.errors import NoHeldOut, UserError
 from lighten.evaluation.evaluation import askable, held_out_examples
 from lighten.models.load import load_tokenizer
 from lighten.quantization.calibration import TooFewTokens, calibration_rows
-from lighten.quantization.gguf_source import read_json
+from lighten.quantization.gguf_source import declared_ends, read_json
 from lighten.quantization.merged_model import model_folder
-from lighten.quantization.questions import TaskMetrics, declared_ends, task_metrics
+from lighten.quantization.questions import TaskMetrics, task_metrics
 from lighten.quantization.scores import EvaluationRow
 from lighten.quantization.targets import dynamic_group_size
 from lighten.recipe import Recipe

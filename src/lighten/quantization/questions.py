@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lighten import data, models
@@ -16,7 +15,7 @@ from lighten.evaluation.bootstrap import Resamples
 from lighten.evaluation.evaluation import askable, held_out_examples
 from lighten.evaluation.generate import as_shown, hidden_tokens
 from lighten.models import Limits
-from lighten.quantization.gguf_source import read_json
+from lighten.quantization.gguf_source import declared_ends
 from lighten.recipe import Recipe
 from lighten.runs import Run
 
@@ -93,14 +92,14 @@ class TaskMetrics:
 
 
 def task_metrics(
-    recipe: Recipe, tokenizer: Any, ends: int | Sequence[int] | None, run: Run | None
+    recipe: Recipe, tokenizer: Any, ends: Sequence[int], run: Run | None
 ) -> TaskMetrics:
     """The metrics that a recipe names, and the two of every table.
 
     Args:
         recipe: Of the run, or of the data.
         tokenizer: With its chat template chosen.
-        ends: `eos_token_id` of the model's generation settings.
+        ends: Ids that end an answer by the model's settings.
         run: Whose training showed what ends an answer.
 
     Raises:
@@ -123,18 +122,6 @@ def task_metrics(
         frozenset(data.stop_tokens(tokenizer, ends, learnt)),
         frozenset(hidden_tokens(tokenizer, learnt)), tokenizer, tuple(notes),
     )  # fmt: skip
-
-
-def declared_ends(folder: Path) -> int | list[int] | None:
-    """`eos_token_id` of a model folder's generation settings, else of its configuration."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            settings = read_json(folder / name)
-            for part in (settings, settings.get("text_config") or {}):
-                ends: int | list[int] | None = part.get("eos_token_id")
-                if ends is not None:
-                    return ends
-    return None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lighten.artifacts import Artefact, added_words, copy_companions
-from lighten.errors import DiskFull
+from lighten.machine.disk import require_room
 from lighten.quantization.gguf_source import Weight, read_settings, read_weights
 from lighten.quantization.targets import GROUP_SIZE
 
@@ -110,44 +110,6 @@ def described(artefact: Artefact) -> Iterator[tuple[Path, dict[str, Weight]]]:
         yield folder, weights
 
 
-def require_room(
-    folder: Path, nbytes: int, what: str, *,
-    way_out: str = "free some space or choose another --output_dir",
-) -> None:  # fmt: skip
-    """A disk has room for what will be written.
-
-    Args:
-        folder: Where.
-        nbytes: How much.
-        what: Its name in the error.
-        way_out: What the error says to do.
-
-    Raises:
-        DiskFull: It has not.
-    """
-    where, free = _existing_parent(folder), free_bytes(folder)
-    if free < nbytes:
-        raise DiskFull(
-            f"{what} needs {size_text(nbytes)} in {where} and the disk has {size_text(free)} left; "
-            f"{way_out}"
-        )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk of a folder that may not be there yet."""
-    return shutil.disk_usage(_existing_parent(folder)).free
-
-
-def _existing_parent(folder: Path) -> Path:
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
 def tensor_bytes(weight: Weight) -> int:
     """Bytes of a tensor as its file has it."""
     return weight.numbers * {"F32": 4, "F64": 8}.get(weight.kind, 2)
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes as people write them."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
+from lighten.machine.disk import require_room
 from lighten.models.load import checksum, weight_files
 from lighten.models.names import card_line, card_name
 from lighten.quantization import child
@@ -22,7 +23,6 @@ from lighten.quantization.model_source import (
     evaluation_of,
     opened,
 )
-from lighten.quantization.room import require_room
 from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import QUANTIZE, Run
 from lighten.whole_files import as_written, scratch_folder, whole_folder, write_json

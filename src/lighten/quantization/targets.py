@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lighten.errors import UserError, missing_extra
+from lighten.errors import UserError, require_package
 
 if TYPE_CHECKING:
     from lighten.runs import Run
@@ -98,5 +97,4 @@ def require_tools(targets: Sequence[Target]) -> None:
             ("gguf", "gguf"), ("xllamacpp", "gguf")
         ]  # fmt: skip
         for module, extra in needed:
-            if importlib.util.find_spec(module) is None:
-                raise missing_extra(module.replace("_", "-"), extra)
+            require_package(module, extra)

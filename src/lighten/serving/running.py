@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from lighten.errors import missing_extra
+from lighten.errors import require_package
 from lighten.serving import adapters, address
 from lighten.serving.answering import Front, Limits
 from lighten.serving.engine import Engine
@@ -152,11 +152,8 @@ def require_extra() -> None:
     Raises:
         MissingExtra: Names the command that installs them.
     """
-    import importlib.util
-
     for module in ("xllamacpp", "gguf", "starlette", "uvicorn"):
-        if importlib.util.find_spec(module) is None:
-            raise missing_extra(module, "serve")
+        require_package(module, "serve")
 
 
 def _hosts(options: Options) -> frozenset[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from lighten.adapters.fake_quant import (
     standing_in,
 )
 from lighten.adapters.layers import CohortLinear
-from lighten.errors import UserError, missing_extra
+from lighten.errors import UserError, require_package
 from lighten.models.describe import skeleton
 from lighten.models.quantized import stored_as
 from lighten.recipe import Recipe
@@ -45,8 +44,7 @@ def require(recipe: Recipe, folder: Path) -> None:
     """
     if recipe.qat is None:
         return
-    if importlib.util.find_spec("torchao") is None:
-        raise missing_extra("torchao", "quantize")
+    require_package("torchao", "quantize")
     quantization = stored_as(folder) if folder.is_dir() else None
     if quantization is not None:
         raise UserError(

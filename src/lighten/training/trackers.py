@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from lighten.errors import missing_extra
+from lighten.errors import require_package
 from lighten.folders import LOGS
 
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
@@ -24,8 +23,7 @@ def check_installed(names: Sequence[str]) -> None:
         MissingExtra: A package is not installed.
     """
     for name in names:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise missing_extra(PACKAGES[name], "track")
+        require_package(PACKAGES[name], "track")
 
 
 def places(run_folder: Path) -> ProjectConfiguration:

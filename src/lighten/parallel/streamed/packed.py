@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lighten.errors import UserError
+from lighten.machine.disk import require_cache_room
 from lighten.machine.hardware import cache_folder
 from lighten.models import quantized
 from lighten.models.quantized import Storage
@@ -28,7 +27,6 @@ log = logging.getLogger(__name__)
 # Raised when what is written changes, so that an old copy is not taken for it.
 LAYOUT = 1
 INT8_SCALES = "SCB"  # bitsandbytes' name beside `weight`
-_SPARE_BYTES = 2**30  # left on the disk beside a kept copy
 _DONE = "complete"
 
 # A linear layer by its path in the model: the module, and its dense weight's name in the files.
@@ -56,13 +54,7 @@ def quantised(
         stored = [shards[name] for layer in layers for _, _, name in layer]
         numbers = sum(tensor.bytes // DTYPES[tensor.kind].itemsize for tensor in stored)
         needed = int(0.57 * numbers)  # half a byte, and a float32 for 64 of them
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(copy.parent).free
-        if free < needed + _SPARE_BYTES:
-            raise UserError(
-                f"offload_base: {folder} takes {needed / 1e9:.1f} GB in 4 bits, and {copy.parent} "
-                f"has {free / 1e9:.1f} GB free; set LIGHTEN_CACHE to a folder with more room"
-            )
+        require_cache_room(copy, needed, f"offload_base: {folder} in 4 bits")
         log.warning(
             "quantising %s to %s once; the copy (%.1f GB) is kept in %s",
             folder, storage, needed / 1e9, copy,
