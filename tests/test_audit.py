@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lighten
-from lighten import whole_files
+from lighten import locks, whole_files
 from lighten.benchmarking import audit as auditing
 from lighten.benchmarking import learning, measuring, ratios, techniques
 from lighten.benchmarking.audit import Audit
@@ -211,6 +211,62 @@ def test_what_the_budget_leaves_out_is_measured_with_a_larger_one(
     audit = lighten.audit(str(tiny_folder), budget="2h", **how)
     assert audit.steps == 5
     assert [row["status"] for row in audit.rows] == ["measured"] * len(few)
+
+
+def test_what_needs_an_adapter_is_measured_once_there_is_budget_for_it(
+    forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    few = [
+        technique
+        for technique in techniques.techniques("cpu", None)
+        if technique.key in ("training: all together", "answers: LoRA beside")
+    ]
+    monkeypatch.setattr(techniques, "techniques", lambda *_: few)
+    how: dict[str, Any] = {"data": str(chat_file), "output_dir": tmp_path / "small", **SMALL}
+    audit = lighten.audit(str(tiny_folder), budget="1s", **how)
+    assert "needs the adapter" in audit.row("answers", "LoRA beside")["why"]
+    audit = lighten.audit(str(tiny_folder), budget="2h", **how)
+    assert [row["status"] for row in audit.rows] == ["measured"] * 2
+
+
+def test_two_audits_do_not_write_one_folder(
+    forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(techniques, "techniques", lambda *_: [])
+    folder = tmp_path / "one"
+    folder.mkdir()
+    how: dict[str, Any] = {"data": str(chat_file), "output_dir": folder, "budget": "1s", **SMALL}
+    other = Forked(_hold, (str(folder),))
+    ends = time.monotonic() + 60
+    while not (folder / locks.LOCK).is_file() and time.monotonic() < ends:
+        time.sleep(0.05)
+    with pytest.raises(UserError, match="is being written by process"):
+        lighten.audit(str(tiny_folder), **how)
+    other.send_signal(signal.SIGKILL)  # what a killed one leaves is taken over
+    assert other.wait() == -signal.SIGKILL
+    assert lighten.audit(str(tiny_folder), **how).status == "finished"
+    assert not (folder / locks.LOCK).exists()
+
+
+def _hold(folder: str) -> None:
+    locks.acquire(Path(folder))
+    time.sleep(600)
+
+
+def test_a_file_of_another_version_is_no_audit(
+    tiny_folder: Path, chat_file: Path, finished_audit: Audit, tmp_path: Path
+) -> None:
+    for change in ("null", "[]", '{"rows": 1}', None):
+        text = change
+        if text is None:
+            whole = json.loads((finished_audit.folder / "audit.json").read_text())
+            text = json.dumps({key: value for key, value in whole.items() if key != "spent_s"})
+        (tmp_path / "audit.json").write_text(text)
+        with pytest.raises(UserError, match="is no audit of this version"):
+            lighten.audit(str(tiny_folder), data=str(chat_file), budget="2h", output_dir=tmp_path,
+                          **SMALL)  # fmt: skip
 
 
 def test_a_loss_that_is_no_number_does_not_end_the_page(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lighten import whole_files
+from lighten import locks, whole_files
 from lighten.artifacts.source import open_source
 from lighten.benchmarking import measuring, ratios, techniques
 from lighten.benchmarking.measuring import Measuring
@@ -146,14 +146,22 @@ def audit(
         raise UserError(f"{model} is trained already; give the model that an audit is to begin at")
     base_recipe = recipe({"method": "lora"})
     facts = _facts(model, base_recipe, settings)
-    result = _load_or_start(folder, facts, settings, log)
-    if result.status == "finished":
+    if _load_or_start(folder, facts, settings).status == "finished":
         log(f"{folder / AUDIT} is complete; choose another --output_dir to measure anew")
-        return result
-    work = _AuditRunner(result, recipe, settings, began - result.spent_s, log)
-    work.all_rows()
-    result.status = "finished"
-    work.store()
+        return _load_or_start(folder, facts, settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise whole_files.cannot_write(error, folder) from error
+    locks.acquire(folder)  # two that write one file would each lose the other's rows
+    try:
+        result = _load_or_start(folder, facts, settings, log)
+        work = _AuditRunner(result, recipe, settings, began - result.spent_s, log)
+        work.all_rows()
+        result.status = "finished"
+        work.store()
+    finally:
+        locks.release(folder)
     return result
 
 
@@ -172,8 +180,9 @@ def _facts(model: str, recipe: Recipe, settings: Settings) -> dict[str, Any]:
 
 
 def _load_or_start(
-    folder: Path, facts: dict[str, Any], settings: Settings, log: Callable[[str], None]
-) -> Audit:
+    folder: Path, facts: dict[str, Any], settings: Settings,
+    log: Callable[[str], None] = lambda _: None,
+) -> Audit:  # fmt: skip
     """The audit of a folder, where it is of the same thing; rows that a budget left out are free.
 
     Raises:
@@ -181,7 +190,7 @@ def _load_or_start(
     """
     path = folder / AUDIT
     if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(entry.name != locks.LOCK for entry in folder.iterdir()):
             raise UserError(f"{folder} holds other files; choose another --output_dir")
         return Audit(folder, facts)
     try:
@@ -195,7 +204,13 @@ def _load_or_start(
             name for name, value in facts["settings"].items()
             if name != "budget_s" and before["settings"].get(name) != value
         ]  # fmt: skip
-    except (ValueError, KeyError) as error:
+        richer = settings.budget_s > before["settings"]["budget_s"]
+        status = "running" if richer else str(before["status"])
+        kept_rows = [
+            row for row in before["rows"] if not (row.get("budget") and status == "running")
+        ]
+        steps, spent_s = before["steps"], float(before["spent_s"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no audit of this version; choose another --output_dir"
         ) from error
@@ -203,16 +218,13 @@ def _load_or_start(
         raise UserError(
             f"{path} was measured with other {', '.join(changed)}; choose another --output_dir"
         )
-    richer = settings.budget_s > before["settings"]["budget_s"]
-    status = "running" if richer else before["status"]
-    kept_rows = [row for row in before["rows"] if not (row.get("budget") and status == "running")]
     if status == "running":
         log(f"going on: {counted(len(kept_rows), 'row')} measured or explained already")
     merged_facts = {
         **{key: before.get(key, value) for key, value in facts.items()},
         "settings": facts["settings"],
     }
-    return Audit(folder, merged_facts, kept_rows, before["steps"], before["spent_s"], status)
+    return Audit(folder, merged_facts, kept_rows, steps, spent_s, status)
 
 
 class _AuditRunner:
@@ -302,8 +314,10 @@ class _AuditRunner:
         }  # fmt: skip
         if technique.group == LONG:
             row["tokens"] = technique.settings["max_length"]
-        if (why := technique.obstacle or self._missing_adapter(technique)) is not None:
-            return {**row, "why": why}
+        if technique.obstacle is not None:
+            return {**row, "why": technique.obstacle}
+        if (missing := self._missing_adapter(technique)) is not None:
+            return {**row, **missing}
         if (cost_s := self._cost(technique)) > self.left_s():
             return {**row, **_out_of_budget(cost_s, self.left_s(), self.settings.budget_s)}
         self.log(f"{technique.key}")
@@ -332,10 +346,16 @@ class _AuditRunner:
             "process_peak_bytes": outcome.process_peak_bytes,
         }  # fmt: skip
 
-    def _missing_adapter(self, technique: Technique) -> str | None:
+    def _missing_adapter(self, technique: Technique) -> dict[str, Any] | None:
+        """Why a row lacks the adapter that it takes; None: it does not."""
         if technique.needs is None or self.measuring.adapter.is_dir():
             return None
-        return f"it needs the adapter of “{technique.needs}”, which was not measured"
+        why = f"it needs the adapter of “{technique.needs}”, which was not measured"
+        needed = [row for row in self.result.rows
+                  if (row["group"], row["name"]) == (TRAINING, technique.needs)]  # fmt: skip
+        if any(row.get("budget") for row in needed):  # and is measured with a larger one
+            return {"budget": True, "why": f"budget: {why}; a larger --budget measures both"}
+        return {"why": why}
 
     def _cost(self, technique: Technique) -> float:
         """Seconds that a row is expected to take: as the dearest of its group did; 0: not known."""
