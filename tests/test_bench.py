@@ -13,13 +13,14 @@ import torch
 import lighten
 from lighten import api
 from lighten.artifacts import open_source
-from lighten.benchmarking import attention, comparing, generation, running, text, training
+from lighten.benchmarking import attention, comparing, generation, running, size, text, training
 from lighten.benchmarking.limits import Try, search_from
 from lighten.errors import UserError
 from lighten.jobs import Outcome, in_child
 from lighten.machine.timing import Timing, measure_step
+from lighten.quantization.weights import make
 from tests.processes import call
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 MIB = 2**20
 pytestmark = pytest.mark.usefixtures("forked_jobs")
@@ -145,6 +146,24 @@ def test_where_memory_ends_stays_in_the_table() -> None:
         None, "it holds more than 1.00 GiB", "not tried: a shorter one did not end", None,
     ]  # fmt: skip
     assert records[-1]["runs_out_at"] == 128
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int4:rounded"])
+def test_a_quantised_model_has_as_many_parameters_as_it_was_made_of(
+    kind: str, tmp_path: Path
+) -> None:
+    for module in ("torchao", "auto_round", "bitsandbytes"):
+        pytest.importorskip(module)
+    folder, made = tmp_path / "dense", tmp_path / "made"
+    model = tiny_model("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128,
+                       num_hidden_layers=1)  # fmt: skip
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    make(kind, folder, made, [])
+    (record,) = size.run(str(made), adapter=None, revision=None, device="cpu")
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    # The file has names beside the weights and their scales.
+    assert 0 <= size.file_bytes(made) - record["weights_bytes"] < 20_000
 
 
 @pytest.mark.parametrize("engine", ["transformers", "lighten"])

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = ("*.safetensors", "*.gguf")
+# What reads quantised files, by the method that these name.
+LIBRARIES = {
+    "bitsandbytes": "bitsandbytes", "torchao": "torchao.quantization", "auto-round": "auto_round",
+}  # fmt: skip
 
 
 def run(model: str, *, adapter: str | None, revision: str | None, device: str) -> Iterator[Any]:
@@ -27,15 +31,17 @@ def run(model: str, *, adapter: str | None, revision: str | None, device: str) -
     from lighten.machine.hardware import PeakMemory, take
 
     take(device)
+    _load_code(model, revision)
+    gc.collect()
+    allocator.trim()
     memory, before = PeakMemory(device), psutil.Process().memory_info().rss
     base = models.load(model, revision=revision, device=device)
     gc.collect()
     allocator.trim()
-    stored = sum({p.data_ptr(): p.nbytes for p in base.model.parameters()}.values())
-    parameters = sum(p.numel() for p in base.model.parameters())
+    totals = models.census(base.model)
     record: dict[str, Any] = {
-        "variant": "base", "parameters": parameters, "file_bytes": base.file_bytes,
-        "weights_bytes": stored, "dtype": base.dtype.value, **_peak(memory),
+        "variant": "base", "parameters": totals.parameters, "file_bytes": base.file_bytes,
+        "weights_bytes": totals.weight_bytes, "dtype": base.dtype.value, **_peak(memory),
     }  # fmt: skip
     if device == "cpu":
         record["resident_bytes"] = psutil.Process().memory_info().rss - before
@@ -51,6 +57,23 @@ def run(model: str, *, adapter: str | None, revision: str | None, device: str) -
         "file_bytes": files, "weights_bytes": sum(p.nbytes for p in weights.values()),
         "share_of_checkpoint": files / base.file_bytes if base.file_bytes else None,
     }  # fmt: skip
+
+
+def _load_code(model: str, revision: str | None) -> None:
+    """Import what reads and runs a model: no part of its memory, and much beside a small one."""
+    import importlib.util
+
+    from lighten.models import gguf
+    from lighten.models.load import locate
+    from lighten.models.quantized import stored_as
+    from lighten.quantization.resident import load_code
+
+    source, path = locate(model, revision=revision)
+    folder = gguf.converted(path) if source == "gguf" else path
+    library = LIBRARIES.get(str((stored_as(folder) or {}).get("quant_method")))
+    if library is not None and importlib.util.find_spec(library.partition(".")[0]) is not None:
+        importlib.import_module(library)
+    load_code(str(folder))
 
 
 def file_bytes(folder: Path) -> int:

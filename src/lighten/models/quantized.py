@@ -352,12 +352,35 @@ def census(model: nn.Module) -> Census:
         if hasattr(layer, "streamed_bytes"):  # of which none is here
             weight_bytes += layer.streamed_bytes
             continue
-        for part in (parameter, *(scales_of(parameter) if layer is not None else ())):
+        for part in _parts(parameter, quantised=layer is not None):
             if part.data_ptr() not in counted:  # layers share tables
                 counted.add(part.data_ptr())
                 weight_bytes += part.numel() * part.element_size()
+    for module in model.modules():
+        # Layers of GPTQ and its kin have no parameter: 32 bits of a buffer hold several weights.
+        packed = getattr(module, "qweight", None)
+        if isinstance(packed, Tensor) and packed.dtype == torch.int32:
+            parameters += packed.numel() * (32 // _packed_bits(model))
+            weight_bytes += sum(b.numel() * b.element_size() for b in module.buffers(recurse=False))
     storage: Any = layers[0].storage if layers else None
     return Census(parameters, quantized, stacked, weight_bytes, storage)
+
+
+def _parts(parameter: Tensor, *, quantised: bool) -> Iterator[Tensor]:
+    """What a parameter lies in: torchao's tensors are several, and have no storage themselves."""
+    names = getattr(parameter, "tensor_data_names", None)
+    if names is not None:
+        yield from (getattr(parameter, name) for name in names)
+        return
+    yield parameter
+    if quantised:
+        yield from scales_of(parameter)
+
+
+def _packed_bits(model: nn.Module) -> int:
+    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    bits = settings.get("bits") if isinstance(settings, dict) else getattr(settings, "bits", None)
+    return int(bits or 4)
 
 
 def explain(model: PreTrainedModel, storage: Storage | None) -> Choice | None:
