@@ -72,7 +72,7 @@ def test_rows_beyond_a_table_of_positions_are_cut_to_it_and_counted(
     recipe = recipe_of(
         model_name_or_path=str(folder), dataset=str(mixed), eval_dataset=str(mixed),
         output_dir=str(tmp_path / "run"), max_steps=2, dtype="float32",
-        evaluate={"bootstrap_samples": 10, "max_new_tokens": 40},
+        evaluate={"bootstrap_samples": 100, "max_new_tokens": 40},
     )  # fmt: skip
     plan = predict.plan(recipe, named("t4"), calibrate=False, changes=False)
     assert any(f"lost to the model's {POSITIONS} positions" in note for note in plan.notes)

@@ -87,10 +87,15 @@ def test_counts_of_answers_and_references_must_agree() -> None:
 
 def test_a_function_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_scores.py").write_text(
+        "import numpy as np\n"
         "def longer(answer, reference): return len(answer) - len(reference)\n"
         "def word(answer, reference): return 'good'\n"
         "def endless(answer, reference): return float('inf')\nlimit = 3\n"
+        "def same(answer, reference): return np.bool_(answer == reference)\n"
+        "def ratio(answer, reference): return len(reference) / len(answer)\n"
+        "def alone(answer): return 1\n"
     )
+    (tmp_path / "my_unfinished_scores.py").write_text("def broken(answer, reference) return 1\n")
     monkeypatch.chdir(tmp_path)
     metric = registry.extra("my_scores:longer")
     counts = metric.statistics(["abc", "a"], ["a", "abcd"]).sum(0)
@@ -98,12 +103,16 @@ def test_a_function_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name, message in (
         ("my_scores:word", "returned 'good': return a number"),
         ("my_scores:endless", "return a finite number"),
+        ("my_scores:ratio", "failed on the answer '': ZeroDivisionError: division by zero"),
     ):
         with pytest.raises(UserError, match=message):
-            registry.extra(name).statistics(["a"], ["b"])
+            registry.extra(name).statistics([""], ["b"])
+    assert registry.extra("my_scores:same").statistics(["a"], ["a"])[0, 0] == 0.01
     for name, message in (
         ("my_scores:nothing", "has no function nothing"), ("no_such:f", "cannot be imported"),
         ("my_scores:limit", "is no function"), ("rogue1", "known are rouge1, rouge2"),
+        ("my_scores:alone", "is given an answer and its reference, but too many"),
+        ("my_unfinished_scores:broken", "cannot be imported: SyntaxError: expected ':'"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             registry.extra(name)

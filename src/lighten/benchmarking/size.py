@@ -66,7 +66,7 @@ def _load_code(model: str, revision: str | None) -> None:
     from lighten.models import gguf
     from lighten.models.load import locate
     from lighten.models.quantized import stored_as
-    from lighten.quantization.resident import load_code
+    from lighten.models.resident import load_code
 
     source, path = locate(model, revision=revision)
     folder = gguf.converted(path) if source == "gguf" else path

@@ -7,6 +7,7 @@ Texts come normalised to NFC: the same Korean word in NFD shares no character wi
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import re
@@ -40,6 +41,7 @@ _TOKEN = re.compile(rf"{_SIGN}|(?!{_SIGN})[^\W_](?:(?!{_SIGN})\S)*")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 Score = Callable[[str, str], float]
+SHOWN = 80  # signs of an answer in a message
 
 
 def nfc(texts: Sequence[str]) -> list[str]:
@@ -181,7 +183,7 @@ def extra(name: str) -> Extra:
         signature = ROUGE_SIGNATURE if name.startswith("rouge") else name
         return Extra(described(name), lambda a, r: _mean(name, score, a, r, 1.0), percent,
                      signature)  # fmt: skip
-    function = _user_function(name)
+    function = _told(name, _user_function(name))
     return Extra(described(name), lambda a, r: _mean(name, function, a, r, 0.01), percent, name)
 
 
@@ -193,12 +195,31 @@ def _mean(
     values = []
     for answer, reference in zip(answers, references, strict=True):
         value = score(answer, reference)
-        if isinstance(value, str) or not isinstance(value, int | float | np.number):
+        if isinstance(value, str) or not isinstance(value, int | float | np.number | np.bool_):
             raise UserError(f"metric {name} returned {value!r}: return a number for each answer")
         if not math.isfinite(value):
             raise UserError(f"metric {name} returned {value}: return a finite number")
         values.append(scale * float(value))
     return np.stack([np.asarray(values), np.ones(len(values))], axis=1)
+
+
+def _told(name: str, function: Score) -> Score:
+    """A user's function whose mistakes name the answer that it made them on."""
+
+    def score(answer: str, reference: str) -> float:
+        try:
+            return function(answer, reference)
+        except Exception as error:
+            shown = answer if len(answer) <= SHOWN else f"{answer[:SHOWN]}…"
+            raise UserError(
+                f"metric {name} failed on the answer {shown!r}: {_said(error)}"
+            ) from error
+
+    return score
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def require_pairs(answers: Sequence[str], references: Sequence[str]) -> None:
@@ -229,9 +250,19 @@ def _user_function(name: str) -> Score:
         raise UserError(f"metric {name} cannot be imported: {error}") from error
     except AttributeError as error:
         raise UserError(f"metric {name}: {module} has no function {function}") from error
+    except Exception as error:  # whatever their module does when it is imported
+        raise UserError(f"metric {name} cannot be imported: {_said(error)}") from error
     finally:
         sys.path.remove(folder)
     if not callable(score):
         raise UserError(f"metric {name}: {function} is no function")
+    try:
+        inspect.signature(score).bind("", "")
+    except TypeError as error:
+        raise UserError(
+            f"metric {name}: {function} is given an answer and its reference, but {error}"
+        ) from error
+    except ValueError:  # written in C: it has none
+        pass
     user_score: Score = score
     return user_score
