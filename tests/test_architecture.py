@@ -156,6 +156,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation",
         "generation",
         "jobs",
+        "locks",
         "machine",
         "models",
         "planning",

@@ -276,6 +276,19 @@ def test_two_results_are_compared_with_significance() -> None:
     assert longer["notes"] == ["train: LoRA: new_tokens is 32 and 16: the ratios are of other work"]
 
 
+@pytest.mark.parametrize(
+    "record",
+    [1, {"part": "train"}, {"part": "max-batch", "name": "micro-batch", "largest": 3},
+     {"part": "train", "name": "x", "seconds": 1.0},
+     {"part": "train", "name": "x", "seconds": {"median": None, "samples": []}},
+     {"part": "train", "name": "x", "seconds": {"median": 0.0, "samples": [0.0] * 5}}],
+)  # fmt: skip
+def test_a_record_that_cannot_be_read_is_told(record: Any, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps({"records": [record]}))
+    with pytest.raises(UserError, match=r"old\.json: record 1 is none of this version"):
+        api.bench_compare(tmp_path / "old.json", tmp_path / "old.json")
+
+
 def test_the_command_measures_stores_and_compares(tiny_folder: Path, tmp_path: Path) -> None:
     stored = tmp_path / "a.json"
     result = call("bench", str(tiny_folder), "size", "--output", str(stored), cwd=tmp_path)

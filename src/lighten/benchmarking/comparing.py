@@ -36,7 +36,29 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no JSON: {error}") from error
     if not isinstance(result, dict) or not isinstance(result.get("records"), list):
         raise UserError(f"{path} is no result of lighten bench: it has no records")
+    for place, record in enumerate(result["records"], 1):
+        if not _can_be_read(record):
+            raise UserError(
+                f"{path}: record {place} is none of this version of lighten bench; measure it again"
+            )
     return result
+
+
+def _can_be_read(record: Any) -> bool:
+    """Whether a record has its name, and of each time a median and the repeats behind it."""
+    if not isinstance(record, dict):
+        return False
+    names = ("part", "what") if record.get("part") == "max-batch" else ("part", "name")
+    timings = [record[figure] for figure in TIMES if figure in record]
+    return all(isinstance(record.get(name), str) for name in names) and all(
+        isinstance(timing, dict) and _is_above_zero(timing.get("median"))
+        and isinstance(timing.get("samples"), list) and all(map(_is_above_zero, timing["samples"]))
+        for timing in timings
+    )  # fmt: skip
+
+
+def _is_above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

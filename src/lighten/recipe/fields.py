@@ -90,9 +90,7 @@ class EvaluateOptions(Section):
     tasks_chat_template: bool = Field(
         True, description="ask tasks within the model's chat template, where it has one"
     )
-    bootstrap_samples: Annotated[int, Field(ge=100)] = Field(
-        1000, description="resamples behind each interval"
-    )
+    bootstrap_samples: int = Field(1000, ge=100, description="resamples behind each interval")
     seed: Seed = Field(0, description="seed of the resampling")
 
     @field_validator("extra_metrics", "tasks", mode="before")
