@@ -34,8 +34,6 @@ def test_every_architecture_loads_frozen_and_describes_itself(arch: str, tmp_pat
     assert description.total_parameters == real
     assert description.parameters["other"] == 0
     assert description.layers == 2
-    assert description.heads == 4
-    assert json.loads(json.dumps(description.to_dict()))["total_parameters"] == real
 
 
 def test_gemma2_caps_its_scores_and_falls_back_from_sdpa_with_the_reason(tmp_path: Path) -> None:

@@ -251,6 +251,15 @@ def test_data_beside_a_recipe_are_seen_from_its_folder(line: str, tmp_path: Path
     assert recipe.dataset in (str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl#3"))
 
 
+def test_what_evaluation_reads_lies_beside_its_recipe(tmp_path: Path, chat_file: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "general.txt").write_text("text")
+    text = f"model: m\ndataset: {chat_file}\nevaluate:\n  include_path: tasks\n  forgetting: "
+    for said, placed in (("general.txt", str(tmp_path / "general.txt")), ("builtin", "builtin")):
+        options = Recipe.from_file(write_recipe(tmp_path, f"{text}{said}\n")).evaluate
+        assert (options.include_path, options.forgetting) == (str(tmp_path / "tasks"), placed)
+
+
 def test_a_deepspeed_file_lies_beside_its_recipe(
     tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
@@ -23,11 +22,7 @@ class Description:
         architecture: The transformers class.
         parameters: Parameters by part: embedding, attention, mlp, norm, head, other.
         layers: Transformer layers.
-        heads: Attention heads.
-        kv_heads: Key-value heads; fewer than heads with grouped-query attention.
         hidden_size: Width of the hidden states.
-        vocab_size: Rows of the embedding.
-        tied_embeddings: Whether head and embedding are one matrix (counted once, as embedding).
         context_length: Positions it was made for, None if the configuration does not say.
     """
 
@@ -35,21 +30,13 @@ class Description:
     architecture: str
     parameters: dict[str, int]
     layers: int
-    heads: int
-    kv_heads: int
     hidden_size: int
-    vocab_size: int
-    tied_embeddings: bool
     context_length: int | None
 
     @property
     def total_parameters(self) -> int:
         """All parameters, a tied head once."""
         return sum(self.parameters.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "total_parameters": self.total_parameters}
 
 
 def describe(
@@ -108,18 +95,12 @@ def limits(
 def of_model(name: str, model: PreTrainedModel) -> Description:
     """Describe a built model (its weights may be on the meta device)."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return Description(
         name=name,
         architecture=type(model).__name__,
         parameters=parameters_by_part(model),
         layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         hidden_size=config.hidden_size,
-        vocab_size=int(embedding.weight.shape[0]),  # type: ignore[index]
-        tied_embeddings=head is not None and head.weight is embedding.weight,
         context_length=getattr(config, "max_position_embeddings", None),
     )
 

@@ -84,8 +84,8 @@ class Recipe(RecipeFields):
     def from_file(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """Read a recipe file; overrides may be dotted (`evaluate.max_examples`).
 
-        Relative paths of data, models, templates and DeepSpeed's configuration mean the recipe's
-        folder if they exist there, else the working directory.
+        Relative paths of data, models, templates, DeepSpeed's configuration and what evaluation
+        reads mean the recipe's folder if they exist there, else the working directory.
 
         Raises:
             RecipeError: Every problem found, each with key, value, line and what to change.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from lighten.paths import exists, expanded, split_limit
 
 _LIMITED = ("dataset", "eval_dataset")  # may end in `#ROWS`
 _PATHS = (*_LIMITED, "model_name_or_path", "adapter_name_or_path", "chat_template")
+_OF_EVALUATE = ("forgetting", "include_path")
 
 
 def beside(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def beside(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         settings: Of a recipe.
         folder: That holds the recipe's file.
     """
-    return {**settings, **{name: within(name, settings[name], folder) for name in _said(settings)}}
+    return _placed(settings, lambda name, value: within(name, value, folder))
 
 
 def above(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -32,17 +33,27 @@ def above(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         settings: Of the run's recipe.
         folder: The run's.
     """
-    paths = {}
-    for name in _said(settings):
-        value = settings[name]
-        if not exists(_path(name, value)[0]):
-            places = (within(name, value, parent) for parent in folder.resolve().parents)
-            paths[name] = next((place for place in places if place != value), value)
-    return {**settings, **paths}
+
+    def place(name: str, value: str) -> str:
+        if exists(_path(name, value)[0]):
+            return value
+        paths = (within(name, value, parent) for parent in folder.resolve().parents)
+        return next((path for path in paths if path != value), value)
+
+    return _placed(settings, place)
 
 
-def _said(settings: Mapping[str, Any]) -> list[str]:
-    return [name for name in _PATHS if isinstance(settings.get(name), str)]
+def _placed(settings: Mapping[str, Any], place: Callable[[str, str], str]) -> dict[str, Any]:
+    """Settings with their paths as a function of name and value gives them."""
+
+    def paths(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        said = {name: values[name] for name in names if isinstance(values.get(name), str)}
+        return {**values, **{name: place(name, value) for name, value in said.items()}}
+
+    placed = paths(settings, _PATHS)
+    if isinstance(evaluate := settings.get("evaluate"), Mapping):
+        placed["evaluate"] = paths(evaluate, _OF_EVALUATE)
+    return placed
 
 
 def _path(name: str, value: str) -> tuple[Path, int | None]:
