@@ -266,6 +266,8 @@ def test_examples_beyond_those_left_out_are_taken_up_to_the_number_wanted(
     assert run.info()["data"]["eval_rows"] == 4
     evaluation = lighten.evaluate(run, max_new_tokens=1, max_examples=5)
     assert [example["prompt"] for example in evaluation.examples] == [f"q{i}" for i in range(5)]
+    assert evaluation.dataset["left_out"] == 9
+    assert any("no answer to learn from" in note for note in evaluation.dataset["notes"])
 
 
 @pytest.mark.parametrize(

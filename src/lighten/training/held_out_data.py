@@ -221,11 +221,12 @@ def encoded(
                 break
         looked_at = min(2 * looked_at, count)  # those left out make room for others
     left_out = looked_at - len(rows.rows)
+    # Of all that were looked at: those that are left out are not among the ones that are chosen.
+    problems = [sentence for sentence in rows.problems if sentence not in rows.findings.sentences()]
+    problems += lost_sentences(rows, limits, limits.longest(recipe.max_length)[1])
     examples = chosen(part, rows.places[:most])
     if len(rows.rows) > len(examples):
         rows = encode_as(recipe, examples, tokenizer, limits)
-    problems = [sentence for sentence in rows.problems if sentence not in rows.findings.sentences()]
-    problems += lost_sentences(rows, limits, limits.longest(recipe.max_length)[1])
     return replace(
         held_out,
         examples=examples,
