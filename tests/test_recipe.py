@@ -109,6 +109,7 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: s
         ({"lora_r": []}, "is an empty list"),
         ({"adapters": [{"name": "a"}], "lora_r": [1, 2]}, "adapters: spells the cohort out"),
         ({"adapters": [{"name": "a"}, {"name": "a"}]}, "two are called 'a'"),
+        ({"adapters": [{"name": "base"}]}, "'base' is what the untouched model is called"),
         ({"adapters": [{"name": "../a"}]}, "adapters.0.name"),
         ({"dataset": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
         ({"lora_r": True}, "lora_r: True does not do.*it needs a value"),

@@ -287,6 +287,11 @@ def _contradictions(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
             f"adapters: two are called {name!r}; give each its own name"
             for name in sorted({n for n in names if names.count(n) > 1})
         ]
+        if "base" in names:
+            problems.append(
+                "adapters: 'base' is what the untouched model is called beside its adapters; give "
+                "the adapter another name"
+            )
     problems += _method_problems(recipe, settings)
     if not problems:
         problems += _peft_problems(recipe, settings)
