@@ -63,6 +63,7 @@ def test_a_torn_file_is_one_sentence_wherever_it_is_read(file: Path, reader: str
             struct.pack("<Q", 10) + b'{"a": [1]}', struct.pack("<Q", 9) + b'{"a": {}}',
         ],
         r"it ends before \w+": [content[:-1], content[: 8 + length]],
+        "it goes on after its last tensor": [content + b"\0", content + content],
     }  # fmt: skip
     for problem, contents in torn.items():
         for broken in contents:

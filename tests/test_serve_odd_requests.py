@@ -18,6 +18,7 @@ from torch import Tensor
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+from lighten.data import Message
 from lighten.errors import UserError
 from lighten.generation.adapter import read_factors
 from lighten.models import configuration
@@ -170,6 +171,31 @@ def test_a_broken_adapter_is_refused_by_both_readers(
     base = configuration.read_config(tiny_folder)
     with pytest.raises(UserError, match=message):
         write_gguf_adapter(broken, base, tmp_path / "adapter.gguf")
+
+
+def test_a_template_beside_an_adapter_is_taken_without_a_tokenizer(
+    folder: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    base = adapters.open_base(str(tiny_folder))
+    own = changed(folder / "good", tmp_path / "own")
+    (own / "chat_template.jinja").write_text("Q: {{ messages[0].content }} A:")
+    asking = adapters.open_adapter("it", own, base).asking
+    ids = asking.conversation([Message("user", "the answer")])
+    assert asking.tokenizer.decode(ids) == "Q: the answer A:"
+
+
+def test_a_template_that_writes_nothing_is_told(client: httpx.Client, folder: Path) -> None:
+    empty = changed(folder / "good", folder / "empty")
+    (empty / "chat_template.jinja").write_text("")
+    loaded = client.post(
+        "/v1/load_lora_adapter", json={"lora_name": "empty", "lora_path": "empty"},
+        headers={"Authorization": f"Bearer {ADMIN}"},
+    )  # fmt: skip
+    assert loaded.status_code == 200, loaded.text
+    shutil.rmtree(empty)
+    body = {"model": "empty", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
 
 
 def test_ends_of_answers_that_are_no_tokens_are_refused(

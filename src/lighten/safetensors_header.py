@@ -94,6 +94,13 @@ def read_header(path: Path) -> dict[str, Stored]:
                 f"{path} is not a whole safetensors file: it ends before {name}; fetch or copy it "
                 "anew"
             )
+    # The format allows nothing after the last tensor, and its own library reads no such file.
+    end = max((t.start + t.bytes for t in tensors.values()), default=LENGTH_BYTES + length)
+    if end < size:
+        raise UserError(
+            f"{path} is not a whole safetensors file: it goes on after its last tensor; fetch or "
+            "copy it anew"
+        )
     return tensors
 
 

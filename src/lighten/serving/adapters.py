@@ -25,8 +25,9 @@ from lighten.serving.engine import Adapter
 from lighten.serving.prompts import Asking, asking
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_TEMPLATE = "chat_template.jinja"
 # Beside the weights and settings, what decides how an adapter is asked.
-_FILES = (CONFIG, WEIGHTS, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+_FILES = (CONFIG, WEIGHTS, _TEMPLATE, "tokenizer.json", "tokenizer_config.json",
           "generation_config.json")  # fmt: skip
 
 
@@ -153,6 +154,9 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
             f"{base.config.get_text_config().vocab_size:,}: tokens were added, which cannot be "
             f"served unmerged; merge it first: {_merge(folder)}"
         )
+    own = folder / _TEMPLATE  # a tokenizer brings its own along
+    if not has_tokenizer and own.is_file():
+        template = str(own)
     if has_tokenizer and template is None and tokenizer.chat_template is None:
         tokenizer.chat_template = base.asking.tokenizer.chat_template
     declared = _declared(folder, None) or base.declared

@@ -272,6 +272,8 @@ async def _chat(request: Request, front: Front) -> Reply:
         ids = await asyncio.to_thread(encoded) if long else encoded()
     except UserError as error:
         raise Refused(400, str(error), "messages") from error
+    if not ids:
+        raise Refused(400, "the chat template writes nothing of these messages", "messages")
     form = ChatForm(model.name, chat_request.alternatives is not None)
     return await _answer(request, front, model, chat_request, [ids], form)
 
