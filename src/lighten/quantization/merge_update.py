@@ -125,7 +125,11 @@ def read_changes(folder: Path, config: Mapping[str, Any]) -> Changes:
             change.scale = spec.scale_at(match["path"])
             change.embedding = ".lora_embedding_" in key
             continue
+        # Where the vocabulary was resized, PEFT writes embeddings as its wrapper has them, too.
+        if ".original_module." in key:
+            continue
         name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        name = name.replace(".modules_to_save.", ".")
         if _MAGNITUDE in name:
             path = name.partition(_MAGNITUDE)[0]
             changes.by_name.setdefault(f"{path}.weight", Change()).magnitude = key

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lighten.errors import UserError
+from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.quantization.gguf_source import Array
 from lighten.quantization.questions import LONGEST_ANSWER, Questions
 from lighten.quantization.rounding import Rounding
@@ -128,6 +129,13 @@ class Receipt:
         return "".join(f"; {text}" for text in texts)
 
 
+def _rows_in(adapter: Path, model: Any) -> int:
+    """Rows of the word embeddings that an adapter brings along in place of the base's; 0: none."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    return tensor_shapes(adapter / WEIGHTS).get(f"base_model.model.{name}.weight", (0,))[0]
+
+
 class InTransformers:
     """A model folder or a base with an adapter, in transformers and PEFT, in float32.
 
@@ -154,7 +162,7 @@ class InTransformers:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, **on_processor(folder)
             )
-            grow(model, words)
+            grow(model, words if adapter is None else max(words, _rows_in(adapter, model)))
             if rounding is not None:
                 rounding.apply(model)
             if adapter is not None:
