@@ -252,6 +252,18 @@ def test_data_beside_a_recipe_are_seen_from_its_folder(line: str, tmp_path: Path
     assert recipe.dataset in (str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl#3"))
 
 
+def test_names_are_a_list_one_alone_or_words_with_commas(values: dict[str, Any]) -> None:
+    for said, names in (
+        ("wandb, tensorboard", ["wandb", "tensorboard"]), (["none", "wandb"], ["wandb"]),
+        ("none", []), (None, []),
+    ):  # fmt: skip
+        assert Recipe.from_values({**values, "report_to": said}).report_to == names
+    for said in (5, True):
+        for settings in ({"report_to": said}, {"sweep": {"reference": said}}):
+            with pytest.raises(RecipeError, match=r"(report_to|reference): .* does not do"):
+                Recipe.from_values({**values, **settings})
+
+
 def test_what_evaluation_reads_lies_beside_its_recipe(tmp_path: Path, chat_file: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "general.txt").write_text("text")

@@ -13,10 +13,10 @@ from lighten.cli.console import (
     OPEN,
     Json,
     console,
-    is_assignment,
     overrides,
     print_json,
     print_table,
+    take_positionals,
 )
 
 # What stands for itself, and is no name of a model.
@@ -86,9 +86,7 @@ def bench(
     from lighten.errors import UserError
 
     remaining = [*(words or []), *ctx.args]
-    targets: list[str] = []
-    while remaining and not remaining[0].startswith("--") and not is_assignment(remaining[0]):
-        targets.append(remaining.pop(0))
+    targets = take_positionals(remaining)
     if compare:
         if len(targets) != 2 or remaining:
             raise UserError("give two files: lighten bench --compare before.json after.json")

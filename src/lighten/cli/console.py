@@ -69,6 +69,14 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def take_positionals(words: list[str]) -> list[str]:
+    """Take the words before the first setting off the list."""
+    positionals: list[str] = []
+    while words and not words[0].startswith("--") and not is_assignment(words[0]):
+        positionals.append(words.pop(0))
+    return positionals
+
+
 def is_assignment(word: str) -> bool:
     """Whether a word reads `name=value`."""
     name, equals, _ = word.partition("=")

@@ -24,11 +24,11 @@ from lighten.cli.console import (
     Json,
     Settings,
     console,
-    is_assignment,
     overrides,
     print_json,
     print_table,
     progress_bar,
+    take_positionals,
 )
 from lighten.cli.evaluate import print_evaluation
 from lighten.cli.export import export, push, verify
@@ -122,10 +122,7 @@ def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, An
     from lighten import path_checks
     from lighten.errors import UserError
 
-    positionals: list[str] = []
-    while words and not words[0].startswith("--") and not is_assignment(words[0]):
-        positionals.append(words.pop(0))
-    settings = overrides(words)
+    positionals, settings = take_positionals(words), overrides(words)
     if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
         return positionals[0], settings
     if len(positionals) == 1:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lighten.cli.console import OPEN, Json, Settings, console, is_assignment, overrides, print_table
+from lighten.cli.console import (
+    OPEN,
+    Json,
+    Settings,
+    console,
+    overrides,
+    print_table,
+    take_positionals,
+)
 from lighten.machine.datasheets import DEVICES
 
 if TYPE_CHECKING:
@@ -158,19 +166,11 @@ def exit_code(fits: bool | None) -> int:
     return CANNOT_TELL if fits is None else FITS if fits else DOES_NOT
 
 
-def _take_positionals(words: list[str]) -> list[str]:
-    """Take the words before the first setting off the list."""
-    positionals: list[str] = []
-    while words and not words[0].startswith("--") and not is_assignment(words[0]):
-        positionals.append(words.pop(0))
-    return positionals
-
-
 def _recipe_and_settings(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     """A recipe file, or a model and perhaps its data, and the settings after them."""
     from lighten.errors import UserError
 
-    positionals, settings = _take_positionals(words), overrides(words)
+    positionals, settings = take_positionals(words), overrides(words)
     if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
         return positionals[0], settings
     if len(positionals) > 2 or not (positionals or settings):
@@ -284,7 +284,7 @@ def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
     from lighten.errors import UserError
     from lighten.planning.text import sized_row
 
-    models = _take_positionals(words)
+    models = take_positionals(words)
     if not models:
         raise UserError("name the models: lighten plan --largest MODEL MODEL … --device t4")
     with _planning_status() as show_status:
@@ -406,7 +406,7 @@ _OPTIONS = {
 def _base(words: list[str], verb: str) -> tuple[str, dict[str, Any]]:
     from lighten.errors import UserError
 
-    positionals, options = _take_positionals(words), overrides(words)
+    positionals, options = take_positionals(words), overrides(words)
     if len(positionals) != 1:
         raise UserError(f"give one base: lighten plan {verb} MODEL")
     if unknown := sorted(options.keys() - set(_OPTIONS[verb])):

@@ -10,11 +10,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lighten import models
-from lighten.adapters.frozen import is_linear, out_in_features, weight_of
+from lighten.adapters.frozen import out_in_features, weight_of
 from lighten.errors import UserError
 from lighten.generation import attention
 from lighten.generation.adapter import read_factors, require_same
 from lighten.generation.engine import Engine
+from lighten.generation.linears import linear_paths
 from lighten.machine.mapped import drop_mapped_weights
 
 # Of a prompt with its answer where the model says nothing: room is made as it is used.
@@ -42,10 +43,7 @@ def open_engine(
     if missing := [name for name in ("position_ids", "logits_to_keep") if name not in taken]:
         raise UserError(f"{type(model).__name__} takes no {missing[0]}")
     attention.require_plain(model)
-    paths = [
-        path for path, module in model.named_modules()
-        if is_linear(module) and ".experts." not in path
-    ]  # fmt: skip
+    paths = linear_paths(model)
     for folder in adapters.values():
         factors, saved = read_factors(folder, paths)
         for path, weight in saved.items():

@@ -182,18 +182,22 @@ class ServedLinear(nn.Module):
         return self._group.output(self._place, x)
 
 
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of a model's linear layers outside of experts."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if is_linear(module) and ".experts." not in path
+    ]
+
+
 def install(model: PreTrainedModel) -> tuple[Step, dict[str, Group]]:
     """Put groups in the place of every linear layer of a model outside of experts.
 
     Returns:
         What the layers follow, and each layer's group by path.
     """
-    step, head = Step(), model.get_output_embeddings()
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if is_linear(module) and ".experts." not in path
-    ]
+    step, head, paths = Step(), model.get_output_embeddings(), linear_paths(model)
     siblings = sibling_paths(paths)
     lone = set(paths) - {path for group in siblings for path in group}
     groups: dict[str, Group] = {}

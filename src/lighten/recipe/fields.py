@@ -20,6 +20,8 @@ from lighten.recipe.section import (
     Seed,
     Share,
     ShareOrCount,
+    listed,
+    listed_names,
 )
 from lighten.recipe.sweeping import SweepOptions
 
@@ -48,13 +50,6 @@ Optimizer = Literal[
     "paged_adamw_32bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "sgd",
     "adafactor",
 ]  # fmt: skip
-
-
-def listed(value: Any) -> Any:
-    """Words with commas, or one alone, are as good as a list."""
-    if not isinstance(value, str):
-        return value
-    return [word.strip() for word in value.split(",") if word.strip()]
 
 
 class EvaluateOptions(Section):
@@ -427,9 +422,7 @@ class RecipeFields(Section):
     @field_validator("report_to", mode="before")
     @classmethod
     def _trackers(cls, value: Any) -> Any:
-        """`none` and a lone name are as good as a list."""
-        names = [value] if isinstance(value, str) else list(value or [])
-        return [name for name in names if name != "none"]
+        return listed_names(value)
 
     @field_validator("dataset_columns")
     @classmethod

@@ -76,6 +76,19 @@ def _expression(text: str) -> str:
 ModulePattern = Annotated[str, AfterValidator(_expression)]
 
 
+def listed(value: Any) -> Any:
+    """Words with commas, or one alone, are as good as a list."""
+    if not isinstance(value, str):
+        return value
+    return [word.strip() for word in value.split(",") if word.strip()]
+
+
+def listed_names(value: Any) -> Any:
+    """As `listed`; `none` and nothing name nothing."""
+    names = listed([] if value is None else value)
+    return [name for name in names if name != "none"] if isinstance(names, list) else names
+
+
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, numbers written as text are numbers."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from lighten.recipe.section import Duration, Rate, Section, seconds
+from lighten.recipe.section import Duration, Rate, Section, listed_names, seconds
 
 
 class Range(Section):
@@ -130,8 +130,7 @@ class SweepOptions(Section):
     @field_validator("reference", mode="before")
     @classmethod
     def _references(cls, value: Any) -> Any:
-        names = [value] if isinstance(value, str) else list(value or [])
-        return [name for name in names if name != "none"]
+        return listed_names(value)
 
     @property
     def budget_s(self) -> float | None:
