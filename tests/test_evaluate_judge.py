@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 import lighten
+from lighten import data
 from lighten.errors import UserError
 from lighten.evaluation import judge
-from lighten.evaluation.judge import Judge, judged
+from lighten.evaluation.evaluation import _question
+from lighten.evaluation.judge import MOST_SIGNS, Judge, judged
 
 Opinion = Callable[[str, str], str]  # of the answers A and B, in their order
 Refusing = Callable[[dict[str, Any]], str | None]  # of a request's body: the message, or None
@@ -258,6 +260,21 @@ def test_rubbish_from_a_server_is_one_sentence(reply: str, message: str, server:
 def test_a_broken_address_is_one_sentence() -> None:
     with pytest.raises(UserError, match="is no address"):
         Judge("http://127.0.0.1:port/v1", "judge").ask("?", "", "x", "y")
+
+
+def test_a_judge_is_told_the_turns_before_a_question() -> None:
+    turns = [("system", "Answer in Korean."), ("user", "Name a city."), ("assistant", "서울"),
+             ("user", "And a second one?"), ("assistant", "부산")]  # fmt: skip
+    messages = tuple(data.Message(*turn) for turn in turns)
+    assert _question(data.Example("f", 1, messages)) == (
+        "system: Answer in Korean.\n\nuser: Name a city.\n\nassistant: 서울\n\n"
+        "user: And a second one?"
+    )
+    assert _question(data.Example("f", 1, messages[1:3])) == "Name a city."
+    long = data.Message("user", "long " * MOST_SIGNS)
+    assert _question(data.Example("f", 1, (long, *messages[2:]))) == (
+        "assistant: 서울\n\nuser: And a second one?"
+    )
 
 
 def test_an_evaluation_is_judged(

@@ -181,6 +181,38 @@ def test_a_comparison_that_cannot_be_is_refused_before_anything_is_measured(
     assert {row["run"] for row in again.comparisons} == {str(other.folder)}
 
 
+def test_trap46_other_texts_of_as_many_tokens_are_other_examples(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Texts are all cut at max_length, and of a conversation the last turn alone is kept."""
+    rows = {
+        "texts": [{"text": f"{i} one two three four five six"} for i in range(24)],
+        "chats": [{"messages": [
+            {"role": "system", "content": "be brief"}, {"role": "user", "content": f"what is {i}"},
+            {"role": "assistant", "content": "a number"},
+        ]} for i in range(24)],
+    }  # fmt: skip
+    changed = {"texts": ("one two", "two one"), "chats": ("be brief", "be funny")}
+    for kind, lines in rows.items():
+        runs = []
+        for name in ("first", "second"):
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            data = tmp_path / f"{kind}-{name}.jsonl"
+            data.write_text(text if name == "first" else text.replace(*changed[kind]))
+            runs.append(lighten.train(
+                model=str(tiny_folder), dataset=str(data), dtype="float32", max_steps=1,
+                val_size=0.5, progress=False, output_dir=str(tmp_path / kind / name),
+            ))  # fmt: skip
+        how = {"max_examples": 4, "max_new_tokens": 1}
+        first, again, second = (
+            api.evaluate(run, **how).to_dict() for run in (runs[0], runs[0], runs[1])
+        )
+        assert against.compare(again, first, "first")
+        second["models"] = first["models"]  # as many tokens
+        with pytest.raises(UserError, match="the held-out examples are not the same"):
+            against.compare(second, first, "first")
+
+
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [(("settings", "chat_template"), "other", "chat_template is"),

@@ -76,6 +76,16 @@ class Example:
             prompt = [("text", tokens)]
         return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()
 
+    @property
+    def content_key(self) -> str:
+        """A fingerprint of all that it says, every turn and the answers too."""
+        said: list[Any] = [
+            [m.role, _composed(m.content), [str(entry) for entry in m.extra]] for m in self.messages
+        ]
+        said += [list(map(int, numbers or ())) for numbers in (self.input_ids, self.labels)]
+        said += [self.text and _composed(self.text), str(self.tools)]
+        return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+
     def _prompt_ids(self) -> tuple[int, ...]:
         """Of ready tokens those that are read and not learnt, up to the last that is learnt.
 

@@ -150,7 +150,7 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         different.append(
             f"{ours['dataset']['rows']} and {theirs['dataset']['rows']} held-out examples"
         )
-    elif _questions(ours) != _questions(theirs):
+    elif _questions(ours) != _questions(theirs) or _other_examples(ours, theirs):
         different.append("the held-out examples are not the same")
     elif _supervised(ours) != _supervised(theirs):
         different.append("the same examples have other tokens: the losses are per token")
@@ -193,6 +193,12 @@ def _refuse(different: Sequence[str]) -> None:
             f"the two were measured differently, so they are not compared: {'; '.join(different)}; "
             "evaluate both in the same way"
         )
+
+
+def _other_examples(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether what was measured on says something else, in a turn or a text that is not kept."""
+    digests = [which["dataset"].get("examples_sha256") for which in (ours, theirs)]
+    return None not in digests and digests[0] != digests[1]  # earlier versions wrote none
 
 
 def _questions(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from lighten.evaluation import forgetting, harness, metrics, registry
 from lighten.evaluation.bootstrap import Array
 from lighten.evaluation.forgetting import GeneralText
 from lighten.evaluation.generate import Answers, as_shown, generate
-from lighten.evaluation.judge import Judge, judged
+from lighten.evaluation.judge import MOST_SIGNS, Judge, judged
 from lighten.evaluation.partial_results import PartialResults, key_of
 from lighten.evaluation.result import Evaluation, Measured
 from lighten.evaluation.run_models import Models, Opened
@@ -109,6 +110,7 @@ def evaluate_run(
     evaluation.dataset = {
         "path": encoded_data.name,
         "rows": len(encoded_data.examples),
+        "examples_sha256": _digest(encoded_data.examples),
         "answered": len(answered),
         "left_out": encoded_data.left_out + encoded_data.bad_rows,
         "shared_prompts": encoded_data.shared,
@@ -131,7 +133,7 @@ def evaluate_run(
             runs.write_json(path, evaluation.to_dict())
         if judge is not None:
             evaluation.judged = _judge_answers(
-                judge, evaluation.examples, results, settings, progress
+                judge, answered, evaluation.examples, results, settings, progress
             )
             runs.write_json(path, evaluation.to_dict())
     except UserError as error:
@@ -165,13 +167,37 @@ def _judge_of(settings: EvaluateOptions) -> Judge | None:
     return Judge(settings.judge, settings.judge_model, settings.judge_max_tokens)
 
 
+def _digest(examples: Sequence[Example]) -> str:
+    """Of what the examples say: figures on others are no comparison, however many tokens agree."""
+    keys = "\n".join(example.content_key for example in examples)
+    return hashlib.sha256(keys.encode()).hexdigest()
+
+
+def _question(example: Example) -> str:
+    """What an example asks, as a judge reads it: the last turn, after those that it goes on from.
+
+    The first turns are left out where all are more than a judge is given.
+    """
+    *earlier, asked = example.messages[:-1] or example.messages
+    question = asked.content
+    if not earlier:
+        return question
+    question = f"{asked.role}: {question}"
+    for message in reversed(earlier):
+        longer = f"{message.role}: {message.content}\n\n{question}"
+        if len(longer) > MOST_SIGNS:
+            break
+        question = longer
+    return question
+
+
 def _judge_answers(
-    judge: Judge, examples: Sequence[Mapping[str, Any]], results: Sequence[Measured],
-    settings: EvaluateOptions, progress: Progress | None,
+    judge: Judge, answered: Sequence[Example], examples: Sequence[Mapping[str, Any]],
+    results: Sequence[Measured], settings: EvaluateOptions, progress: Progress | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What a judge says of each adapter's answers beside the base's."""
     texts = (
-        [example["prompt"] for example in examples],
+        [_question(example) for example in answered],
         [example["reference"] for example in examples],
     )
     base, *trained = results
