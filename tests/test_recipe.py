@@ -259,8 +259,10 @@ def test_names_are_a_list_one_alone_or_words_with_commas(values: dict[str, Any])
     ):  # fmt: skip
         assert Recipe.from_values({**values, "report_to": said}).report_to == names
     for said in (5, True):
-        for settings in ({"report_to": said}, {"sweep": {"reference": said}}):
-            with pytest.raises(RecipeError, match=r"(report_to|reference): .* does not do"):
+        for settings in (
+            {"report_to": said}, {"sweep": {"reference": said}}, {"sweep": {"grid": said}},
+        ):  # fmt: skip
+            with pytest.raises(RecipeError, match=r"(report_to|reference|sweep): .* does not do"):
                 Recipe.from_values({**values, **settings})
 
 

@@ -122,6 +122,8 @@ class SweepOptions(Section):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """A lone value is a list of one."""
+        if not isinstance(value, Mapping):
+            return value
         return {
             key: entry if isinstance(entry, list | Mapping | Range) else [entry]
             for key, entry in value.items()
