@@ -105,12 +105,59 @@ def require_bitsandbytes() -> None:
     require_package("bitsandbytes", "quant")
 
 
+def dense_of_4bit(
+    packed: Tensor, absmax: Tensor, state: Any, shape: torch.Size, compute: torch.dtype
+) -> Tensor:
+    """A 4-bit weight, dequantised as one long row.
+
+    Args:
+        packed: Its numbers, two in a byte.
+        absmax: Of its blocks.
+        state: bitsandbytes' `QuantState`, of which all but `absmax` and `shape` is read.
+        shape: [O, I].
+        compute: The format of the products.
+
+    Returns:
+        [O, I] in `compute`.
+    """
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    row = QuantState(
+        absmax=absmax,
+        shape=torch.Size((1, 2 * packed.numel() * packed.element_size())),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=compute,
+        offset=state.offset,
+        state2=state.state2,
+    )
+    dense: Tensor = dequantize_4bit(packed, row)
+    return dense.reshape(-1)[: shape.numel()].view(shape)
+
+
+def dense_of_int8(numbers: Tensor, scales: Tensor, compute: torch.dtype) -> Tensor:
+    """An INT8 weight dequantised.
+
+    As `int8_vectorwise_dequant` does it, but rounded on the way: no float32 copy is made.
+
+    Args:
+        numbers: [O, I].
+        scales: [O], the largest of each row, which 127 stands for.
+        compute: The format of the products.
+
+    Returns:
+        [O, I] in `compute`.
+    """
+    dense = torch.empty_like(numbers, dtype=compute)
+    return torch.mul(numbers, scales[:, None] / 127, out=dense)
+
+
 @functools.cache
 def layer_types() -> tuple[type[nn.Linear], type[nn.Linear]]:
     """The layer for 4 bits and the one for 8, made when first used: bitsandbytes is an extra."""
     require_bitsandbytes()
     import bitsandbytes as bnb
-    from bitsandbytes.functional import QuantState, dequantize_4bit
 
     class Linear4bit(bnb.nn.Linear4bit):
         """A frozen linear layer in 4 bits."""
@@ -123,19 +170,10 @@ def layer_types() -> tuple[type[nn.Linear], type[nn.Linear]]:
 
         def dense_weight(self) -> Tensor:
             """The weight [O, I] in the format of the products."""
-            state, packed = self.weight.quant_state, self.weight.data
-            row = QuantState(
-                absmax=state.absmax,
-                shape=torch.Size((1, 2 * packed.numel() * packed.element_size())),
-                code=state.code,
-                blocksize=state.blocksize,
-                quant_type=state.quant_type,
-                dtype=self.compute_dtype,
-                offset=state.offset,
-                state2=state.state2,
+            state = self.weight.quant_state
+            return dense_of_4bit(
+                self.weight.data, state.absmax, state, state.shape, self.compute_dtype
             )
-            dense: Tensor = dequantize_4bit(packed, row)
-            return dense.reshape(-1)[: state.shape.numel()].view(state.shape)
 
         def forward(self, x: Tensor) -> Tensor:
             """The product, x Wᵀ + b."""
@@ -149,9 +187,7 @@ def layer_types() -> tuple[type[nn.Linear], type[nn.Linear]]:
 
         def dense_weight(self) -> Tensor:
             """The weight [O, I] in the format of the products."""
-            # As int8_vectorwise_dequant does it, but rounded on the way: no float32 copy is made.
-            dense = torch.empty_like(self.weight.data, dtype=self.compute_dtype)
-            return torch.mul(self.weight.data, self.weight.SCB[:, None] / 127, out=dense)
+            return dense_of_int8(self.weight.data, self.weight.SCB, self.compute_dtype)
 
         def forward(self, x: Tensor) -> Tensor:
             """The product, x Wᵀ + b; the activations are not quantised."""

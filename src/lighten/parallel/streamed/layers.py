@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lighten.models.quantized import Storage, WeightFetched
+from lighten.models.quantized import Storage, WeightFetched, dense_of_4bit, dense_of_int8
 from lighten.parallel.streamed.feed import Piece
 
 
@@ -125,8 +125,7 @@ class StreamedLinear8bit(StreamedLinear):
     def dense_weight(self) -> Tensor:
         """The weight [O, I] in the format of the products."""
         numbers, scales = self._absent.get(self._piece), self._absent.get(self._scales)
-        dense = torch.empty_like(numbers, dtype=self.compute_dtype)
-        return torch.mul(numbers, scales[:, None] / 127, out=dense)
+        return dense_of_int8(numbers, scales, self.compute_dtype)
 
 
 class StreamedLinear4bit(StreamedLinear):
@@ -154,20 +153,6 @@ class StreamedLinear4bit(StreamedLinear):
 
     def dense_weight(self) -> Tensor:
         """The weight [O, I] in the format of the products."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        packed, state = self._absent.get(self._piece), self._state
-        # As one long row: bitsandbytes' kernel for processors begins a block with each row.
-        row = QuantState(
-            absmax=self._absent.get(self._scales),
-            shape=torch.Size((1, 2 * packed.numel())),
-            code=state.code,
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            dtype=self.compute_dtype,
-            offset=state.offset,
-            state2=state.state2,
-        )
-        weight: Tensor = dequantize_4bit(packed, row)
-        numbers = self.out_features * self.in_features
-        return weight.reshape(-1)[:numbers].view(self.out_features, self.in_features)
+        packed, absmax = self._absent.get(self._piece), self._absent.get(self._scales)
+        shape = torch.Size((self.out_features, self.in_features))
+        return dense_of_4bit(packed, absmax, self._state, shape, self.compute_dtype)
