@@ -290,6 +290,32 @@ def test_what_cannot_be_compared_gets_no_verdict(tmp_path: Path) -> None:
     assert "Not evaluated: bare" in compared.sentences[-1]
 
 
+def test_figures_that_were_measured_differently_are_not_called_best(tmp_path: Path) -> None:
+    runs = compared_runs(tmp_path, [0.0, 0.3])
+
+    def change(place: int, section: str, chrf: float, **values: Any) -> None:
+        path = runs[place].folder / "evaluation.json"
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored[section].update(values)
+        stored["models"][1]["metrics"]["chrf"]["value"] = chrf
+        path.write_text(json.dumps(stored), encoding="utf-8")
+
+    change(0, "settings", 30.0, max_new_tokens=16)
+    change(1, "settings", 40.0, max_new_tokens=16)
+    assert comparison.compare(runs).best["chrf"] == {1}
+    change(1, "settings", 40.0, max_new_tokens=64)
+    compared = comparison.compare(runs)
+    assert (compared.best["loss"], compared.best["chrf"]) == ({0}, set())
+    assert any("The answers were measured with other settings" in s for s in compared.sentences)
+    # As many examples with as many tokens need not be the same ones.
+    change(0, "dataset", 30.0, examples_sha256="a")
+    assert comparison.compare(runs).best["loss"] == {0}, "of the other it is not known"
+    change(1, "dataset", 40.0, examples_sha256="b")
+    compared = comparison.compare(runs)
+    assert compared.best["loss"] == set()
+    assert "different held-out examples" in compared.sentences[0]
+
+
 def test_twelve_runs_have_twelve_colours(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run-{place}", steps=20) for place in range(12)]
     page = lighten.report(*runs, output=tmp_path / "page.html").read_text(encoding="utf-8")

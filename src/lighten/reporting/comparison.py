@@ -15,6 +15,7 @@ from lighten import runs as run_files
 from lighten.data import FEWEST
 from lighten.evaluation.bootstrap import LEVEL, Resamples
 from lighten.evaluation.metrics import METRICS, mean_loss
+from lighten.evaluation.registry import OF_ANSWERS
 from lighten.reporting import text
 from lighten.reporting.charts import number
 from lighten.runs import Run
@@ -57,6 +58,8 @@ class Entry:
         intervals: Their intervals, where known.
         differs: The settings in which its run differs from the others.
         measured_on: What its held-out figures were measured on; equal ones can be compared.
+        measured_by: How, of each figure that hangs on more than the examples.
+        examples: A digest of those, where it is known.
         watched_on: The same of the loss that was watched while it trained.
         losses: Negative log-likelihood and tokens of each held-out example, if recorded.
         difference: From the lowest held-out loss, with bounds that hold for all entries at once.
@@ -70,6 +73,8 @@ class Entry:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     differs: str = ""
     measured_on: tuple[Any, ...] | None = None
+    measured_by: dict[str, Any] = field(default_factory=dict)
+    examples: str | None = None
     watched_on: tuple[Any, ...] | None = None
     losses: list[list[float]] | None = None
     difference: tuple[float, float, float] | None = None
@@ -135,8 +140,12 @@ def compare(runs: Sequence[Run]) -> Comparison:
             entry.differs = differing
         entries += trained
         if base is not None:
-            bases.setdefault((base.label, base.measured_on), base)
-    sentences = [*_conclusions(entries), *_notes(runs, names)]
+            bases.setdefault((base.label, base.measured_on, base.examples), base)
+    measured = [entry for entry in entries if entry.measured_on is not None]
+    if all(entry.examples for entry in measured):  # which earlier versions did not keep
+        for entry in measured:
+            entry.measured_on = (*(entry.measured_on or ()), entry.examples)
+    sentences = [*_conclusions(entries), *_asked_differently(measured), *_notes(runs, names)]
     everything = [*entries, *bases.values()]
     columns = [
         column
@@ -146,6 +155,22 @@ def compare(runs: Sequence[Run]) -> Comparison:
     ]
     best = {column.name: _best(column, entries) for column in columns}
     return Comparison(everything, columns, best, sentences)
+
+
+def _asked_differently(entries: Sequence[Entry]) -> list[str]:
+    """What it means that answers, or losses on general text, were measured in other ways."""
+    sentences = []
+    for column, what in (("chrf", "answers"), ("general_loss", "losses on general text")):
+        ways = {entry.measured_by[column] for entry in entries if column in entry.figures}
+        if len(ways) > 1:
+            reason = (
+                "with other settings (max_new_tokens, chat template)"
+                if column == "chrf" else "on other text"
+            )  # fmt: skip
+            sentences.append(
+                f"The {what} were measured {reason}, so these figures do not say which is better."
+            )
+    return sentences
 
 
 def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
@@ -241,6 +266,11 @@ def _add_measured(
     tokens = tuple(tokens for _, tokens in entry.losses) if entry.losses else None
     base = None if tokens else (info.get("base") or {}).get("name")
     entry.measured_on = (dataset.get("rows"), tokens or dataset.get("path"), base)
+    entry.examples = dataset.get("examples_sha256")
+    settings = evaluation.get("settings") or {}
+    asked = (settings.get("max_new_tokens"), settings.get("chat_template"))
+    entry.measured_by = dict.fromkeys(OF_ANSWERS, asked)
+    entry.measured_by["general_loss"] = (settings.get("general_text") or {}).get("sha256")
 
 
 def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
@@ -255,7 +285,11 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
             for place, value in values.items()}  # fmt: skip
     if column.lower_is_better is None or len(set(read.values())) < 2:
         return set()
-    if held_out and len({entries[place].measured_on for place in values}) > 1:
+    ways = {
+        (entries[place].measured_on, entries[place].measured_by.get(column.name))
+        for place in values
+    }
+    if held_out and len(ways) > 1:
         return set()
     if column.name == "watched" and len({entries[place].watched_on for place in values}) > 1:
         return set()
