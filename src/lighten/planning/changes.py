@@ -10,6 +10,7 @@ from lighten.errors import UserError
 from lighten.planning.result import Change, Plan
 from lighten.recipe import Recipe
 from lighten.recipe.fields import AdapterFields
+from lighten.recipe.section import LORA_LEARNING_RATE
 
 # A recipe in, its plan out: the device and the data are the caller's.
 Planner = Callable[[Recipe], Plan]
@@ -149,7 +150,7 @@ def smaller_micro_batch(
 
 
 def _as_lora() -> dict[str, Any]:
-    return {"method": "lora", "trainable_layers": None, "learning_rate": 2e-4}
+    return {"method": "lora", "trainable_layers": None, "learning_rate": LORA_LEARNING_RATE}
 
 
 def _largest_alone(recipe: Recipe) -> dict[str, Any]:

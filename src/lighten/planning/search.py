@@ -17,6 +17,7 @@ from lighten.planning.changes import SHORTEST, Planner
 from lighten.planning.result import MOST_TOKENS, Plan
 from lighten.recipe import Recipe
 from lighten.recipe.fields import RecipeFields
+from lighten.recipe.section import FULL_LEARNING_RATE, LORA_LEARNING_RATE
 from lighten.wording import first_line
 
 # How a base may be trained, by name; what is not named stays as the recipe has it.
@@ -26,8 +27,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"method": "lora", "load_in_4bit": True, "load_in_8bit": False},
     "full": {"method": "full", "load_in_4bit": False, "load_in_8bit": False},
 }
-# What a base that learns whole learns at unless the user says so; adapters take ten times that.
-FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4
 # Longest context that is looked for: models state less, and those that do not are old.
 LONGEST = 2**20
 MOST_ROWS = 4096

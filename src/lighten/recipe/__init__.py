@@ -22,6 +22,7 @@ from lighten.recipe.fields import (
     RecipeFields,
     lora_settings,
 )
+from lighten.recipe.section import FULL_LEARNING_RATE
 from lighten.recipe.sweeping import Range, SweepOptions
 
 __all__ = [
@@ -38,8 +39,6 @@ __all__ = [
 
 # A list in one of these makes a cohort, one adapter per entry.
 COHORT_LISTS = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "seed")
-# What a full fine-tuning learns at where nothing is said; the default suits adapters.
-FULL_LEARNING_RATE = 2e-5
 
 
 class RecipeError(UserError):

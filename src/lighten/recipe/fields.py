@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from lighten.recipe.section import (
+    LORA_LEARNING_RATE,
     Duration,
     ModulePattern,
     Positive,
@@ -277,7 +278,7 @@ class RecipeFields(Section):
     )
     group_by_length: bool = _field(True, "training", "bring examples of like length together")
     learning_rate: Rate | list[Rate] = _field(
-        2e-4, "training", "peak learning rate; with method: full 2e-5 unless given"
+        LORA_LEARNING_RATE, "training", "peak learning rate; with method: full 2e-5 unless given"
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = _field(
         "linear", "training", "course of the learning rate"

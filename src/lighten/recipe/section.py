@@ -32,6 +32,9 @@ def _share_or_count(value: float) -> float:
 ShareOrCount = Annotated[float, Field(ge=0.0, allow_inf_nan=False), AfterValidator(_share_or_count)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
+# What an adapter, and a base's own weights, learn at where nothing is said.
+LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
+
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|m|min|h|)\s*")
 

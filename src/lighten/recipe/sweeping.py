@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from lighten.recipe.section import Duration, Rate, Section, listed_names, seconds
+from lighten.recipe.section import (
+    FULL_LEARNING_RATE,
+    Duration,
+    Rate,
+    Section,
+    listed_names,
+    seconds,
+)
 
 
 class Range(Section):
@@ -87,7 +94,9 @@ class SweepOptions(Section):
     reference: list[Literal["base", "full"]] = Field(
         ["base"], description="what to compare with: base (untouched), full (all weights trained)"
     )
-    full_learning_rate: Rate = Field(2e-5, description="learning rate of reference full")
+    full_learning_rate: Rate = Field(
+        FULL_LEARNING_RATE, description="learning rate of reference full"
+    )
     metric: Literal["loss", "perplexity", "chrf", "bleu", "exact_match"] = Field(
         "chrf", description="metric beside the held-out loss; loss: no answers are generated"
     )
