@@ -129,7 +129,12 @@ def test_a_judge_that_follows_the_order_has_no_opinion(server: _Server) -> None:
     [("It is a tie.", "tie"), ("A tie", "tie"), ("b", "B"), ("**A**", "A"), ("Answer B.", "B"),
      ("As a judge, I prefer B", "B"), ("I cannot say", None), ("Neither is a good one", None),
      ("<think>\nIs Answer A right?", None), ("<think>A?</think>\n\nB", "B"),
-     ("Is Answer A right? No.\n</think>\n\nB", "B")],
+     ("Is Answer A right? No.\n</think>\n\nB", "B"),
+     ("B입니다.", "B"), ("B가 더 좋습니다", "B"), ("답: A", "A"), ("무승부", None),
+     ("Answer A is wrong and answer B is right.\n\nB", "B"), ("B\n\nAnswer A is wrong.", "B"),
+     ("B is better than A", "B"), ("Answer A is worse than answer B.", None),
+     ("A보다 B가 더 좋습니다", "B"), ("Neither A nor B is better.", None),
+     ("A and B are equal: a tie", "tie")],
 )  # fmt: skip
 def test_a_reply_in_words_is_read_as_it_is_meant(
     reply: str, choice: str | None, server: _Server

@@ -44,7 +44,13 @@ BUSY, TRIES, WAIT_S, LONGEST_WAIT_S = (408, 429, 502, 503, 504), 6, 1.0, 60.0
 # Where the template begins the thoughts, only their end is in the reply.
 _THOUGHTS = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 # Capitals alone: "a tie" is no choice of A, and neither is an article.
-_CHOICE = re.compile(r"\b(?:a\s+)?(tie)\b|\b((?-i:[AB]))\b|^\W*([ab])\W*$", re.IGNORECASE)
+# Particles of Korean stand right behind a letter, so words end where ASCII's do.
+_CHOICE = re.compile(
+    r"\b(?:a\s+)?(tie)\b|\b((?-i:[AB]))\b|^\W*([ab])\W*$", re.IGNORECASE | re.ASCII
+)
+_NEITHER = re.compile(r"\bneither\b|\bnot better\b", re.IGNORECASE)
+_ALONE = re.compile(r"\W*([AB])\W*")
+_BETTER = re.compile(r"\b([AB]) is (?:\w+ )?better\b|([AB])(?:가|이) (?:\w+ )?(?:낫|나아|좋|우수)")
 # At the beginning of a reply that never ends it was meant; "A better one" may be a thought.
 _BEGINNING = re.compile(r"\W*(?:(tie)|((?-i:[AB])))\b(?![ \t]+\w)", re.IGNORECASE)
 CUT_OFF = "cut off"
@@ -110,13 +116,11 @@ class Judge:
         reply, ended = self._reply(text)
         thought = _THOUGHTS.sub("", reply)
         if not ended and "</think>" not in reply:
-            choice = _BEGINNING.match(thought)
+            beginning = _BEGINNING.match(thought)
+            choice = None if beginning is None else _word(beginning)
         else:
-            choice = _CHOICE.search(thought)
-        if choice is None:
-            return None if ended else CUT_OFF
-        word = choice[choice.lastindex or 0].lower()
-        return word if word == "tie" else word.upper()
+            choice = _choice(thought)
+        return CUT_OFF if choice is None and not ended else choice
 
     def check(self) -> None:
         """Ask it something, before anything is measured that it is to judge.
@@ -180,6 +184,29 @@ class Judge:
             raise UserError(f"judge: {address} cannot be reached: {why}") from error
         except ValueError as error:
             raise UserError(f"judge: {address} gave no chat completion") from error
+
+
+def _word(match: re.Match[str]) -> str:
+    word = match[match.lastindex or 0].lower()
+    return word if word == "tie" else word.upper()
+
+
+def _choice(text: str) -> str | None:
+    """`A`, `B` or `tie` of a whole reply; None: it names none, or both and does not say which."""
+    words = [_word(match) for match in _CHOICE.finditer(text)]
+    if not {"A", "B"} <= set(words):
+        return words[0] if words else None
+    if "tie" in words:
+        return "tie"
+    # Both are named where one gives reasons: the first line is the choice, or the last one is.
+    lines = [line for line in text.splitlines() if line.strip()]
+    if (alone := _ALONE.fullmatch(lines[0])) is not None:
+        return alone[1]
+    last = {_word(match) for match in _CHOICE.finditer(lines[-1])}
+    if len(last) == 1:
+        return last.pop()
+    better = {_word(match) for match in _BETTER.finditer(text)}
+    return better.pop() if len(better) == 1 and _NEITHER.search(text) is None else None
 
 
 class _Refusal(UserError):
