@@ -19,8 +19,9 @@ from lighten.machine import hardware
 from lighten.machine.hardware import Gpu
 from lighten.peft_config import WEIGHTS
 from lighten.serving import llamacpp, vllm
+from lighten.serving.adapters import open_base
 from lighten.serving.engine import Adapter
-from lighten.serving.engines import choose_engine, choose_here
+from lighten.serving.engines import base_as_gguf, choose_engine, choose_here
 from lighten.serving.options import Options
 from lighten.serving.running import open_served
 from tests.serving import save_adapter
@@ -44,6 +45,19 @@ def test_a_processor_has_llama_cpp_or_ours(adapters: list[Adapter]) -> None:
     assert choice.value == "lighten"
     assert "all 2 adapters" in choice.reason
     assert "vLLM" not in choice.reason
+
+
+def test_a_base_that_is_quantised_has_ours(tmp_path: Path, tiny_folder: Path) -> None:
+    """llama.cpp's file cannot be made from it."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "int8")
+    quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    base = open_base(str(folder))
+    chosen = choose_here(Options(), [], base.config, gguf=False)
+    assert (chosen.value, "quantised already" in chosen.reason) == ("lighten", True)
+    with pytest.raises(UserError, match="--engine lighten"):
+        base_as_gguf(base, "q8_0")
 
 
 def test_a_gpu_has_vllm_where_it_is_installed_and_the_reason_is_said(

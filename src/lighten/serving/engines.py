@@ -27,6 +27,7 @@ def choose_engine(
     *,
     gguf: bool = False,
     tied: bool = False,
+    quantized: bool = False,
     gpu: Gpu | None = None,
     program: str | None = None,
 ) -> Choice:
@@ -40,6 +41,7 @@ def choose_engine(
         adapters: Served from the start.
         gguf: Whether the base is a GGUF file.
         tied: Whether the base shares its head with its word embeddings.
+        quantized: Whether the base is stored in a quantised format of transformers'.
         gpu: The one that is computed on; None: the processor is.
         program: vLLM's command; None: it is not installed.
     """
@@ -53,6 +55,10 @@ def choose_engine(
         if obstacle is None:
             return Choice("vllm", f"which is installed and computes on the {gpu.name}")
         without_vllm = f" (not vLLM, for the {gpu.name}: {obstacle})"
+    if quantized:
+        return Choice(
+            "lighten", f"which takes a base that is quantised already, as it is{without_vllm}"
+        )
     if tied and any(_changes_head(adapter.folder) for adapter in adapters):
         return Choice(
             "lighten",
@@ -109,8 +115,12 @@ def choose_here(
     gpu = hardware.chosen_gpu() if options.engine == "auto" else None
     return choose_engine(
         options, adapters, gguf=gguf, tied=bool(getattr(config, "tie_word_embeddings", False)),
-        gpu=gpu, program=None if gpu is None else vllm.installed(),
+        quantized=_is_quantized(config), gpu=gpu, program=None if gpu is None else vllm.installed(),
     )  # fmt: skip
+
+
+def _is_quantized(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
 
 
 def engine_of(
@@ -193,6 +203,11 @@ def base_as_gguf(base: Base, storage: str) -> tuple[Path, str]:
 
     if base.gguf is not None:
         return base.gguf, "the GGUF file as it is"
+    if _is_quantized(base.config):
+        raise UserError(
+            f"{base.name} is quantised already, and llama.cpp's file is made from original "
+            "weights: serve it by --engine lighten, or a GGUF file of the model it was made from"
+        )
     key = base.contents()
     target = cache_folder() / "serve" / "bases" / f"{key[:32]}-{storage}.gguf"
     if target.is_file():
