@@ -6,8 +6,12 @@ import gc
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 
+# Images of containers often forbid bytecode: each of a run's hundreds of processes would compile
+# all of lighten, and each worker all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread in every process, set before torch is imported: `make test` has a worker on each core,
@@ -29,6 +33,7 @@ from lighten.machine.hardware import cache_folder
 if TYPE_CHECKING:
     from lighten.models import Base
 
+sys.dont_write_bytecode = False
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # A busy machine is no reason for a property to fail.

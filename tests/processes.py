@@ -35,7 +35,11 @@ from lighten.parallel.spawn import free_port
 LIBRARIES = [
     "torch", "torch._dynamo", "torch.utils.flop_counter", "transformers", "peft", "accelerate",
     "bitsandbytes", "safetensors.torch", "sacrebleu", "jinja2", "psutil", "yaml",
-    "transformers.models.llama.modeling_llama",
+    "transformers.models.llama.modeling_llama", "transformers.models.gemma.modeling_gemma",
+    "transformers.integrations.bitsandbytes", "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion", "pydantic.main", "pydantic.root_model",
+    "typer.main", "rich.console", "rich.table", "rich.progress", "rich.markup", "shellingham",
+    "pydantic.type_adapter", "zoneinfo", "encodings.utf_8_sig",
 ]  # fmt: skip
 # Beside a GPU nothing that computes can be forked: the libraries have asked for it while they were
 # imported. Processes begin afresh there, and slowly.
@@ -213,6 +217,7 @@ def _child(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    sys.dont_write_bytecode = False  # as tests/conftest.py has it
     for number, path in enumerate(paths):
         opened = os.open(path, os.O_APPEND | os.O_RDWR | os.O_CREAT if number else os.O_RDONLY)
         os.dup2(opened, number)
