@@ -333,6 +333,9 @@ def test_mistakes_are_told(tiny_folder: Path, chat_file: Path, tmp_path: Path) -
         lighten.audit(str(tiny_folder), budget="soon", **how)
     with pytest.raises(UserError, match="2 steps or more"):
         lighten.audit(str(tiny_folder), steps=1, **how)
+    for tokens in (-5, 1):
+        with pytest.raises(UserError, match="long_tokens: a row has 2 tokens or more"):
+            lighten.audit(str(tiny_folder), long_tokens=tokens, **how)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):

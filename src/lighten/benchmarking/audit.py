@@ -73,6 +73,8 @@ class Settings:
             raise UserError("new_tokens: an answer that is timed has 2 tokens or more")
         if self.examples < 1 or self.prompt_tokens < 1:
             raise UserError("examples and prompt_tokens are whole numbers from 1")
+        if self.long_tokens is not None and (self.long_tokens < 0 or self.long_tokens == 1):
+            raise UserError("long_tokens: a row has 2 tokens or more; 0 leaves long rows out")
 
 
 @dataclass
