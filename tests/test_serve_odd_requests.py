@@ -184,9 +184,19 @@ def test_a_template_beside_an_adapter_is_taken_without_a_tokenizer(
     assert asking.tokenizer.decode(ids) == "Q: the answer A:"
 
 
-def test_a_template_that_writes_nothing_is_told(client: httpx.Client, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("", "the chat template writes nothing of these messages"),
+        ("{{ raise_exception('no') }}", "the chat template refuses this conversation: no"),
+    ],
+    ids=["empty", "refuses"],
+)
+def test_what_a_template_does_not_write_is_told(
+    client: httpx.Client, folder: Path, template: str, message: str
+) -> None:
     empty = changed(folder / "good", folder / "empty")
-    (empty / "chat_template.jinja").write_text("")
+    (empty / "chat_template.jinja").write_text(template)
     loaded = client.post(
         "/v1/load_lora_adapter", json={"lora_name": "empty", "lora_path": "empty"},
         headers={"Authorization": f"Bearer {ADMIN}"},
@@ -196,6 +206,7 @@ def test_a_template_that_writes_nothing_is_told(client: httpx.Client, folder: Pa
     body = {"model": "empty", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
     answer = client.post("/v1/chat/completions", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+    assert answer.json()["error"]["message"] == message
 
 
 def test_ends_of_answers_that_are_no_tokens_are_refused(

@@ -270,8 +270,8 @@ async def _chat(request: Request, front: Front) -> Reply:
     long = sum(len(message.content) for message in messages) > _LONG_TEXT
     try:
         ids = await asyncio.to_thread(encoded) if long else encoded()
-    except UserError as error:
-        raise Refused(400, str(error), "messages") from error
+    except UserError as error:  # the line of a data file, of which this has none
+        raise Refused(400, str(error).removeprefix("chat:1: "), "messages") from error
     if not ids:
         raise Refused(400, "the chat template writes nothing of these messages", "messages")
     form = ChatForm(model.name, chat_request.alternatives is not None)
