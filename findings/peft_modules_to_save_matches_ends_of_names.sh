@@ -4,8 +4,8 @@
 # Expected: the module that is called `norm` (the last one), as target_modules=["proj"] finds no
 # q_proj: names are matched from one dot to the next.
 # Seen: modules_to_save takes whatever ends with the text: `norm` is also the end of input_layernorm
-# and post_attention_layernorm, in every layer. They are trained, and the adapter holds them; vLLM and
-# llama.cpp take no such adapter, and one that was to change the last norm changes all of them.
+# and post_attention_layernorm, in every layer. They are trained, and the adapter holds them: one that
+# was to change the last norm changes all of them.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
