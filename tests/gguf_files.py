@@ -26,6 +26,7 @@ def write_gguf(
     quantized: bool = False,
     tokens: int | None = None,
     name: str = "tiny",
+    pre: str | None = "gpt-2",
 ) -> Path:
     """Write a model with its tokenizer.
 
@@ -37,6 +38,7 @@ def write_gguf(
         quantized: Linear layers in Q8_0 where their rows allow it.
         tokens: Words of the vocabulary, those beyond the tokenizer's made up.
         name: `general.name`.
+        pre: `tokenizer.ggml.pre`; None leaves it out.
     """
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
@@ -57,7 +59,7 @@ def write_gguf(
             writer.add_array(key, value)
         else:
             writer.add_string(key, value)
-    _tokenizer(writer, tokens or config.vocab_size)
+    _tokenizer(writer, tokens or config.vocab_size, pre)
     arch = next(
         candidate for candidate, arch_name in MODEL_ARCH_NAMES.items() if arch_name == architecture
     )
@@ -133,7 +135,7 @@ def _weights(model: PreTrainedModel, architecture: str, arch: MODEL_ARCH) -> dic
     return stored
 
 
-def _tokenizer(writer: GGUFWriter, tokens: int) -> None:
+def _tokenizer(writer: GGUFWriter, tokens: int, pre: str | None) -> None:
     tokenizer = tiny_tokenizer()
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     special = {token.content for token in tokenizer.added_tokens_decoder.values()}
@@ -141,7 +143,8 @@ def _tokenizer(writer: GGUFWriter, tokens: int) -> None:
     fillers = tokens - len(vocabulary)
     merges = [" ".join(pair) for pair in _merges(tokenizer)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list([*vocabulary, *(f"zz{i}" for i in range(fillers))])
     writer.add_token_types([*types, *([1] * fillers)])
     writer.add_token_merges(merges)

@@ -206,6 +206,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     ),
     "other layers": ("llama", {}, {"block_count": 3}, {}, "lacks the weight"),
     "fewer layers": ("llama", {}, {"block_count": 1}, {}, "no such weight"),
+    "unknown splitting": (
+        "llama", {}, {}, {"pre": "deepseek-v3"}, "splits text as 'deepseek-v3'.*not known",
+    ),
+    "no splitting": ("llama", {}, {}, {"pre": None}, "does not say how text is split"),
     "architecture": ("opt", {}, {}, {}, "architecture 'opt'"),
 }  # fmt: skip
 
@@ -312,3 +316,9 @@ def test_the_tokenizer_is_that_of_transformers_and_the_header_skips_its_words(
     assert tokenizer(text).input_ids == cached(text).input_ids == ids
     assert cached.chat_template == tiny_tokenizer().chat_template
     assert cached.eos_token == "<|im_end|>"
+
+
+def test_gpt2_splits_text_its_own_way_without_a_word(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("gpt2"), pre=None)
+    ids = tiny_tokenizer()("the answer is 42").input_ids
+    assert gguf.read_tokenizer(path)("the answer is 42").input_ids == ids

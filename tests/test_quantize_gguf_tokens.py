@@ -20,9 +20,10 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lighten.gguf_names import PATTERNS, SPLITTINGS, WHOLE_WORDS
 from lighten.models.gguf import converted, read_tokenizer
+from lighten.quantization import gguf_tokenizer
 from lighten.quantization.gguf_model import write_gguf
-from lighten.quantization.gguf_tokenizer import _PATTERNS
 from lighten.quantization.llamacpp import Runtime
 from tests.tiny import tiny_model
 
@@ -36,7 +37,7 @@ CORPUS = [
 TEXTS = [
     *CORPUS,
     "the question", " the question", "  two spaces  before\n\n and after   ", "\n\n\n", "a\tb\r\n",
-    "12345 67 8", "x=1;y=22;z=333", "I'd've SAID'd it's THE'LL",
+    "12345 67 8", "x=1;y=22;z=333", "spaces before   1  23", "I'd've SAID'd it's THE'LL",
     "🦙 llamas \U0001f469\u200d\U0001f469\u200d\U0001f467", "e\u0301 vs \u00e9",
     "<s>the answer</s> after", "word<|im_end|>word",
 ]  # fmt: skip
@@ -119,9 +120,9 @@ KINDS: dict[str, Any] = {
         name: lambda pattern=pattern, name=name: by_pattern(
             pattern, name in ("llama-bpe", "tekken")
         )
-        for pattern, name in _PATTERNS.items()
+        for name, pattern in PATTERNS.items()
     },
-    "dbrx": lambda: by_pattern(next(iter(_PATTERNS)), False),
+    "dbrx": lambda: by_pattern(PATTERNS["llama-bpe"], False),
     "llama 2": lambda: sentencepiece(prefix=True, bos=True),
     "gemma": lambda: sentencepiece(prefix=False, bos=True),
 }
@@ -225,3 +226,30 @@ def test_words_that_no_merges_lead_to_are_read_as_llamacpp_reads_them(
     assert (state["model"]["vocab"]["\u0120question"] in ids["input_ids"]) == (kind != "dbrx")
     with Runtime(tmp_path / "model.gguf", context_tokens=16, threads=1) as runtime:
         assert runtime.tokenise("the question") == ids["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("first", "architecture"),
+    [*((first, "llama") for first in sorted(set(SPLITTINGS.values()))), ("gpt-2", "qwen2")],
+)
+def test_a_way_to_split_is_read_under_all_its_names(
+    first: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers knew some, and split by the others as GPT-2 does, or as the architecture."""
+    model = tiny_model(architecture, vocab_size=ROWS, num_hidden_layers=1)
+    for name in (name for name, other in SPLITTINGS.items() if other == first):
+        kind = "dbrx" if first == "llama-bpe" and name not in WHOLE_WORDS else first
+        if not (folder := tmp_path / kind).exists():
+            KINDS[kind]().save_pretrained(folder)
+            model.save_pretrained(folder)
+            own = PreTrainedTokenizerFast.from_pretrained(folder)
+        monkeypatch.setattr(gguf_tokenizer, "_splitting", lambda *_, name=name: name)
+        path = tmp_path / f"{name}.gguf"
+        write_gguf(folder, path, "f16")
+        built, kept = read_tokenizer(path), read_tokenizer(path)
+        with Runtime(path, context_tokens=16, threads=1) as runtime:
+            for text in TEXTS:
+                ids = own(text, add_special_tokens=False)["input_ids"]
+                assert runtime.tokenise(text) == ids, (name, text)
+                assert built(text, add_special_tokens=False)["input_ids"] == ids, (name, text)
+                assert kept(text, add_special_tokens=False)["input_ids"] == ids, (name, text)

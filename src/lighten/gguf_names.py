@@ -12,6 +12,38 @@ import re
 # (`ignore_merges` in its `src/llama-vocab.cpp`).
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
                "lfm2", "jina-v5-nano", "tekken")  # fmt: skip
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_APOSTROPHES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_REST_WITH_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Ways to split a text by llama.cpp's name, as patterns of `tokenizer.json`. GPT-2's is that of the
+# byte level itself, and SmolLM's takes every digit by itself before it.
+PATTERNS = {
+    "llama-bpe": f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}{{1,3}}|{_REST}",
+    "qwen2": f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}|{_REST}",
+    "qwen35": f"{_APOSTROPHES}|{_WORD}[\\p{{L}}\\p{{M}}]+|\\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-4o": f"{_WORD}{_UPPER}*{_LOWER}+{_APOSTROPHES}?|{_WORD}{_UPPER}+{_LOWER}*{_APOSTROPHES}?"
+    f"|\\p{{N}}{{1,3}}|{_REST_WITH_SLASH}",
+    "tekken": f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\\p{{N}}|{_REST_WITH_SLASH}",
+}
+# Other names of each in `src/llama-vocab.cpp`.
+_OTHER_NAMES = {
+    "gpt-2": ("phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion",
+              "granite-docling", "exaone4"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+    "llama-bpe": (*(name for name in WHOLE_WORDS if name not in PATTERNS), "dbrx", "smaug-bpe",
+                  "glm4", "chatglm-bpe"),
+    "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan",
+              "solar-open", "grok-2"),
+    "qwen35": (),
+    "gpt-4o": ("llama4", "kanana2", "talkie", "minimax-m2"),
+    "tekken": (),
+}  # fmt: skip
+# The first name of a way to split a text, by each that it has.
+SPLITTINGS = {name: first for first, others in _OTHER_NAMES.items() for name in (first, *others)}
 STEM, STEM_OF_GPT2 = "model.layers", "transformer.h"
 # llama.cpp's architecture by transformers' `model_type`.
 ARCHITECTURE_OF = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.models.auto.tokenization_auto import (
@@ -26,7 +26,15 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from lighten import streams
 from lighten.errors import UserError
-from lighten.gguf_names import LAYER, STEM, STEM_OF_GPT2, WHOLE_WORDS, outer_names
+from lighten.gguf_names import (
+    LAYER,
+    PATTERNS,
+    SPLITTINGS,
+    STEM,
+    STEM_OF_GPT2,
+    WHOLE_WORDS,
+    outer_names,
+)
 from lighten.machine.disk import require_cache_room
 from lighten.machine.hardware import cache_folder
 from lighten.models import links
@@ -37,8 +45,10 @@ from lighten.safetensors_header import WHOLE, write_index
 
 log = logging.getLogger(__name__)
 # Raised when what a conversion writes changes, so that an old copy is not taken for it.
-LAYOUT = 2
+LAYOUT = 3
 _SHARD_BYTES = 2**30  # a model that is small enough for tests is one file, as on the hub
+# Classes that split text their own way, whatever their files say, by llama.cpp's name for it.
+_OWN_SPLITTINGS = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 
 # They became part of the configuration.
 _IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -101,7 +111,8 @@ def read_tokenizer(path: Path) -> Any:
     """A GGUF file's tokenizer with its chat template, made once and kept.
 
     Raises:
-        UserError: `gguf` is missing, or the file cannot be read.
+        UserError: `gguf` is missing, or the file cannot be read, or splits text in a way that is
+            not known here.
     """
     header = read_header(path)
     folder = _cache_path(header, "tokenizer")
@@ -124,8 +135,9 @@ def convert(path: Path, folder: Path) -> None:
         UserError: The file cannot be read as the model that it holds.
     """
     header = read_header(path)
+    tokenizer = _build_tokenizer(header, _tokenizer_class(header))
     _write(header, folder)
-    _build_tokenizer(header, _tokenizer_class(header)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _cache_path(header: Header, name: str) -> Path:
@@ -146,8 +158,11 @@ def _move_into_place(output: Path, folder: Path) -> None:
 
 
 def _tokenizer_class(header: Header) -> Any:
-    """The class that transformers takes for the architecture."""
+    """The class that transformers takes for the architecture, where it splits as the file does."""
     class_name = TOKENIZER_MAPPING_NAMES.get(config_of(header).model_type)
+    splitting = _splitting(header)
+    if splitting is not None and _OWN_SPLITTINGS.get(class_name or "", splitting) != splitting:
+        return TokenizersBackend
     tokenizer_class = tokenizer_class_from_name(class_name) if class_name else None
     if tokenizer_class is None or not issubclass(tokenizer_class, TokenizersBackend):
         return TokenizersBackend
@@ -156,6 +171,7 @@ def _tokenizer_class(header: Header) -> Any:
 
 def _build_tokenizer(header: Header, tokenizer_class: Any) -> Any:
     path = header.path
+    splitting = _splitting(header)
     # Alone in a folder: transformers prefers tokenizer files that lie beside it to its own.
     with tempfile.TemporaryDirectory() as scratch:
         links.show(path, Path(scratch) / path.name)
@@ -165,7 +181,8 @@ def _build_tokenizer(header: Header, tokenizer_class: Any) -> Any:
             )
         except FAULTS as error:
             raise UserError(f"{path} has no usable tokenizer: {reason(error)}") from error
-    _restore_digits(header, tokenizer)
+    if splitting is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = _splitter(splitting)
     _mend_words(header, tokenizer)
     return tokenizer
 
@@ -188,19 +205,40 @@ def _mend_words(header: Header, tokenizer: Any) -> None:
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
-def _restore_digits(header: Header, tokenizer: Any) -> None:
-    """Split numbers into digits where the file says so; transformers reads only the byte level.
+def _splitting(header: Header) -> str | None:
+    """llama.cpp's first name for how the file splits text; None of SentencePiece, which does not.
 
-    `smollm` is the pre-tokeniser of SmolLM and SmolLM2 in llama.cpp: every digit by itself, then
-    GPT-2's pattern.
+    transformers leaves GPT-2's way in place where it does not know a file's.
+
+    Raises:
+        UserError: The way is not known here, or the file does not say it.
     """
-    if header.settings.get("tokenizer.ggml.pre") == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+    if header.settings.get("tokenizer.ggml.model") != "gpt2":
+        return None
+    # Files did not say it before there was more than one way; GPT-2's own is certain.
+    by_default = "gpt-2" if header.architecture == "gpt2" else None
+    name = header.settings.get("tokenizer.ggml.pre", by_default)
+    if str(name) in SPLITTINGS:
+        return SPLITTINGS[str(name)]
+    why = (
+        "does not say how text is split before merging (tokenizer.ggml.pre)"
+        if name is None
+        else f"splits text as {name!r} (tokenizer.ggml.pre), a way that is not known here"
+    )
+    raise UserError(
+        f"{header.path} {why}, so its tokens would be other than those that the model learnt; use "
+        "the model's transformers folder instead"
+    )
+
+
+def _splitter(name: str) -> Any:
+    """How text is split, by llama.cpp's first name for it."""
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in PATTERNS)
+    if name == "gpt-2":
+        return whole
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERNS[name]), "isolated"), whole])
 
 
 def _write(header: Header, folder: Path) -> None:

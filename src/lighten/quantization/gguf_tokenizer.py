@@ -13,27 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
-from lighten.gguf_names import WHOLE_WORDS
+from lighten.gguf_names import PATTERNS, WHOLE_WORDS
 from lighten.quantization.gguf_source import declared_ends, read_json
 from lighten.wording import with_article
 
 # llama.cpp's kinds of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"  # SentencePiece's mark of a space
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_APOSTROPHES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_WORD = r"[^\r\n\p{L}\p{N}]?"
-_REST_WITH_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Patterns of `tokenizer.json` by llama.cpp's name of the splitting (`src/llama-vocab.cpp`).
-_PATTERNS = {
-    f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
-    f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}|{_REST}": "qwen2",
-    f"{_WORD}{_UPPER}*{_LOWER}+{_APOSTROPHES}?|{_WORD}{_UPPER}+{_LOWER}*{_APOSTROPHES}?"
-    f"|\\p{{N}}{{1,3}}|{_REST_WITH_SLASH}": "gpt-4o",
-    f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\\p{{N}}|{_REST_WITH_SLASH}": "tekken",
-}
+_NAMES = {pattern: name for name, pattern in PATTERNS.items()}
 # The same splitting without taking words of the vocabulary whole.
 _WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
 # A file does not say which special tokens swallow the white space behind them. llama.cpp goes by
@@ -266,7 +253,7 @@ def _splitting(file: Path, tokenizer: Mapping[str, Any]) -> str:
         plain = splitters[1].get("use_regex", True) and not splitters[1].get("add_prefix_space")
         name = "smollm" if plain else None
     elif kinds == ["Split", "ByteLevel"] and not splitters[1].get("use_regex", True):
-        name = _PATTERNS.get(str((splitters[0].get("pattern") or {}).get("Regex")))
+        name = _NAMES.get(str((splitters[0].get("pattern") or {}).get("Regex")))
     if name is not None and whole_words != (name in WHOLE_WORDS):
         name = None if whole_words else _WITHOUT_WHOLE_WORDS.get(name)
     if name is None:
