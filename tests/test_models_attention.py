@@ -224,3 +224,25 @@ def test_half_precision_is_as_close_as_pytorchs_own() -> None:
     ours = attention.block_attention(*low, 0.25).float()
     theirs = F.scaled_dot_product_attention(*low, is_causal=True).float()
     assert float((ours - exact).abs().mean()) < 1.5 * float((theirs - exact).abs().mean())
+
+
+def test_what_runs_while_another_thread_compiles_is_not_compiled_itself() -> None:
+    """`torch.compiler.is_compiling` says yes to all that runs meanwhile, in any thread."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 40, 8), torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 8)
+    model = tiny_model("llama")
+
+    def attend() -> torch.Tensor:
+        out, _ = attention._forward_uncompiled(model, q, k, v, None, scaling=0.3)
+        return out
+
+    meanwhile: list[tuple[bool, torch.Tensor]] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        meanwhile.append((torch.compiler.is_compiling(), attend()))
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=compiler)(torch.ones(3))
+    ((compiling, out),) = meanwhile
+    assert compiling
+    assert torch.equal(out, attend())

@@ -36,6 +36,7 @@ from lighten.whole_files import write_text as write_text
 
 # How it stands with a run that can go on.
 UNFINISHED = ("running", "interrupted", "killed")
+MODEL_ALONE = "model alone"  # of one that measures a model and trains nothing
 
 
 class Run:
@@ -93,11 +94,16 @@ class Run:
         if resume and (folder / RECIPE).is_file() and folders.is_run(folder):
             locks.require_unlocked(folder)
             run = cls(folder)
+            if run.is_model_alone():
+                raise UserError(
+                    f"{folder} measures a model as it is: there is no training to go on with"
+                )
             run._require_same(recipe)
             return run
         folders.require_ours(folder)
         if not (folder / METRICS).exists():
-            return None
+            alone = (folder / RECIPE).is_file() and cls(folder).is_model_alone()
+            return cls(folder) if alone else None
         run = cls(folder)
         if run.is_unfinished():
             raise UserError(
@@ -123,6 +129,10 @@ class Run:
     def is_unfinished(self) -> bool:
         """Whether it can go on: it was stopped, killed, or is at work."""
         return self.info().get("status") in UNFINISHED
+
+    def is_model_alone(self) -> bool:
+        """Whether it measures a model as it is, and trains nothing."""
+        return self.info().get("status") == MODEL_ALONE
 
     def _require_same(self, recipe: Recipe) -> None:
         free = {"output_dir", "report_to", "logging_steps", "save_every", "save_total_limit",

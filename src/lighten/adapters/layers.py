@@ -287,7 +287,7 @@ class CohortLinear(nn.Module):
 
 def joint_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that read the same x."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _lone_outputs(layers, x)
     if isinstance(layers[0].base, FakeQuantLinear):
         return tuple(_fake_quantised(layer, x) for layer in layers)
@@ -342,7 +342,7 @@ class Siblings:
 
     def output(self, layer: CohortLinear, x: Tensor) -> Tensor:
         """The output of the layer on x."""
-        pass_state = self._traced if torch.compiler.is_compiling() else self._passes.current
+        pass_state = self._traced if torch.compiler.is_dynamo_compiling() else self._passes.current
         if pass_state.waiting:
             if (
                 x is pass_state.input
@@ -357,7 +357,7 @@ class Siblings:
         outputs = joint_outputs(self.layers, x)
         pass_state.waiting = dict(enumerate(outputs))
         pass_state.input = x
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             pass_state.route = layer.route
         return pass_state.take(layer.place)
 
@@ -372,7 +372,7 @@ class _Pass:
 
     def holds_for(self, layer: CohortLinear) -> bool:
         """Whether the rows still are whose they were; a compiled layer runs within one route."""
-        return torch.compiler.is_compiling() or self.route is layer.route
+        return torch.compiler.is_dynamo_compiling() or self.route is layer.route
 
     def take(self, place: int) -> Tensor:
         """The output that waits at this place, for good."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.errors import UserError
 from lighten.folders import AUDIT
-from lighten.path_checks import RunLike, run_of
+from lighten.path_checks import RunLike, is_run, run_of, source_of
 from lighten.runs import Run
 
 if TYPE_CHECKING:
@@ -24,22 +24,38 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Measure base and adapters on the same held-out examples; writes `evaluation.json`.
 
+    A model is measured as it is, on the examples that a run on the same data holds out; its
+    `evaluation.json` is in a run's folder of its own, with which others can be compared.
+
     Args:
-        run: The run.
+        run: The run, or a model as a recipe names one.
         against: Another run, evaluated already: its models are compared with those of this one,
             paired over the examples (`comparisons`).
         progress: Log what is being done, how far it is, and of how much.
-        options: Settings of the recipe's `evaluate` section.
+        options: Settings of the recipe's `evaluate` section; of a model any of a recipe's too,
+            `dataset` or `eval_dataset` among them.
 
     Raises:
         UserError: No held-out examples, no adapter in the run, or `against` was measured
             differently.
     """
-    chosen = run_of(run)
+    source = source_of(run)
     other = None if against is None else run_of(against)
+    if isinstance(source, Run) or is_run(source):
+        from lighten.evaluation.evaluation import evaluate_run
+
+        return evaluate_run(run_of(source), against=other, progress=progress, **options)
+    if (Path(source).expanduser() / "adapter_config.json").is_file():
+        raise UserError(
+            f"{source} is an adapter: evaluate the run that trained it, or the model that it makes "
+            "(lighten export --as merged)"
+        )
+    from lighten.evaluation import model_alone
     from lighten.evaluation.evaluation import evaluate_run
 
-    return evaluate_run(chosen, against=other, progress=progress, **options)
+    recipe, settings = model_alone.recipe_of(source, options)
+    with model_alone.run_of(recipe) as measured:
+        return evaluate_run(measured, against=other, progress=progress, **settings)
 
 
 def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path:

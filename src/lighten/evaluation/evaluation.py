@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ Progress = Callable[[str, int, int], None]
 def evaluate_run(
     run: Run, *, against: Run | None = None, progress: Progress | None = None, **options: Any
 ) -> Evaluation:
-    """Measure the base and what a run trained, and write `evaluation.json`.
+    """Measure the base and what a run trained, if anything, and write `evaluation.json`.
 
     Args:
         run: The run.
@@ -63,18 +64,24 @@ def evaluate_run(
     if theirs is not None:
         comparing.require_same_settings(settings, theirs)
     judge = _judge_of(settings)
+    if judge is not None and run.is_model_alone():
+        raise UserError("a judge compares answers with the base's, and here is one model alone")
     if judge is not None:
         judge.check()
     transformers_logging.disable_progress_bar()
     device = hardware.choose_device().value
     memory = hardware.PeakMemory(device)
     models = Models(run, device, keep=False)
-    if not models.names:
+    if not models.names and not run.is_model_alone():
         what = "model" if recipe.method == "full" else "adapter"
         raise UserError(f"{run.folder} has no trained {what} yet; train it first")
     raw_data = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
+    if run.is_model_alone():
+        raw_data = replace(raw_data, trained_prompts=frozenset())
     template, base = models.open(None).template, models.open(None).base
     tokenizer, limits = base.tokenizer, limits_of(base.model)
+    if run.is_model_alone():
+        run.update(base=base.facts())
     del base  # another may be opened in its place
     encoding = None if progress is None else functools.partial(progress, "encoding")
     encoded_data = held_out_data.encoded(

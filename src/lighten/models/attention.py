@@ -359,7 +359,8 @@ def _forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if torch.compiler.is_compiling():
+    # Of this code alone: `is_compiling` says so of all that runs while a thread compiles.
+    if torch.compiler.is_dynamo_compiling():
         out = _AttentionHere.apply(query, key, value, scale, window)
     else:
         out = block_attention(query, key, value, scale, starts_within(query), window)
@@ -374,7 +375,7 @@ def _forward_in_kernel(
     module: nn.Module, query: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`_forward`, of which a compiler sees the kernel as one operation."""
-    if torch.compiler.is_compiling() and not kernel.fits(query):
+    if torch.compiler.is_dynamo_compiling() and not kernel.fits(query):
         return _forward_uncompiled(module, query, *args, **options)
     return _forward(module, query, *args, **options)
 

@@ -92,6 +92,21 @@ class Base:
         """
         return checksum(self.weights)
 
+    def facts(self) -> dict[str, Any]:
+        """What a run notes of its base before anything is put into the model, as `run.json`."""
+        census = quantized.census(self.model)
+        return {
+            "name": self.name,
+            "source": self.source,
+            "revision": self.revision,
+            "checksum": self.checksum,
+            "parameters": census.parameters,
+            "weights_bytes": census.weight_bytes,
+            "quantization": None if census.storage is None else str(census.storage),
+            "quantized_parameters": census.quantized,
+            "file_bytes": self.file_bytes,
+        }
+
 
 def load(
     name: str,

@@ -327,6 +327,9 @@ def next_commands(run: Run, info: Mapping[str, Any], *, evaluated: bool) -> list
     folder = shlex.quote(str(run.folder))
     if info.get("status") in (*run_files.UNFINISHED, "failed"):
         return [(resume_command(run.folder), "go on from the newest checkpoint")]
+    beside = (f"lighten runs compare {folder} RUN", "stand it beside another run")
+    if info.get("status") == run_files.MODEL_ALONE:
+        return [(f"lighten chat {folder}", "ask it yourself"), beside]
     recipe = run.recipe()
     commands = []
     if not evaluated and not (info.get("data") or {}).get("nothing_held_out"):
@@ -343,5 +346,4 @@ def next_commands(run: Run, info: Mapping[str, Any], *, evaluated: bool) -> list
             (f"lighten adapter resize {folder}{which} --rank {max(1, rank // 2)}",
              "a smaller adapter file")
         )  # fmt: skip
-    commands.append((f"lighten runs compare {folder} RUN", "stand it beside another run"))
-    return commands
+    return [*commands, beside]

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from lighten.reporting.charts import number
+from lighten.runs import MODEL_ALONE
 
 _WORD = re.compile(r"\s+|\w+|[^\w\s]")
 
@@ -24,6 +25,8 @@ def headline(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> l
                  "killed": "This run was killed", "running": "This run has not ended"}  # fmt: skip
         start = ended.get(str(info.get("status")), "This run is trained")
         return [f"{start}; it has not been evaluated yet (lighten evaluate)."]
+    if info.get("status") == MODEL_ALONE:
+        return ["A model as it is: nothing was trained."]
     values = {model["name"]: model["metrics"] for model in evaluation["models"]}
     sentences = []
     for name, metrics in values.items():

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
-from lighten import locks, models
+from lighten import locks
 from lighten.adapters import dtensors
 from lighten.adapters.peft_methods import method_of
 from lighten.cpu import allocator
@@ -201,7 +201,7 @@ def _train(
     )  # fmt: skip
     # The rows may have been encoded with a tokenizer of their own; this one is saved.
     base.tokenizer.chat_template = rows.template.text
-    facts = _base_facts(base)  # of the base alone: PEFT puts its parameters into the model
+    facts = base.facts()  # of the base alone: PEFT puts its parameters into the model
     # What a step is belongs to the run: another number of ranks shares the same steps.
     per_step = saved_state.examples_per_step or (
         run.info().get("examples_per_step") if resume else None
@@ -434,18 +434,3 @@ def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float
     if setup.recipe.load_best_model_at_end:
         lines = [line for line in lines if line["step"] == best]
     return lines[-1]["loss"] if lines else None
-
-
-def _base_facts(base: models.Base) -> dict[str, Any]:
-    census = models.census(base.model)
-    return {
-        "name": base.name,
-        "source": base.source,
-        "revision": base.revision,
-        "checksum": base.checksum,
-        "parameters": census.parameters,
-        "weights_bytes": census.weight_bytes,
-        "quantization": None if census.storage is None else str(census.storage),
-        "quantized_parameters": census.quantized,
-        "file_bytes": base.file_bytes,
-    }

@@ -1,0 +1,131 @@
+"""A model that nothing was trained on here is measured as it is, and beside runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lighten
+from lighten.errors import UserError
+from lighten.runs import Run
+from tests.processes import call
+
+MEASURED = {"max_new_tokens": 4, "bootstrap_samples": 100}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    trained = lighten.train(
+        model=str(tiny_folder), dataset=str(chat_file), dtype="float32", lora_r=2, max_steps=2,
+        output_dir=str(tmp_path_factory.mktemp("runs") / "run"), val_size=0.5, progress=False,
+    )  # fmt: skip
+    lighten.evaluate(trained, **MEASURED)
+    return trained
+
+
+def measured(model: Path | str, data: Path, output: Path, **options: Any) -> Any:
+    return lighten.evaluate(
+        str(model), dataset=str(data), val_size=0.5, dtype="float32", output_dir=str(output),
+        **{**MEASURED, **options},
+    )  # fmt: skip
+
+
+def test_a_base_alone_has_the_figures_that_it_has_beside_an_adapter(
+    run: Run, tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """On the examples that the run holds out, so that the two can be compared."""
+    evaluation = measured(tiny_folder, chat_file, tmp_path / "alone", against=run)
+    beside = run.evaluation()
+    assert beside is not None
+    (base,) = evaluation.models
+    assert base["losses"] == beside["models"][0]["losses"]
+    assert evaluation.dataset["examples_sha256"] == beside["dataset"]["examples_sha256"]
+    assert not any("asks what" in note for note in evaluation.dataset["notes"])
+    differences = {
+        row["against"]: row["difference"]
+        for row in evaluation.comparisons if row["metric"] == "loss"
+    }  # fmt: skip
+    trained = beside["models"][1]
+    assert differences["base"] == 0
+    assert differences[trained["name"]] == pytest.approx(
+        base["metrics"]["loss"]["value"] - trained["metrics"]["loss"]["value"]
+    )
+    assert "A model as it is" in lighten.report(tmp_path / "alone").read_text(encoding="utf-8")
+
+
+def test_all_rows_of_a_file_are_measured(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """Where it is named as what is held out; nothing was trained, so nothing was asked before."""
+    evaluation = lighten.evaluate(
+        str(tiny_folder), eval_dataset=str(chat_file), output_dir=str(tmp_path / "alone"),
+        **MEASURED,
+    )  # fmt: skip
+    rows = len(chat_file.read_text(encoding="utf-8").splitlines())
+    assert evaluation.dataset["rows"] == rows
+    assert evaluation.dataset["shared_prompts"] == 0
+
+
+def test_what_is_measured_again_takes_its_folders_place_and_a_trained_runs_stays(
+    run: Run, tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone"
+    measured(tiny_folder, chat_file, alone)
+    again = measured(tiny_folder, chat_file, alone, max_examples=1)
+    assert again.dataset["rows"] == 1
+    assert json.loads((alone / "evaluation.json").read_text())["dataset"]["rows"] == 1
+    lighten.evaluate(alone, **MEASURED)
+    with pytest.raises(UserError, match="holds a run that trains"):
+        measured(tiny_folder, chat_file, run.folder)
+    with pytest.raises(UserError, match="no training to go on with"):
+        lighten.train(alone / "recipe.yaml", resume=True, progress=False)
+    lighten.train(
+        model=str(tiny_folder), dataset=str(chat_file), output_dir=str(alone), max_steps=1,
+        val_size=0.5, progress=False,
+    )  # fmt: skip
+    assert Run(alone).evaluation() is None
+    assert Run(tmp_path / "alone-1").is_model_alone(), "what was measured is moved aside"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "is not a run .*name the data"),
+        ({"dataset": "nowhere"}, "does not exist"),
+        ({"dataset": "data", "max_exmples": 2}, "max_exmples is not a setting"),
+        ({"dataset": "data", "judge": "http://127.0.0.1:9/v1", "judge_model": "m"}, "one model"),
+    ],
+)
+def test_a_model_that_cannot_be_measured_leaves_nothing(
+    options: dict[str, Any], message: str, tiny_folder: Path, chat_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text(chat_file.read_text(encoding="utf-8"), encoding="utf-8")
+    given = {**options}
+    if given.get("dataset") == "data":
+        given["dataset"] = "data.jsonl"
+    with pytest.raises(UserError, match=message):
+        lighten.evaluate(str(tiny_folder), **given)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_adapter_by_itself_is_told_how_it_is_measured(run: Run, chat_file: Path) -> None:
+    (folder,) = run.adapters().values()
+    with pytest.raises(UserError, match="evaluate the run that trained it"):
+        lighten.evaluate(folder, dataset=str(chat_file))
+
+
+def test_the_command_takes_a_model(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
+    """Its figures are under `runs/`, in a folder that is called after model and data."""
+    words = ("--data", str(chat_file), "--val_size", "0.5", "--max_new_tokens", "4")
+    result = call("evaluate", str(tiny_folder), *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "perplexity" in result.stdout
+    folder = tmp_path / "runs" / f"{tiny_folder.name}-{chat_file.stem}-as-it-is"
+    assert (folder / "evaluation.json").is_file()
+    listed = call("runs", "list", cwd=tmp_path)
+    assert "model alone" in listed.stdout
