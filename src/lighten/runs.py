@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,31 @@ class Run:
 def now() -> str:
     """Date and time (UTC), as files keep them."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def model_alone(recipe: Recipe) -> Iterator[Run]:
+    """A run's folder in which a model is measured and nothing trained; none where that fails.
+
+    Raises:
+        UserError: The folder is somebody's, or a run that trains is in it.
+    """
+    folder = recipe.run_folder
+    if (folder / RECIPE).is_file() and not Run(folder).is_model_alone():
+        raise UserError(
+            f"{folder} holds a run that trains; choose another --output_dir for measuring "
+            f"{recipe.model_name_or_path}, or measure the run: lighten evaluate {folder}"
+        )
+    claim = folders.claim(folder, recipe.to_yaml(), aside=False)
+    try:
+        run = Run(folder)
+        run.update(status=MODEL_ALONE)
+        yield run
+    except BaseException:
+        claim.undo()
+        raise
+    finally:
+        locks.release(folder)
 
 
 def folder_of(target: str) -> Path | None:

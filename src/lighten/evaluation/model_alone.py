@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lighten import folders, locks, runs
+from lighten import runs
 from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.recipe import EvaluateOptions, Recipe, aliases
@@ -54,26 +54,13 @@ def run_of(recipe: Recipe) -> Iterator[Run]:
     """The run's folder, while its model is measured; nothing is left of one where that fails.
 
     Raises:
-        UserError: The folder is somebody's, or a run that has trained is in it.
+        UserError: The folder is somebody's, or a run that trains is in it.
     """
-    folder = recipe.run_folder
-    if (folder / runs.RECIPE).is_file() and not Run(folder).is_model_alone():
-        raise UserError(
-            f"{folder} holds a run that trains; choose another --output_dir for measuring "
-            f"{recipe.model_name_or_path}, or measure the run: lighten evaluate {folder}"
-        )
-    claim = folders.claim(folder, recipe.to_yaml(), aside=False)
-    run = Run(folder)
-    try:
-        commit, clean = hardware.commit()
+    commit, clean = hardware.commit()
+    with runs.model_alone(recipe) as run:
         run.update(
-            version=1, name=run.name, status=runs.MODEL_ALONE, started=runs.now(), commit=commit,
-            tree_clean=clean, machine=hardware.machine().to_dict(), versions=hardware.versions(),
+            version=1, name=run.name, started=runs.now(), commit=commit, tree_clean=clean,
+            machine=hardware.machine().to_dict(), versions=hardware.versions(),
         )  # fmt: skip
         yield run
         run.update(ended=runs.now())
-    except BaseException:
-        claim.undo()
-        raise
-    finally:
-        locks.release(folder)
