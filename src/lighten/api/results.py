@@ -51,9 +51,10 @@ def evaluate(
             "(lighten export --as merged)"
         )
     from lighten.evaluation import model_alone
-    from lighten.evaluation.evaluation import evaluate_run
 
     recipe, settings = model_alone.recipe_of(source, options)
+    from lighten.evaluation.evaluation import evaluate_run
+
     with model_alone.run_of(recipe) as measured:
         return evaluate_run(measured, against=other, progress=progress, **settings)
 
