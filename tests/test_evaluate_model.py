@@ -54,6 +54,8 @@ def test_a_base_alone_has_the_figures_that_it_has_beside_an_adapter(
         base["metrics"]["loss"]["value"] - trained["metrics"]["loss"]["value"]
     )
     assert "A model as it is" in lighten.report(tmp_path / "alone").read_text(encoding="utf-8")
+    both = lighten.report(run, tmp_path / "alone", output=tmp_path / "both.html")
+    assert "alone" in both.read_text(encoding="utf-8")
 
 
 def test_all_rows_of_a_file_are_measured(

@@ -63,8 +63,8 @@ def evaluate_run(
     theirs = None if against is None else comparing.read(against)
     if theirs is not None:
         comparing.require_same_settings(settings, theirs)
-    judge = _judge_of(settings)
-    if judge is not None and run.is_model_alone():
+    judge, alone = _judge_of(settings), run.is_model_alone()
+    if judge is not None and alone:
         raise UserError("a judge compares answers with the base's, and here is one model alone")
     if judge is not None:
         judge.check()
@@ -72,15 +72,15 @@ def evaluate_run(
     device = hardware.choose_device().value
     memory = hardware.PeakMemory(device)
     models = Models(run, device, keep=False)
-    if not models.names and not run.is_model_alone():
+    if not models.names and not alone:
         what = "model" if recipe.method == "full" else "adapter"
         raise UserError(f"{run.folder} has no trained {what} yet; train it first")
     raw_data = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
-    if run.is_model_alone():
+    if alone:
         raw_data = replace(raw_data, trained_prompts=frozenset())
     template, base = models.open(None).template, models.open(None).base
     tokenizer, limits = base.tokenizer, limits_of(base.model)
-    if run.is_model_alone():
+    if alone:
         run.update(base=base.facts())
     del base  # another may be opened in its place
     encoding = None if progress is None else functools.partial(progress, "encoding")
