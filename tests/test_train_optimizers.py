@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
@@ -419,6 +419,7 @@ def test_gpu_every_optimiser_resumes_bitwise(optim: str) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3])
+@example(losses=[1.0, 1.0, 0.8, 0.5], patience=3)  # 0.8 - 0.5 is more than 0.3, as it is rounded
 @given(losses=st.lists(st.floats(0.1, 3.0), min_size=1, max_size=12), patience=st.integers(1, 3))
 def test_patience_and_the_best_are_transformers_own(
     threshold: float, losses: list[float], patience: int

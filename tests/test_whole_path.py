@@ -148,7 +148,7 @@ MUTATIONS: dict[str, Any] = {
     "bnb_4bit_use_double_quant": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     "bnb_4bit_compute_dtype": {"load_in_4bit": True, "dtype": "auto",
                                "bnb_4bit_compute_dtype": "float32"},
-    "evaluate.max_examples": 2, "evaluate.max_new_tokens": 1, "evaluate.bootstrap_samples": 10,
+    "evaluate.max_examples": 2, "evaluate.max_new_tokens": 1, "evaluate.bootstrap_samples": 200,
     "evaluate.seed": 5,
 }  # fmt: skip
 # Felt by other means than the result, each with the test that shows it.

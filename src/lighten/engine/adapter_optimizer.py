@@ -138,7 +138,7 @@ class AdapterOptimizer:
         state, settings = self.progress, self.settings
         before = math.inf if state.best_loss is None else state.best_loss
         better = loss < before and math.isfinite(loss)
-        gain = better and loss < before - settings.early_stopping_threshold
+        gain = better and before - loss > settings.early_stopping_threshold
         if better:
             state.best_loss, state.best_step = loss, step
         if gain:
