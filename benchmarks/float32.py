@@ -7,7 +7,9 @@ Where the processor has more than AVX2, libraries are told not to use it (`ONEDN
 `ATEN_CPU_CAPABILITY`). TRL's best settings are found by trying: its attentions, the step whole or
 in parts. Both then make the same steps from the same adapter, by turns, each in a process of its
 own; `lighten` chooses its format itself, and counts only if it is float32 and its losses are TRL's
-within 1e-4. `speed_vs_trl` is of the steps after warm-up, `speed_with_first_step` of all steps.
+within 1e-4. `speed_vs_trl` and `memory_vs_trl` are of the steps after warm-up as a run of thousands
+makes them, with compiled layers; `speed_with_first_step` and `memory_of_few_steps` are of all these
+steps as a run of so few makes them.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from benchmarks.steps import ROWS_PER_STEP, Steps, facts, tokens_of
 from benchmarks.train_vs_peers import FEW, PEERS, Bench
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-OURS, TRL = "lighten", "trl"
-KEYS = ("speed_vs_trl", "speed_with_first_step", "memory_vs_trl", "largest_loss_difference")
+OURS, OURS_FEW, TRL = "lighten", "lighten, few steps", "trl"
+KEYS = ("speed_vs_trl", "speed_with_first_step", "memory_vs_trl", "memory_of_few_steps",
+        "largest_loss_difference")  # fmt: skip
 SETTINGS = {"gradient_checkpointing": False, "bf16": False}
 CANDIDATES = {
     f"{attention}, {ROWS_PER_STEP // parts} rows x {parts}": Contender(
@@ -64,8 +67,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run both by turns and form the ratios."""
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(arguments, Path(temporary))
-        best = fastest(bench)
-        contenders = {OURS: Contender("lighten", LONG_RUN), TRL: CANDIDATES[best]}
+        best = arguments.best or fastest(bench)
+        contenders = {
+            OURS: Contender("lighten", LONG_RUN),
+            OURS_FEW: Contender("lighten"),
+            TRL: CANDIDATES[best],
+        }
         runs: dict[str, list[Run]] = {name: [] for name in contenders}
         for repeat in range(arguments.repeats):
             for name, contender in contenders.items():
@@ -85,20 +92,24 @@ def ratios(runs: Mapping[str, Sequence[Run]], steps: Steps, warmup: int) -> dict
         steps: That they made.
         warmup: First steps that do not count.
     """
-    pairs = list(zip(runs[OURS], runs[TRL], strict=True))
+    pairs = [pair for name in (OURS, OURS_FEW) for pair in zip(runs[name], runs[TRL], strict=True)]
     reasons = [reason for pair in pairs if (reason := _why_not(*pair)) is not None]
     if reasons:
         return {**dict.fromkeys(KEYS), "why_not": reasons[0]}
     tokens = sum(tokens_of(steps))
 
-    def ratio(figure: Callable[[Run], float]) -> float:
-        ours, theirs = (statistics.median(map(figure, runs[name])) for name in (OURS, TRL))
+    def ratio(name: str, figure: Callable[[Run], float]) -> float:
+        ours, theirs = (statistics.median(map(figure, runs[whose])) for whose in (name, TRL))
         return ours / theirs
 
+    def peak(run: Run) -> float:
+        return float(run["peak_bytes"])
+
     return {
-        "speed_vs_trl": ratio(lambda run: speed(run, steps, warmup)),
-        "speed_with_first_step": ratio(lambda run: tokens / sum(run["step_seconds"])),
-        "memory_vs_trl": ratio(lambda run: float(run["peak_bytes"])),
+        "speed_vs_trl": ratio(OURS, lambda run: speed(run, steps, warmup)),
+        "speed_with_first_step": ratio(OURS_FEW, lambda run: tokens / sum(run["step_seconds"])),
+        "memory_vs_trl": ratio(OURS, peak),
+        "memory_of_few_steps": ratio(OURS_FEW, peak),
         "largest_loss_difference": max(
             loss_difference(ours["losses"], theirs["losses"]) for ours, theirs in pairs
         ),
@@ -123,6 +134,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2, help="first steps that do not count")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--best", choices=CANDIDATES, help="TRL's, instead of looking for them")
     parser.add_argument("--peers-venv", type=Path, default=PEERS)
     parser.set_defaults(device="cpu", wall_steps=0)
     arguments = parser.parse_args()
