@@ -12,6 +12,7 @@ import lighten
 from lighten.errors import UserError
 from lighten.runs import Run
 from tests.processes import call
+from tests.tiny import save_tiny
 
 MEASURED = {"max_new_tokens": 4, "bootstrap_samples": 100}
 
@@ -28,8 +29,8 @@ def run(tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFac
 
 def measured(model: Path | str, data: Path, output: Path, **options: Any) -> Any:
     return lighten.evaluate(
-        str(model), dataset=str(data), val_size=0.5, dtype="float32", output_dir=str(output),
-        **{**MEASURED, **options},
+        str(model), dataset=str(data), val_size=0.5, output_dir=str(output),
+        **{"dtype": "float32", **MEASURED, **options},
     )  # fmt: skip
 
 
@@ -90,6 +91,27 @@ def test_what_is_measured_again_takes_its_folders_place_and_a_trained_runs_stays
     )  # fmt: skip
     assert Run(alone).evaluation() is None
     assert Run(tmp_path / "alone-1").is_model_alone(), "what was measured is moved aside"
+
+
+def test_quantised_folders_and_gguf_files_are_models_too(chat_file: Path, tmp_path: Path) -> None:
+    """INT8 is for the head too, of which torchao forms no product by itself."""
+    base = save_tiny(tmp_path / "base", hidden_size=128, intermediate_size=256)
+    lighten.quantize(base, "int8,nf4,gguf:f16", output_dir=tmp_path / "smaller", tokens=16,
+                     questions=0, dataset=str(chat_file))  # fmt: skip
+    alone = tmp_path / "alone"
+    losses = {}
+    for name in ("base", "int8", "nf4", "gguf-f16/base.gguf"):
+        model = base if name == "base" else tmp_path / "smaller" / name
+        dtype = "auto" if name in ("int8", "nf4") else "float32"
+        folder = alone / name.partition("/")[0]
+        evaluation = measured(model, chat_file, folder, dtype=dtype)
+        losses[name] = evaluation.models[0]["metrics"]["loss"]["value"]
+    assert losses["gguf-f16/base.gguf"] == pytest.approx(losses["base"], rel=1e-3)
+    assert losses["int8"] == pytest.approx(losses["base"], rel=0.02)
+    assert losses["nf4"] == pytest.approx(losses["base"], rel=0.1)
+    assert len(set(losses.values())) == 4, "each by its own weights"
+    with pytest.raises(UserError, match="has the figures of"):
+        measured(tmp_path / "smaller" / "nf4", chat_file, alone / "base")
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def model_alone(recipe: Recipe) -> Iterator[Run]:
     """A run's folder in which a model is measured and nothing trained; none where that fails.
 
     Raises:
-        UserError: The folder is somebody's, or a run that trains is in it.
+        UserError: The folder is somebody's, or a run that trains or another model's is in it.
     """
     folder = recipe.run_folder
     if (folder / RECIPE).is_file() and not Run(folder).is_model_alone():
@@ -261,6 +261,13 @@ def model_alone(recipe: Recipe) -> Iterator[Run]:
             f"{folder} holds a run that trains; choose another --output_dir for measuring "
             f"{recipe.model_name_or_path}, or measure the run: lighten evaluate {folder}"
         )
+    if (folder / RECIPE).is_file():
+        measured = Run(folder).recipe().model_name_or_path
+        if measured != recipe.model_name_or_path:
+            raise UserError(
+                f"{folder} has the figures of {measured}; choose another --output_dir for "
+                f"{recipe.model_name_or_path}"
+            )
     claim = folders.claim(folder, recipe.to_yaml(), aside=False)
     try:
         run = Run(folder)

@@ -263,6 +263,9 @@ class Objective:
         self._backbone = model.base_model
         if self._head is None or self._backbone is model:
             self.fast, self.reason = False, f"{type(model).__name__} has no separate head"
+        elif type(self._head.weight).__module__.startswith("torchao."):
+            # Which knows layers' products, and not those of slices and transposes.
+            self.fast, self.reason = False, "the head's weight is a quantised one of torchao"
 
     def __call__(
         self, batch: MicroBatch, shares: tuple[Share, ...], weights: Tensor
