@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = ("*.safetensors", "*.gguf")
-# What reads quantised files, by the method that these name.
-LIBRARIES = {
-    "bitsandbytes": "bitsandbytes", "torchao": "torchao.quantization", "auto-round": "auto_round",
-}  # fmt: skip
 
 
 def run(model: str, *, adapter: str | None, revision: str | None, device: str) -> Iterator[Any]:
@@ -61,19 +57,12 @@ def run(model: str, *, adapter: str | None, revision: str | None, device: str) -
 
 def _load_code(model: str, revision: str | None) -> None:
     """Import what reads and runs a model: no part of its memory, and much beside a small one."""
-    import importlib.util
-
     from lighten.models import gguf
     from lighten.models.load import locate
-    from lighten.models.quantized import stored_as
     from lighten.models.resident import load_code
 
     source, path = locate(model, revision=revision)
-    folder = gguf.converted(path) if source == "gguf" else path
-    library = LIBRARIES.get(str((stored_as(folder) or {}).get("quant_method")))
-    if library is not None and importlib.util.find_spec(library.partition(".")[0]) is not None:
-        importlib.import_module(library)
-    load_code(str(folder))
+    load_code(str(gguf.converted(path) if source == "gguf" else path))
 
 
 def file_bytes(folder: Path) -> int:

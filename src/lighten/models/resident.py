@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
+from pathlib import Path
 
 from lighten.machine import heap
+
+# What reads quantised files, by the method that these name.
+LIBRARIES = {
+    "bitsandbytes": "bitsandbytes", "torchao": "torchao.quantization", "auto-round": "auto_round",
+}  # fmt: skip
 
 
 def resident_bytes() -> int:
@@ -18,13 +25,18 @@ def resident_bytes() -> int:
 
 
 def load_code(folder: str) -> None:
-    """Import what runs a model folder, and start what computes: both are no part of the model.
+    """Import what reads and runs a model folder, and start what computes: no part of the model.
 
     Code that a model brings along is imported with it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lighten.models.quantized import stored_as
+
+    library = LIBRARIES.get(str((stored_as(Path(folder)) or {}).get("quant_method")))
+    if library is not None and importlib.util.find_spec(library.partition(".")[0]) is not None:
+        importlib.import_module(library)
     with contextlib.suppress(OSError, ValueError, KeyError):  # what is wrong is said when it loads
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         AutoModelForCausalLM._model_mapping.get(type(config), None)  # imports its module

@@ -15,7 +15,7 @@ from lighten.machine.containers import cores
 from lighten.machine.mapped import drop_mapped_weights
 from lighten.models.resident import load_code, resident_bytes
 from lighten.quantization.scores import EvaluationRow, score, speeds, summary
-from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
+from lighten.quantization.targets import GROUP_SIZE
 
 
 def call(job: dict[str, Any]) -> dict[str, Any]:
@@ -119,8 +119,6 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
 
     from lighten.models.quantized import on_processor
 
-    if job["kind"] != "reference":
-        _import_loader(job["kind"])
     tokenizer = AutoTokenizer.from_pretrained(job["folder"], local_files_only=True)
     load_code(job["folder"])
     resident_before = resident_bytes()
@@ -156,15 +154,6 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
         "resident_bytes": resident, "statistics": statistics, "answers": answers,
         **speeds(job["prompt"], prefill, decode, job.get("repeats", 1)),
     }  # fmt: skip
-
-
-def _import_loader(kind: str) -> None:
-    """What loads a format is imported first: its code is no part of the model's memory."""
-    import importlib
-
-    modules = {"int8": "torchao.quantization", DYNAMIC: "torchao.quantization",
-             "int4": "auto_round", "int4:rounded": "auto_round"}  # fmt: skip
-    importlib.import_module(modules.get(kind, "bitsandbytes"))
 
 
 def _stops(model: Any, tokenizer: Any) -> list[int]:
