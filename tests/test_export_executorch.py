@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,10 +47,19 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(adapter: Path) -> Exported:
-    return lighten.export(
-        adapter, "executorch", context_tokens=160, output_dir=adapter.parent / "out"
-    )
+def made(adapter: Path) -> Iterator[Exported]:
+    """The adapter's program, rounded by data, where the last bit of an activation decides."""
+    chosen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executorch, "program_rounding", lambda _: (CALIBRATED, {"rows": 6}, []))
+        with pytest.MonkeyPatch.context() as noting:
+            noting.setattr(executorch, "write_rounding", lambda *words: chosen.append(words))
+            exported = lighten.export(
+                adapter, "executorch", context_tokens=160, output_dir=adapter.parent / "out"
+            )
+        assert chosen == []  # the receipt takes the weights that the export rounded
+        assert not list(adapter.parent.glob(".*.partial"))
+        yield exported
 
 
 def test_the_program_has_all_that_a_chat_needs_and_a_receipt(made: Exported) -> None:
@@ -77,22 +88,15 @@ def adapter_base(made: Exported) -> Path:
 def test_weights_computed_again_are_those_that_the_export_kept(
     made: Exported, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By data, where the last bit of an activation decides: the receipt is to the last bit one."""
-    monkeypatch.setattr(executorch, "program_rounding", lambda _: (CALIBRATED, {"rows": 6}, []))
+    """The receipt is to the last bit one."""
     chosen = []
     write = executorch.write_rounding
     monkeypatch.setattr(
         executorch, "write_rounding", lambda *words: (chosen.append(words), write(*words))
     )
-    out = adapter.parent / "calibrated"
-    receipt = lighten.export(adapter, "executorch", context_tokens=160, output_dir=out).receipt
-    assert receipt is not None
-    assert receipt.runtime is not None
-    assert chosen == []  # the export's own were handed on
-    assert not list(adapter.parent.glob(".*.partial"))
-    again = lighten.verify(out, adapter)
+    again = lighten.verify(made.folder, adapter)
     assert len(chosen) == 1
-    assert again == receipt
+    assert again == made.receipt
 
 
 def test_it_answers_greedily_as_the_same_rounding_in_pytorch(made: Exported, adapter: Path) -> None:
@@ -104,7 +108,7 @@ def test_it_answers_greedily_as_the_same_rounding_in_pytorch(made: Exported, ada
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         plain = model(ids).logits[0].log_softmax(-1)
-        ProgramRounding().apply(model)
+        CALIBRATED.apply(model)
         rounded = model(ids).logits[0].log_softmax(-1)
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12,
                                   do_sample=False, eos_token_id=None, pad_token_id=0)  # fmt: skip

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.scaling import LossScaler
-from lighten.planning.fake_modules import run_fake
+from lighten.planning.fake_results import FakeResults
 from lighten.planning.operation_cost import Work, inside, work_of
 
 # Whose frame is above what autograd does by itself, and what PyTorch puts between.
 ENGINE, WRAPPERS = "_engine_run_backward", ("_dynamo/eval_frame.py", "torch/_compile.py")
+DEVICE = torch.ops.prim.device.default  # what a fake tensor is asked for its device by
 OUTSIDE = -1  # the layer of what belongs to none
 UNTIMED = ("loading", "check")  # phases that are no part of a step
 ATTENTION = re.compile(r"attn|attention")
@@ -67,8 +68,7 @@ class Block:
     ordinal: int = 0
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A birth or a death.
 
     Attributes:
@@ -161,6 +161,7 @@ class StorageTracker(TorchDispatchMode):
     def __init__(self, *, kernels: bool = False) -> None:
         super().__init__()
         self.kernels = kernels
+        self._results = FakeResults()
         # The first of two gradients that autograd has just added, and their sum.
         self._summed: tuple[Block | None, Block | None] = (None, None)
         self._products: set[tuple[Any, ...]] = set()
@@ -180,10 +181,12 @@ class StorageTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation and note what came of it."""
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].device  # every second call: nothing is computed, nothing to note
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _fake_item(args[0].dtype)
-        out = run_fake(func, args, kwargs)
+        out = self._results.run(func, args, kwargs)
         self._note(func, args, kwargs, out)
         if func is torch.ops.aten.add.Tensor and _asked_by_autograd():
             self._summed = (self._block_of(args[0]), self._block_of(out))
