@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import lighten
-from lighten import folders
+from lighten import folders, models
 from lighten.cli.console import print_json
 from lighten.cli.main import app
 from lighten.errors import UserError
@@ -24,6 +25,7 @@ from lighten.quantization.forecast import forecast
 from lighten.quantization.gguf_model import write_gguf
 from lighten.quantization.model_source import opened
 from lighten.quantization.table import weight_bytes
+from lighten.quantization.targets import DYNAMIC
 from lighten.quantization.verify import ALLOWED
 from lighten.quantization.weights import make
 from lighten.runs import Run
@@ -112,6 +114,27 @@ def test_a_quantised_copys_receipt_is_of_its_own_format(tmp_path: Path) -> None:
     receipts["q8_0"] = lighten.verify(tmp_path / "gguf", str(base))
     for kind, receipt in receipts.items():
         assert (receipt.kind, receipt.allowed_kl) == (kind, ALLOWED[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch", "named"),
+    [("nf4", "gpt2", "nf4"), ("int8:bitsandbytes", "gpt2", "int8"), (DYNAMIC, "llama", "int4")],
+)
+def test_a_copy_in_16_bits_is_read_in_32_for_its_receipt_and_as_a_base(
+    kind: str, arch: str, named: str, tmp_path: Path
+) -> None:
+    """transformers leaves a part of such folders in their own format, whatever it is asked for."""
+    wide = {"hidden_size": 64, "intermediate_size": 64, "n_embd": 64}
+    base = save_tiny(tmp_path / "base", arch, **wide)
+    make(kind, base, tmp_path / "copy", [])
+    assert lighten.verify(tmp_path / "copy", str(base)).kind == named
+    ids = torch.tensor([[5, 9, 14, 200, 31, 7]])
+    with torch.no_grad():
+        in_32, in_16 = (
+            models.load(str(tmp_path / "copy"), dtype=dtype).model(ids).logits.float()
+            for dtype in ("float32", "bfloat16")
+        )
+    assert 0 < (in_32 - in_16).norm() < 0.2 * in_16.norm()
 
 
 def test_an_exported_adapter_is_not_served_over_another_base(run: Run, tmp_path: Path) -> None:

@@ -180,6 +180,48 @@ def test_files_that_hold_four_bits_already_load_as_they_are(stored: Path) -> Non
         models.load(str(stored), load_in_8bit=True)
 
 
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize(("arch", "stored"), [
+    ("llama", torch.bfloat16), ("gpt2", torch.bfloat16), ("opt", torch.float16),
+])  # fmt: skip
+def test_what_a_quantised_folder_holds_dense_comes_in_the_wanted_format(
+    arch: str, stored: torch.dtype, storage: str, tmp_path: Path
+) -> None:
+    """Compared with a dense model of the same numbers: packed ones as bitsandbytes reads them."""
+    # Rows of whole blocks: of others bitsandbytes itself gives wrong numbers on processors.
+    wide = {"hidden_size": 64, "n_embd": 64, "word_embed_proj_dim": 64}
+    save_tiny(tmp_path / "dense", arch, intermediate_size=64, ffn_dim=64, **wide)
+    config = BitsAndBytesConfig(
+        load_in_4bit=storage == "nf4", load_in_8bit=storage == "int8", bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=stored,
+    )  # fmt: skip
+    small = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=config, dtype=stored
+    )
+    small.save_pretrained(tmp_path / "small")
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+
+    base = models.load(str(tmp_path / "small"), dtype="float32")
+    assert base.dtype.value == "float32"
+    layers = linear_paths(base.model)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    for path in layers if storage == "nf4" else ():
+        small.get_submodule(path).weight.quant_state.dtype = torch.float32  # of what is unpacked
+    dense = small.dequantize(dtype=torch.float32).state_dict()
+    for path in layers:
+        if type(expected.get_submodule(path)).__name__ == "Conv1D":
+            dense[f"{path}.weight"] = dense[f"{path}.weight"].T
+    expected.load_state_dict({key: value.float() for key, value in dense.items()})
+    assert layers
+    with torch.no_grad():
+        ours, theirs = base.model(IDS).logits, expected(IDS).logits
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for name, parameter in base.model.named_parameters():
+        if name.removesuffix(".weight") not in layers:
+            assert parameter.dtype == torch.float32, name
+
+
 def test_both_widths_at_once_are_refused(tiny_folder: Path) -> None:
     with pytest.raises(UserError, match="cannot both be true"):
         models.load(str(tiny_folder), load_in_4bit=True, load_in_8bit=True)

@@ -166,6 +166,7 @@ def load(
             model, feed = build(folder, torch_dtype, remaining)
         else:
             model = _pretrained(name, folder, torch_dtype, trust_remote_code, remaining, device)
+            quantized.bring_into_format(model, folder, torch_dtype)
             quantized.finish(model, remaining, torch_dtype, device)
             if quantized.census(model).storage is not None:
                 quantized.let_go_of_files(model)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,10 @@ from lighten.errors import UserError, require_package
 from lighten.machine.hardware import Choice
 
 # On import bitsandbytes complains of lacking a kernel that is not used here; peft imports it too.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# And it tells of every product of INT8 that its input is rounded.
+for _name in ("backends.cpu.ops", "autograd._functions"):
+    logging.getLogger(f"bitsandbytes.{_name}").setLevel(logging.ERROR)
+_THEIRS = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
 
 
 @dataclass(frozen=True)
@@ -268,13 +272,42 @@ def finish(
     """
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+        if type(module).__name__ in _THEIRS:
             layer = _adopted(module, compute)
         elif storage is not None and module is not head and type(module) in (nn.Linear, Conv1D):
             layer = quantised(module, storage, compute, device)
         else:
             continue
         model.set_submodule(path, layer)
+
+
+def bring_into_format(model: PreTrainedModel, folder: Path, compute: torch.dtype) -> None:
+    """Bring what transformers leaves in the format of a quantised folder's files into the wanted.
+
+    Of bitsandbytes' folders that is each dense `weight`, those of norms and embeddings too; of
+    torchao's the scales of 4 bits that activations of 8 bits are multiplied with (transformers
+    5.24). In two formats they make no product.
+
+    Args:
+        model: As transformers loaded it.
+        folder: From where.
+        compute: The format that it was asked for.
+    """
+    method = (stored_as(folder) or {}).get("quant_method")
+    if method == "torchao":
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                dynamic = type(parameter.data).__name__ == "IntxUnpackedToInt8Tensor"
+                if dynamic and parameter.dtype != compute:
+                    setattr(module, name, nn.Parameter(parameter.to(compute), requires_grad=False))
+    if method != "bitsandbytes":
+        return
+    kept = [name.replace("*", ".*") for name in model._get_dtype_plan(compute)]  # in float32
+    packed = {id(module.weight) for module in model.modules() if type(module).__name__ in _THEIRS}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in packed and parameter.is_floating_point():
+            in_float32 = any(re.search(pattern, name) for pattern in kept)
+            parameter.data = parameter.data.to(torch.float32 if in_float32 else compute)
 
 
 def let_go_of_files(model: nn.Module) -> None:

@@ -154,7 +154,7 @@ class InTransformers:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from lighten.models.quantized import on_processor
+        from lighten.models.quantized import bring_into_format, on_processor
         from lighten.models.vocabulary import grow
 
         self._torch = torch
@@ -162,6 +162,7 @@ class InTransformers:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, **on_processor(folder)
             )
+            bring_into_format(model, folder, torch.float32)
             grow(model, words if adapter is None else max(words, _rows_in(adapter, model)))
             if rounding is not None:
                 rounding.apply(model)
