@@ -221,6 +221,52 @@ def test_rows_that_no_group_divides_are_refused() -> None:
         group_size(tiny_model("llama", hidden_size=24, intermediate_size=40))
 
 
+@pytest.mark.parametrize(
+    ("format_name", "sizes", "message"),
+    [
+        ("nf4", (32, 48), "nf4 needs linear layers with rows that blocks of 64 divide.*32, 48"),
+        ("int4", (24, 40), "int4 needs rows that groups of 16 divide.*24, 40"),
+        ("8da4w", (32, 48), "rows that groups of 32 divide.*32, 48"),
+    ],
+)
+def test_a_model_too_narrow_for_a_format_is_refused_before_anything_is_measured(
+    format_name: str, sizes: tuple[int, int], message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "narrow"
+    tiny_model("llama", hidden_size=sizes[0], intermediate_size=sizes[1]).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    lines: list[str] = []
+    with pytest.raises(UserError, match=message):
+        lighten.quantize(
+            str(folder), format_name, output_dir=tmp_path / "out", log=lines.append
+        )  # fmt: skip
+    assert lines == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_blocks_of_four_bits_do_not_fit_stay_dense(tmp_path: Path) -> None:
+    """Rows of 96 numbers are one block and a half: bitsandbytes has no product with them here."""
+    folder = tmp_path / "model"
+    model = tiny_model("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=96)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (planned,) = lighten.api.plan_formats(str(folder), "nf4").formats
+    table = lighten.quantize(str(folder), "nf4", output_dir=tmp_path / "out")
+    assert table.format("nf4")["file_bytes"] == pytest.approx(planned.file_bytes, rel=0.01)
+    assert "2 linear layers of 14, 20% of their weights, stay in 16 bits" in planned.note
+    assert any(planned.note in note for note in table.notes)
+    loaded = AutoModelForCausalLM.from_pretrained(table.format("nf4")["folder"])
+    kinds = {path: type(module).__name__ for path, module in loaded.named_modules()
+             if isinstance(module, torch.nn.Linear)}  # fmt: skip
+    for path, kind in kinds.items():
+        dense = path.endswith(("down_proj", "lm_head"))
+        assert kind == ("Linear" if dense else "Linear4bit"), path
+        if dense:
+            assert torch.equal(
+                loaded.get_submodule(path).weight, model.get_submodule(path).weight
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize("format_name", ["nf4", "gguf:q8_0"])
 def test_a_full_disk_leaves_nothing_half_written(
     format_name: str, model_folder: Path, tmp_path: Path

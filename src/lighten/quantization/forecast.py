@@ -237,8 +237,10 @@ def _rate(call: Any, numbers: int) -> float:
 def _folder_format(target: Target, source: _Source, timed: bool, missing: str | None) -> Format:
     from lighten.models import skeleton
     from lighten.quantization.file_sizes import folder_bytes
+    from lighten.quantization.shapes import about_nf4
 
-    size = folder_bytes(target.kind, skeleton(str(source.folder)), group=source.group)
+    model = skeleton(str(source.folder))
+    size = folder_bytes(target.kind, model, group=source.group)
     weights = source.weights
     if target.kind.startswith("int4") or target.kind == DYNAMIC:
         note = "its peak memory and time are not known beforehand"
@@ -250,7 +252,8 @@ def _folder_format(target: Target, source: _Source, timed: bool, missing: str | 
     if timed and missing is None:
         matrices = sum(weight.numbers for weight in weights.values() if len(weight.shape) == 2)
         seconds = matrices * _folder_rate(target.kind)
-    return Format(target.name, size, peak, seconds, missing)
+    note = about_nf4(model) if target.kind == "nf4" else ""
+    return Format(target.name, size, peak, seconds, missing, note)
 
 
 def _folder_rate(kind: str) -> float:

@@ -131,7 +131,9 @@ def quantize(
             root / QUANTIZE, {row["name"] for row in rows}, settings
         )
         rows += earlier
-        notes = [*measuring.notes(), *_about_bytes([row["name"] for row in rows[1:]], model)]
+        dense = next((entry.note for entry in expected.formats if entry.name == "nf4"), "")
+        notes = [*measuring.notes(), *_about_bytes([row["name"] for row in rows[1:]], model),
+                 *([f"nf4: {dense}"] if dense else [])]  # fmt: skip
         if earlier:
             names = ", ".join(row["name"] for row in earlier)
             notes.append(f"{names}: of an earlier command, their speeds too")

@@ -4,7 +4,8 @@
   nothing but the row, on a processor too.
 - `int8:bitsandbytes`: LLM.int8 (arXiv 2208.07339), which rounds activations too and keeps outlier
   columns apart; it looks for those over a whole batch.
-- `nf4`: QLoRA's 4 bits with its scales quantised too (arXiv 2305.14314).
+- `nf4`: QLoRA's 4 bits with its scales quantised too (arXiv 2305.14314). Layers with whose shapes
+  bitsandbytes does not compute on processors stay dense (`shapes`).
 - `int4`: integers with a scale per group in auto-round's layout, rounded by GPTQ (arXiv 2210.17323)
   on calibration rows (`int4`). `int4:rounded` is the same format with plain rounding.
 - `int8-dynamic-act-int4-weight`: torchao's 8da4w, what quantisation-aware runs are trained for.
@@ -20,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lighten.adapters.fake_quant import scheme
-from lighten.errors import UserError
 from lighten.models.describe import skeleton
 from lighten.quantization import int4
+from lighten.quantization.shapes import dense_in_nf4, require_groups
 from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
 
 
@@ -52,12 +53,13 @@ def make(
     if kind.startswith("int4"):
         int4.write(model, folder, None if kind == "int4:rounded" else calibration)
     else:
+        shape = skeleton(str(model))
         if kind == DYNAMIC:
-            _require_groups(model, group_size)
+            require_groups(shape, group_size)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=torch.bfloat16,
-            quantization_config=_config(kind, group_size),
+            quantization_config=_config(kind, group_size, _dense(shape) if kind == "nf4" else None),
             local_files_only=True,
         )
         tied = kind == "int8" and _with_embedding(loaded)
@@ -67,25 +69,14 @@ def make(
     _companions(model, folder)
 
 
-def _require_groups(model: Path, group_size: int) -> None:
-    """Rows that groups do not divide would be left as they are in silence.
-
-    Raises:
-        UserError: There are some.
-    """
-    empty = skeleton(str(model))
-    head = empty.get_output_embeddings()
-    rows = {
-        m.in_features for m in empty.modules() if isinstance(m, torch.nn.Linear) and m is not head
-    }
-    if not rows or any(row % group_size for row in rows):
-        raise UserError(
-            f"{DYNAMIC} needs linear layers with rows that groups of {group_size} divide, and the "
-            f"model's have {', '.join(map(str, sorted(rows))) or 'none'}; use int8 or nf4"
-        )
+def _dense(model: PreTrainedModel) -> list[str] | None:
+    """Layers to leave dense, the head among them; None: the head alone, as is usual."""
+    dense = dense_in_nf4(model)
+    head = model.get_output_embeddings()
+    return [*dense, *(p for p, m in model.named_modules() if m is head)] if dense else None
 
 
-def _config(kind: str, group_size: int) -> Any:
+def _config(kind: str, group_size: int, dense: list[str] | None) -> Any:
     if kind == "int8:bitsandbytes":
         return BitsAndBytesConfig(load_in_8bit=True)
     if kind == "nf4":
@@ -94,6 +85,7 @@ def _config(kind: str, group_size: int) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=dense,  # of 4 bits too, whatever its name says
         )
     from transformers import TorchAoConfig
 
