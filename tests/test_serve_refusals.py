@@ -19,6 +19,7 @@ from lighten.serving.answering import Front, Limits
 from lighten.serving.front import application
 from lighten.serving.metrics import Metrics
 from lighten.serving.options import Options, keys
+from lighten.serving.requests import ChatRequest, parse
 from lighten.serving.running import prepare
 from tests.processes import run_async
 
@@ -235,6 +236,34 @@ def test_a_number_that_no_engine_takes_is_refused_by_name(
     )
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith(field)
+
+
+NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+           "frequency_penalty", "seed", "n", "max_tokens", "max_completion_tokens",
+           "top_logprobs")  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [True, False, "1"], ids=repr)
+@pytest.mark.parametrize("field", [*NUMBERS, "logit_bias", "best_of"])
+def test_what_is_no_number_is_refused_by_name(served: Served, field: str, value: Any) -> None:
+    _, client = served()
+    path, body = "chat/completions", {**CHAT, field: value}
+    if field == "best_of":
+        path, body = "completions", {"model": "base", "prompt": "a", field: value}
+    elif field == "logit_bias":
+        body = {**CHAT, field: {"5": value}}
+    (answer,) = answered(client, lambda http: http.post(f"/v1/{path}", json=body))
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"].partition(".")[0] == field
+    assert field in error["message"]
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_a_whole_number_is_a_number(field: str) -> None:
+    options = {field: 1, **({"logprobs": True} if field == "top_logprobs" else {})}
+    parsed = parse(ChatRequest, {**CHAT, **options})
+    assert getattr(parsed, field) == 1
 
 
 @pytest.mark.parametrize(

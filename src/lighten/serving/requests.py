@@ -94,9 +94,11 @@ class _StreamOptions(BaseModel):
     include_usage: StrictBool = False
 
 
-_Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-_Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+# A whole number is one too; true and "0.5" are none, though pydantic would take them.
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Fraction = Annotated[_Number, Field(ge=0, le=1)]
+_Penalty = Annotated[_Number, Field(ge=-2, le=2)]
+_Bias = Annotated[_Number, Field(ge=-100, le=100)]
 
 
 class _Common(BaseModel):
@@ -105,11 +107,11 @@ class _Common(BaseModel):
     model: StrictStr
     adapter_id: StrictStr | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    temperature: Annotated[_Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[_Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = None
     min_p: _Fraction | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[_Number, Field(ge=0.01, le=10)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     seed: StrictInt | None = None
@@ -300,13 +302,19 @@ def parse(request_type: type[Body], body: Any) -> Body:
     except ValidationError as error:
         raise _first(error) from error
     for name, value in (request.model_extra or {}).items():
-        if value is None or name in _LABELS or value in _WITHOUT_EFFECT.get(name, ()):
+        if value is None or name in _LABELS or _is_without_effect(name, value):
             continue
         raise Refused(400, f"{name} is not applied by this server; leave it out", name,
                       "unsupported_parameter")  # fmt: skip
     if request.stream_options is not None and not request.stream:
         raise Refused(400, "stream_options needs stream: true", "stream_options")
     return request
+
+
+def _is_without_effect(name: str, value: Any) -> bool:
+    """Whether a field that is not applied has a value at which it changes nothing."""
+    same = (other for other in _WITHOUT_EFFECT.get(name, ()) if other == value)
+    return any(type(other) is type(value) for other in same)  # true is no 1
 
 
 def _first(error: ValidationError) -> Refused:
