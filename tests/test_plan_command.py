@@ -11,8 +11,9 @@ import lighten
 from lighten import api, models
 from lighten.planning import PARTS
 from lighten.planning.result import Plan
+from tests.gguf_files import write_gguf
 from tests.processes import call
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_model
 
 GIB = 2**30
 
@@ -24,6 +25,19 @@ def configured(folder: Path, layers: int) -> Path:
                 max_position_embeddings=8192,
                 architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--limits"], ["--search"], ["--largest"]], ids=str)
+def test_a_gguf_file_whose_text_would_be_split_otherwise_is_refused_without_data(
+    flags: list[str], tmp_path: Path
+) -> None:
+    """As training refuses it."""
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), pre="viking")
+    completed = call("plan", str(path), "--device", "t4", *flags)
+    said = " ".join((completed.stdout + completed.stderr).split())
+    assert completed.returncode == (1 if flags == ["--largest"] else 3), said
+    assert "splits text as 'viking'" in said
+    assert "Traceback" not in said
 
 
 def test_a_model_that_fits(tiny_folder: Path) -> None:

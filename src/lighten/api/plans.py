@@ -95,7 +95,9 @@ def plan_search(
     chosen = plannable(recipe, **overrides)
     from lighten.machine import devices
     from lighten.planning import predict, search
+    from lighten.training.base import require_trainable
 
+    require_trainable(chosen)
     rows = predict.read_rows(chosen, [])
     planner = predict.planner_for(devices.named(device), rows)
     result = search.fastest(chosen, planner, fixed=fixed_by(overrides), log=log)
@@ -144,7 +146,9 @@ def plan_limits(
     chosen = plannable(recipe, **overrides)
     from lighten.machine import devices
     from lighten.planning import predict, search
+    from lighten.training.base import require_trainable
 
+    require_trainable(chosen)
     planner = predict.planner_for(devices.named(device))
     return search.limits(chosen, planner, longest=predict.positions_of(chosen))
 

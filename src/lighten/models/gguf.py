@@ -63,6 +63,15 @@ def read_config(path: Path) -> Any:
     return config_of(read_header(path))
 
 
+def require_tokens(path: Path) -> None:
+    """A GGUF file's text is split in a way that is known here, by its header alone.
+
+    Raises:
+        UserError: It is not: what is trained on the file would read other tokens than it learnt.
+    """
+    _splitting(read_header(path))
+
+
 def converted(path: Path) -> Path:
     """Folder with a GGUF file's model in float32 and its tokenizer, converted at the first call.
 

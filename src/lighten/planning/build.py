@@ -35,12 +35,15 @@ def config_of(recipe: Recipe) -> tuple[Any, str, Path]:
     """The base's configuration, where it came from and its folder or file.
 
     Raises:
-        UserError: No such model, or transformers does not know its architecture.
+        UserError: No such model, transformers does not know its architecture, or a GGUF file
+            splits text in a way that is not known here.
     """
     name, code = recipe.model_name_or_path, recipe.trust_remote_code
     source, path = locate(name, revision=recipe.revision, weights=False, code=code)
     if source == "gguf":
-        return gguf.read_config(path), source, path
+        config = gguf.read_config(path)
+        gguf.require_tokens(path)
+        return config, source, path
     return read_config(path, trust_remote_code=code), source, path
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lighten import models
 from lighten.adapters.whole import make_float32
 from lighten.machine.hardware import choose_dtype
+from lighten.models import gguf
 from lighten.models.attention_setting import set_attention
 from lighten.models.load import locate
 from lighten.models.trainable import refuse_rounded_activations, require_gradients
@@ -113,14 +114,18 @@ def require_trainable(recipe: Recipe) -> None:
     """What a base's configuration alone says against training on it.
 
     Raises:
-        UserError: Its layers pass no gradient on, or qat does not suit them.
+        UserError: Its layers pass no gradient on, qat does not suit them, or a GGUF file splits
+            text in a way that is not known here.
         MissingExtra: qat is wanted without torchao.
     """
     source, folder = locate(
         recipe.model_name_or_path, revision=recipe.revision, weights=False,
         code=recipe.trust_remote_code,
     )  # fmt: skip
-    if source != "gguf":
+    if source == "gguf":
+        gguf.read_config(folder)  # what that refuses comes first
+        gguf.require_tokens(folder)
+    else:
         refuse_rounded_activations(recipe.model_name_or_path, folder)
     quantization_aware.require(recipe, folder)
 
