@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lighten
+from lighten.cli.console import console, print_table
 from lighten.cli.main import overrides
 from lighten.errors import UserError
 from lighten.runs import Run
@@ -93,6 +94,17 @@ def test_training_needs_no_recipe(tiny_folder: Path, chat_file: Path, tmp_path: 
     )
     assert result.returncode == 0, result.stderr
     assert Run(tmp_path / "runs" / "llama-chat").info()["status"] == "finished"
+
+
+def test_words_in_brackets_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """`lighten[quant]` and a folder's name are words; rich would take them for its markup."""
+    words = "pip install 'lighten[quant]' for runs/[dim]a[/b]"
+    console().print(words)
+    assert words in capsys.readouterr().out
+    print_table(["[bold]a"], [[words]])
+    shown = capsys.readouterr().out
+    assert words in shown
+    assert "[bold]a" in shown
 
 
 @pytest.mark.parametrize(

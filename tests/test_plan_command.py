@@ -129,6 +129,11 @@ def test_mistakes_are_one_sentence_and_exit_with_3(tiny_folder: Path) -> None:
         (["plan", str(tiny_folder), "--processes", "2", "--offload", "param"], "is of GPUs"),
         (["plan", "serve"], "give one base"),
         (["plan", "serve", str(tiny_folder), "--ranks", "3"], "no --ranks"),
+        (["plan", "serve", str(tiny_folder), "--context", "4k"], "--context 4k: give a whole"),
+        (["plan", "serve", str(tiny_folder), "--rank", "0"], "--rank 0: give a whole number from"),
+        (["plan", "serve", str(tiny_folder), "--cache_bytes", "0"], "--cache_bytes 0: give a num"),
+        (["plan", "serve", str(tiny_folder), "--storage", "q8"], "--storage q8: it is not known"),
+        (["plan", "quantize", str(tiny_folder), "--storage", "q8"], "it is not known; use nf4"),
     ):
         completed = call(*arguments)
         assert completed.returncode == 3, arguments
@@ -152,6 +157,10 @@ def test_many_gpus(tmp_path: Path) -> None:
     states, largest = numbers * 16, 128256 * 4096 * 4
     saved_bytes = ddp["device_bytes"] - zero3["device_bytes"]
     assert states * 31 / 32 - 2 * largest <= saved_bytes <= states * 31 / 32 * 1.001
+    # Each rank is as surely told as one that holds all: what is elsewhere is in no doubt here.
+    assert zero3["fits"] is True
+    assert states / 32 <= zero3["low"] <= zero3["device_bytes"] <= zero3["high"]
+    assert zero3["high"] <= 1.25 * zero3["device_bytes"]
     assert zero3["communication_s"] > 0
     offloaded = json.loads(call(*arguments, "--zero", "3", "--offload", "optimizer:cpu").stdout)
     # AdamW's two float32 moments of every weight, over 32 ranks, and the gradients.

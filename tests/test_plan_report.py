@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ import pytest
 
 from lighten import runs
 from lighten.cli import plan as cli_plan
+from lighten.cli.console import overrides
 from lighten.cli.plan import print_changes, print_plan
 from lighten.machine import devices
 from lighten.planning import predict, text
@@ -110,8 +112,11 @@ def test_a_plan_in_words(
                    "--load_in_4bit true"):  # fmt: skip
         assert phrase in printed, phrase
     assert text.flags({"a": True, "b": None, "c": 3, "d": "x", "e": [1]}) == (
-        "--a true --b null --c 3 --d x --e [1]"
+        "--a true --b null --c 3 --d x --e '[1]'"
     )
+    # As a shell hands them on, which takes quotation marks, spaces and brackets for its own.
+    changed = {"lora_target_modules": ["q_proj", "v_proj"], "rank_pattern": {"a|b": 2}}
+    assert overrides(shlex.split(text.flags(changed))) == changed
 
 
 def test_what_a_plan_notes_after_changes_were_sought_is_printed_once(

@@ -126,10 +126,10 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def console() -> Console:
-    """Standard output."""
+    """Standard output; words in brackets are words, as in `lighten[quant]` or a folder's name."""
     from rich.console import Console
 
-    return Console()
+    return Console(markup=False)
 
 
 def print_json(value: Any) -> None:
@@ -156,7 +156,6 @@ def print_table(
     """
     from rich.box import SIMPLE
     from rich.cells import cell_len
-    from rich.markup import escape
     from rich.table import Table
 
     screen = console()
@@ -195,7 +194,7 @@ def print_table(
             min_width=longest_word[place] if whole_words else None,
         )  # fmt: skip
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*row)
     screen.print(table)
 
 

@@ -27,6 +27,8 @@ TRAINED: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
 # Full layers that stand gathered at once under ZeRO 3 and FSDP: the one that computes and the one
 # that is fetched ahead (FSDP's `backward_prefetch`, DeepSpeed's prefetch bucket).
 GATHERED_LAYERS = 2
+# Of a rank's peak: what is not there on it is no matter of doubt either.
+MOST_DOUBT = 0.25
 _SHARDED = {  # which model states are split over the ranks, arXiv 1910.02054, figure 1
     "ddp": (),
     "zero1": ("optimiser",),
@@ -302,14 +304,17 @@ def spread(
     peak = _peak(plan, parts, states, device_states) + gathered
     if device.kind == "cpu" and not packed:
         peak = max(peak, _read_whole(plan, states, strategy) + _always(parts))
-    moved = plan.memory.expected - peak
+    below, above = (
+        min(abs(plan.memory.expected - bound), MOST_DOUBT * peak)
+        for bound in (plan.memory.low, plan.memory.high)
+    )
     busy = link_seconds(volume, device, nodes)
     step = None
     if busy is not None and plan.time is not None:
         step = (max(plan.time.seconds, busy), plan.time.seconds + busy)
     return Distributed(
-        strategy, ranks, nodes, offload, peak, plan.memory.low - moved, plan.memory.high - moved,
-        host, volume, busy, step, plan.capacity, states, device.kind,
+        strategy, ranks, nodes, offload, peak, max(peak - below, min(peak, device_states.total)),
+        peak + above, host, volume, busy, step, plan.capacity, states, device.kind,
     )  # fmt: skip
 
 

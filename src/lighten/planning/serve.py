@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,14 +105,19 @@ def serve(
         revision: Of a hub model.
 
     Raises:
-        UserError: No such model, or no such storage.
+        UserError: No such model, no such storage, or a number that is none.
     """
     compute = device.dtype().value
     chosen = storage or compute
-    if chosen not in serving.BYTES_PER_WEIGHT:
-        raise UserError(
-            f"storage: {chosen!r} is not known; use {', '.join(serving.BYTES_PER_WEIGHT)}"
-        )
+    _require_known(chosen, serving.BYTES_PER_WEIGHT)
+    for name, value, least in (
+        ("adapters", adapters, 0), ("rank", rank, 1), ("context", context, 1),
+        ("concurrency", concurrency, 1),
+    ):  # fmt: skip
+        if type(value) is not int or value < least:
+            raise UserError(f"--{name} {value}: give a whole number from {least}")
+    if isinstance(cache_bytes, bool | str) or not 0 < cache_bytes < math.inf:
+        raise UserError(f"--cache_bytes {cache_bytes}: give a number above 0, 2 for 16 bits")
     shape = skeleton(model, revision=revision)
     config = shape.config.get_text_config()
     sizes = sizes_of(shape)
@@ -172,9 +179,12 @@ def quantize(
         revision: Of a hub model.
 
     Raises:
-        UserError: No such model.
+        UserError: No such model, or no such storage.
         MissingExtra: bitsandbytes is not installed.
     """
+    _require_known(storage, ("nf4", "fp4", "int8"))
+    if type(double) is not bool or (double and storage == "int8"):
+        raise UserError(f"--double {double}: true or false, and of 4 bits alone")
     kind = quantized.Storage(storage, double)
     shape = skeleton(model, revision=revision)
     sizes = sizes_of(shape)
@@ -194,6 +204,11 @@ def quantize(
         seconds=sizes.linear_numbers * _seconds_per_weight(kind),
         capacity=capacity,
     )
+
+
+def _require_known(storage: object, known: Collection[str]) -> None:
+    if not isinstance(storage, str) or storage not in known:
+        raise UserError(f"--storage {storage}: it is not known; use {', '.join(known)}")
 
 
 def sizes_of(shape: PreTrainedModel) -> Sizes:

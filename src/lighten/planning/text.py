@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -152,8 +153,8 @@ def seconds(value: float) -> str:
 
 
 def flags(settings: Mapping[str, Any]) -> str:
-    """Settings as the command line takes them."""
-    return " ".join(f"--{name} {_value(value)}" for name, value in settings.items())
+    """Settings as they are typed into a shell."""
+    return " ".join(f"--{name} {shlex.quote(_value(value))}" for name, value in settings.items())
 
 
 def _value(value: Any) -> str:
