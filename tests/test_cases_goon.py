@@ -124,6 +124,23 @@ def test_a_rate_of_almost_nothing_gives_the_adapter_back_bit_for_bit(
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_start_that_names_another_base_is_told_among_the_choices(
+    base: Path, rows: Path, tmp_path: Path
+) -> None:
+    """The base is a folder of the hub's cache, as far as its name goes."""
+    place = tmp_path / "models--someone--tiny-chat" / "snapshots" / "1"
+    shutil.copytree(base, place)
+    start = peft_adapter(base, tmp_path / "start")
+    config = json.loads((start / CONFIG).read_text())
+    for number, (recorded, told) in enumerate((("someone/tiny-chat", False), ("a/other", True))):
+        (start / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": recorded}))
+        run = trained(
+            rows, tmp_path / f"run-{number}", model=str(place), adapter_name_or_path=str(start)
+        )
+        reasons = {choice["what"]: choice["reason"] for choice in run.info()["choices"]}
+        assert (f"names {recorded} as its base" in reasons["start"]) == told
+
+
 def test_our_own_run_checkpoint_and_folder_are_starts_alike(
     base: Path, rows: Path, tmp_path: Path
 ) -> None:

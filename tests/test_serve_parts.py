@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ pytest.importorskip("uvicorn")
 import lighten.api
 from lighten import data, models
 from lighten.errors import UserError
+from lighten.models.same import names_another
+from lighten.peft_config import CONFIG
 from lighten.serving import adapters
 from lighten.serving.stopping import StopTexts
 from lighten.serving.texts import Texts
@@ -70,6 +73,59 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     other_base = save_tiny(tmp_path / "other", "phi3")
     alien = save_adapter(other_base, tmp_path / "alien", seed=1)
     refused("alien.*(base|model)", adapters=[str(alien)])
+
+
+HUB = "meta-llama/Llama-3.1-8B-Instruct"
+CACHED = "hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/abc"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "name", "folder", "configured", "another"),
+    [
+        (HUB, "meta-llama/Llama-3.1-8B", "m", None, True),  # not the one that was tuned on chats
+        ("Qwen/Qwen2.5-7B", HUB, "m", None, True),
+        ("/data/hub/models--Qwen--Qwen2.5-7B/snapshots/1", HUB, "m", None, True),
+        ("Qwen/Qwen2.5-7B", None, "m", HUB, True),
+        ("Qwen/Qwen2.5-7B", None, CACHED, None, True),
+        (HUB, HUB.lower(), "m", None, False),
+        ("unsloth/Llama-3.1-8B-Instruct-bnb-4bit", HUB, "m", None, False),
+        (HUB, None, "Llama-3.1-8B-Instruct", None, False),
+        (HUB, None, "Llama-3.1-8B-Instruct", "else/something", False),
+        (HUB, None, CACHED, None, False),
+        (HUB, None, "m", None, False),  # what lies in a folder, nothing tells
+        ("/somewhere/else", HUB, "m", None, False),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m", "m", None, False),
+        ("Qwen/Qwen2.5-0.5B", "smollm2-135m", "m", None, True),
+        (None, HUB, "m", None, False),
+        ("", HUB, "m", None, False),
+    ],
+)
+def test_a_base_of_another_name_is_told_from_another_place(
+    recorded: str | None, name: str | None, folder: str, configured: str | None, another: bool,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    if configured is not None:
+        (place / "config.json").write_text(json.dumps({"_name_or_path": configured}))
+    assert names_another(recorded, name or str(place), place) == another
+
+
+def test_an_adapter_that_names_another_base_is_served_with_a_warning(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base_folder = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    config = json.loads((base_folder / "config.json").read_text())
+    (base_folder / "config.json").write_text(json.dumps({**config, "_name_or_path": HUB}))
+    base = adapters.open_base(str(base_folder))
+    adapter = save_adapter(base_folder, tmp_path / "adapter", seed=1)
+    settings = json.loads((adapter / CONFIG).read_text())
+    for recorded, warned in ((HUB, False), ("Qwen/Qwen2.5-7B", True), (str(tiny_folder), False)):
+        caplog.clear()
+        named = {**settings, "base_model_name_or_path": recorded}
+        (adapter / CONFIG).write_text(json.dumps(named))
+        assert adapters.open_adapter("it", adapter, base).name == "it"
+        assert (f"names {recorded} as its base" in caplog.text) == warned
 
 
 def test_stop_texts_across_pieces() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from lighten.errors import UserError
 from lighten.machine.hardware import cache_folder
 from lighten.models import configuration, gguf
 from lighten.models.load import checksum, locate, tokenizer_in, weight_files
+from lighten.models.same import names_another
 from lighten.peft_config import CONFIG, WEIGHTS, read_config
 from lighten.quantization.export_card import MANIFEST
 from lighten.quantization.gguf_adapter import write_gguf_adapter
@@ -24,6 +26,7 @@ from lighten.runs import INFO, RECIPE, Run, folder_of, whole_folder
 from lighten.serving.engine import Adapter
 from lighten.serving.prompts import Asking, asking
 
+log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _TEMPLATE = "chat_template.jinja"
 # Beside the weights and settings, what decides how an adapter is asked.
@@ -123,6 +126,8 @@ def require_name(name: str) -> None:
 def open_adapter(name: str, folder: Path, base: Base) -> Model:
     """Read an adapter: how it is asked, and a fingerprint of what it is.
 
+    Where only its name of its base tells that the base is another, that is said and it is taken.
+
     Args:
         name: What clients call it; see `require_name`.
         folder: Where it is.
@@ -131,7 +136,7 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
     Raises:
         UserError: It is no adapter, or one of another base.
     """
-    read_config(folder)
+    config = read_config(folder)
     key = fingerprint(folder)
     run = run_of_adapter(folder)
     handling, learnt, template = data.Handling(), data.LearntAnswers(), None
@@ -144,6 +149,11 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
         manifest = read_json(folder / MANIFEST)
         of_export = {"checksum": manifest.get("base_sha256"), "name": manifest.get("base")}
         _require_same_base(folder, {"base": of_export}, base)
+    elif names_another(recorded := config.get("base_model_name_or_path"), base.name, base.folder):
+        log.warning(
+            "%s: %s names %s as its base, and %s is served: over another model's weights it "
+            "answers wrongly, without any error", folder, CONFIG, recorded, base.name,
+        )  # fmt: skip
     has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     tokenizer = (
         tokenizer_in(folder, str(folder)) if has_tokenizer else models.load_tokenizer(base.name)

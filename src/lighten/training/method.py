@@ -11,7 +11,8 @@ from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
 from lighten.adapters.files import check_fit, read_weights
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
-from lighten.peft_config import WEIGHTS, tensor_shapes
+from lighten.models.same import names_another
+from lighten.peft_config import CONFIG, WEIGHTS, read_config, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
 
 
@@ -90,8 +91,8 @@ def choices_of(
         "attention": base.attention,
         "template": template,
     }
-    if recipe.adapter_name_or_path is not None:
-        choices["start"] = Choice(recipe.adapter_name_or_path, "adapter_name_or_path")
+    if (start := recipe.adapter_name_or_path) is not None:
+        choices["start"] = Choice(start, f"adapter_name_or_path{_other_base(Path(start), base)}")
     if isinstance(trained, WholeBase):
         choices["precision"] = _precision(trained)
     if untrained := _untrained_tokens(recipe):
@@ -104,6 +105,18 @@ def choices_of(
             "qat of the recipe; every linear layer but the head, held-out losses too",
         )
     return choices
+
+
+def _other_base(adapter: Path, base: models.Base) -> str:
+    """What has to be said where an adapter names another base than the one it goes on over."""
+    if not (adapter / CONFIG).is_file():  # a run that is resumed needs it no more
+        return ""
+    recorded = read_config(adapter).get("base_model_name_or_path")
+    if not names_another(recorded, base.name, base.path):
+        return ""
+    return (
+        f"; its {CONFIG} names {recorded} as its base, not {base.name}: it learnt on other weights"
+    )
 
 
 def _precision(trained: WholeBase) -> Choice:
