@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     "other layers": ("llama", {}, {"block_count": 3}, {}, "lacks the weight"),
     "fewer layers": ("llama", {}, {"block_count": 1}, {}, "no such weight"),
     "unknown splitting": (
-        "llama", {}, {}, {"pre": "deepseek-v3"}, "splits text as 'deepseek-v3'.*not known",
+        "llama", {}, {}, {"pre": "viking"}, "splits text as 'viking'.*not known",
     ),
     "no splitting": ("llama", {}, {}, {"pre": None}, "does not say how text is split"),
     "architecture": ("opt", {}, {}, {}, "architecture 'opt'"),

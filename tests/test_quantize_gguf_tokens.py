@@ -39,7 +39,8 @@ TEXTS = [
     "the question", " the question", "  two spaces  before\n\n and after   ", "\n\n\n", "a\tb\r\n",
     "12345 67 8", "x=1;y=22;z=333", "spaces before   1  23", "I'd've SAID'd it's THE'LL",
     "🦙 llamas \U0001f469\u200d\U0001f469\u200d\U0001f467", "e\u0301 vs \u00e9",
-    "<s>the answer</s> after", "word<|im_end|>word",
+    "<s>the answer</s> after", "word<|im_end|>word", "x.append(1).sort() ->\r\n#include <a.h>",
+    "混合12345文字ひらがなカタカナ、漢字。 한글abc +=<>€ ½ ٣", ".Name _id #tag\n\n\t;;  \n end",
 ]  # fmt: skip
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_end|>"]
 
@@ -64,9 +65,9 @@ def byte_level(*splitters: Any, whole_words: bool = False) -> PreTrainedTokenize
     return trained(core, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
-def by_pattern(pattern: str, whole_words: bool) -> PreTrainedTokenizerFast:
+def by_patterns(patterns: tuple[str, ...], whole_words: bool) -> PreTrainedTokenizerFast:
     return byte_level(
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         whole_words=whole_words,
     )
@@ -117,12 +118,12 @@ KINDS: dict[str, Any] = {
         pre_tokenizers.ByteLevel(add_prefix_space=False),
     ),
     **{
-        name: lambda pattern=pattern, name=name: by_pattern(
-            pattern, name in ("llama-bpe", "tekken")
+        name: lambda patterns=patterns, name=name: by_patterns(
+            patterns, name in ("llama-bpe", "tekken")
         )
-        for name, pattern in PATTERNS.items()
+        for name, patterns in PATTERNS.items()
     },
-    "dbrx": lambda: by_pattern(PATTERNS["llama-bpe"], False),
+    "dbrx": lambda: by_patterns(PATTERNS["llama-bpe"], False),
     "llama 2": lambda: sentencepiece(prefix=True, bos=True),
     "gemma": lambda: sentencepiece(prefix=False, bos=True),
 }

@@ -18,17 +18,39 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _WORD = r"[^\r\n\p{L}\p{N}]?"
 _REST_WITH_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Ways to split a text by llama.cpp's name, as patterns of `tokenizer.json`. GPT-2's is that of the
-# byte level itself, and SmolLM's takes every digit by itself before it.
-PATTERNS = {
-    "llama-bpe": f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}{{1,3}}|{_REST}",
-    "qwen2": f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}|{_REST}",
-    "qwen35": f"{_APOSTROPHES}|{_WORD}[\\p{{L}}\\p{{M}}]+|\\p{{N}}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "gpt-4o": f"{_WORD}{_UPPER}*{_LOWER}+{_APOSTROPHES}?|{_WORD}{_UPPER}+{_LOWER}*{_APOSTROPHES}?"
-    f"|\\p{{N}}{{1,3}}|{_REST_WITH_SLASH}",
-    "tekken": f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\\p{{N}}|{_REST_WITH_SLASH}",
-}
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_ASCII_SIGN = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
+# Chinese characters with kana, and with all that lies between Samaritan letters and Hangul.
+_CHINESE_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+# Ways to split a text by llama.cpp's name, as patterns of `tokenizer.json`, each of which splits
+# what the one before it left. GPT-2's is that of the byte level itself, and SmolLM's takes every
+# digit by itself before it.
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "llama-bpe": (f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}{{1,3}}|{_REST}",),
+    "qwen2": (f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}|{_REST}",),
+    "qwen35": (
+        f"{_APOSTROPHES}|{_WORD}[\\p{{L}}\\p{{M}}]+|\\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    ),
+    "gpt-4o": (
+        f"{_WORD}{_UPPER}*{_LOWER}+{_APOSTROPHES}?|{_WORD}{_UPPER}+{_LOWER}*{_APOSTROPHES}?"
+        f"|\\p{{N}}{{1,3}}|{_REST_WITH_SLASH}",
+    ),
+    "tekken": (
+        f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\\p{{N}}|{_REST_WITH_SLASH}",
+    ),
+    "seed-coder": (
+        f"{_APOSTROPHES}|{_LETTERS}|\\p{{N}}{{1}}"
+        rf"| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}", _CHINESE_AND_KANA,
+        rf"{_ASCII_SIGN}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
+        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+    ),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _ASIAN, r"\p{N}"),
+}  # fmt: skip
 # Other names of each in `src/llama-vocab.cpp`.
 _OTHER_NAMES = {
     "gpt-2": ("phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion",
@@ -41,6 +63,9 @@ _OTHER_NAMES = {
     "qwen35": (),
     "gpt-4o": ("llama4", "kanana2", "talkie", "minimax-m2"),
     "tekken": (),
+    "seed-coder": (),
+    "deepseek-v3": ("hunyuan-dense",),
+    "deepseek-coder": (),
 }  # fmt: skip
 # The first name of a way to split a text, by each that it has.
 SPLITTINGS = {name: first for first, others in _OTHER_NAMES.items() for name in (first, *others)}

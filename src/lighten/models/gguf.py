@@ -247,7 +247,8 @@ def _splitter(name: str) -> Any:
         return whole
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERNS[name]), "isolated"), whole])
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[name]]
+    return pre_tokenizers.Sequence([*splits, whole])
 
 
 def _write(header: Header, folder: Path) -> None:

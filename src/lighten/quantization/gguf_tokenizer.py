@@ -20,7 +20,7 @@ from lighten.wording import with_article
 # llama.cpp's kinds of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"  # SentencePiece's mark of a space
-_NAMES = {pattern: name for name, pattern in PATTERNS.items()}
+_NAMES = {patterns: name for name, patterns in PATTERNS.items()}
 # The same splitting without taking words of the vocabulary whole.
 _WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
 # A file does not say which special tokens swallow the white space behind them. llama.cpp goes by
@@ -252,8 +252,9 @@ def _splitting(file: Path, tokenizer: Mapping[str, Any]) -> str:
     elif kinds == ["Digits", "ByteLevel"] and splitters[0].get("individual_digits"):
         plain = splitters[1].get("use_regex", True) and not splitters[1].get("add_prefix_space")
         name = "smollm" if plain else None
-    elif kinds == ["Split", "ByteLevel"] and not splitters[1].get("use_regex", True):
-        name = _NAMES.get(str((splitters[0].get("pattern") or {}).get("Regex")))
+    elif kinds[-1:] == ["ByteLevel"] and not splitters[-1].get("use_regex", True):
+        patterns = [str((step.get("pattern") or {}).get("Regex")) for step in splitters[:-1]]
+        name = _NAMES.get(tuple(patterns)) if set(kinds[:-1]) == {"Split"} else None
     if name is not None and whole_words != (name in WHOLE_WORDS):
         name = None if whole_words else _WITHOUT_WHOLE_WORDS.get(name)
     if name is None:
