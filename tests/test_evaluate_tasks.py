@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lighten
+from lighten.cli.evaluate import print_evaluation
 from lighten.errors import MissingExtra, UserError
 from lighten.evaluation import against
 from lighten.runs import Run
@@ -65,6 +66,16 @@ metric_list:
 TRANSLATED = ANSWERS.replace("tiny_answer", "tiny_translated").replace(
     "metric: exact_match, aggregation: mean", "metric: chrf, aggregation: chrf"
 )
+GROUP = """
+group: {name}
+task: {tasks}
+aggregate_metric_list: [{{metric: acc, aggregation: mean, weight_by_size: {by_size}}}]
+"""
+GROUPS = {  # by name: what is in it, and whether a task counts by its documents
+    "tiny_group": ("[tiny_choice, tiny_short]", "true"),
+    "tiny_even": ("[tiny_choice, tiny_short]", "false"),
+    "tiny_whole": ("[tiny_group, tiny_continued]", "true"),
+}
 FEW = {"max_examples": 2, "max_new_tokens": 2}
 
 
@@ -82,6 +93,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "answer.yaml").write_text(ANSWERS.format(data=data))
     (folder / "continued.yaml").write_text(CONTINUED.format(data=data))
     (folder / "texts.yaml").write_text(TEXTS.format(data=data))
+    (folder / "short.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[:5]))
+    short = CHOICES.format(data=folder / "short.jsonl").replace("tiny_choice", "tiny_short")
+    (folder / "short.yaml").write_text(short)
+    for name, (members, by_size) in GROUPS.items():
+        text = GROUP.format(name=name, tasks=members, by_size=by_size)
+        (folder / f"{name}.yaml").write_text(text)
     (folder / "translated.yaml").write_text(TRANSLATED.format(data=data))
     return folder
 
@@ -173,6 +190,31 @@ def test_figures_are_lm_evals_own(run: Run, tasks: Path, tiny_folder: Path) -> N
         ]
         assert compared["difference"] == pytest.approx(change["value"])
         assert compared["low"] == pytest.approx(change["low"])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_has_lm_evals_own_total(
+    run: Run, tasks: Path, group: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over all documents where lm-eval counts tasks by them, else a figure without an interval."""
+    pytest.importorskip("lm_eval")
+    options = {"include_path": str(tasks), "tasks_chat_template": False, **FEW}
+    evaluation = lighten.evaluate(run, tasks=[group], **options)
+    rows = {(row["task"], row["metric"]): row for row in evaluation.tasks}
+    totals = ["tiny_whole", "tiny_group"] if group == "tiny_whole" else [group]
+    assert {row["task"] for row in evaluation.tasks[: len(totals)]} == set(totals)
+    parts = ["tiny_choice", "tiny_short", *(["tiny_continued"] if group == "tiny_whole" else [])]
+    sizes = [1 if group == "tiny_even" else rows[part, "acc"]["documents"] for part in parts]
+    row = rows[group, "acc"]
+    assert row["documents"] == sum(rows[part, "acc"]["documents"] for part in parts)
+    for name in ("base", "default"):
+        figures = [rows[part, "acc"]["models"][name]["value"] for part in parts]
+        total = row["models"][name]
+        assert total["value"] == pytest.approx(np.average(figures, weights=sizes))
+        assert (total["low"] is None) == (group == "tiny_even")
+    assert row["formula"] == (None if group == "tiny_even" else "mean")
+    print_evaluation(evaluation.to_dict())
+    assert group in capsys.readouterr().out
 
 
 def test_tasks_of_one_name_that_ask_other_things_are_not_compared(run: Run, tasks: Path) -> None:

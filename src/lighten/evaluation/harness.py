@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ class Tasks:
             gives a document no number.
         better: By task, metric and filter: whether more is better.
         asked: By task: how many documents, and a digest of what was asked.
+        groups: Names of those that stand for several tasks; their documents are those of all.
     """
 
     settings: dict[str, Any]
@@ -60,6 +61,7 @@ class Tasks:
     scores: dict[tuple[str, str, str], dict[str, _Scores]] = field(default_factory=dict)
     better: dict[tuple[str, str, str], bool] = field(default_factory=dict)
     asked: dict[str, tuple[int, str]] = field(default_factory=dict)
+    groups: set[str] = field(default_factory=set)
 
 
 def require(options: EvaluateOptions) -> None:
@@ -152,6 +154,43 @@ def score(
                 if (score := _score(sample.get(metric))) is not None:
                     by_model = tasks.scores.setdefault(key, {}).setdefault(name, {})
                     by_model[int(sample["doc_id"])] = score
+    for group, figures in results.get("groups", {}).items():
+        _add_group(tasks, name, group, figures, results)
+
+
+def _add_group(
+    tasks: Tasks, name: str, group: str, figures: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
+    """What lm-eval says of a group as a whole, with the documents of all of its tasks."""
+    members = dict.fromkeys(_members(group, results["group_subtasks"], results["samples"]))
+    tasks.groups.add(group)
+    digests = "\n".join(f"{task}: {tasks.asked[task][1]}" for task in members)
+    count = sum(tasks.asked[task][0] for task in members)
+    tasks.asked[group] = count, hashlib.sha256(digests.encode()).hexdigest()
+    direction = results["higher_is_better"].get(group, {})
+    for label, figure in figures.items():
+        metric, comma, filtered = label.partition(",")
+        if not comma or metric.endswith("_stderr") or not _is_number(figure):
+            continue
+        key = (group, metric, filtered)
+        tasks.figures.setdefault(key, {})[name] = float(figure)
+        tasks.better[key] = direction.get(metric) is not False
+        scores: list[tuple[float, float]] = []
+        for task in members:  # where one has none they are too few, and no formula will do
+            of_task = tasks.scores.get((task, metric, filtered), {}).get(name, {})
+            scores += [of_task[document] for document in sorted(of_task)]
+        tasks.scores.setdefault(key, {})[name] = dict(enumerate(scores))
+
+
+def _members(
+    name: str, children: Mapping[str, Sequence[str]], samples: Mapping[str, Any]
+) -> Iterator[str]:
+    """The tasks of a group, and of the groups in it."""
+    for child in children.get(name, ()):
+        if child in samples:
+            yield child
+        else:
+            yield from _members(child, children, samples)
 
 
 def _asked(samples: Sequence[Mapping[str, Any]], *, with_prompts: bool) -> tuple[int, str]:
@@ -187,10 +226,13 @@ def summary(tasks: Tasks, options: EvaluateOptions) -> list[dict[str, Any]]:
     Args:
         tasks: Scored by all models; the first is the base.
         options: How intervals are drawn.
+
+    Returns:
+        Groups come first, as lm-eval has them.
     """
     rows = []
-    for key, figures in tasks.figures.items():
-        task, metric, filtered = key
+    for key in sorted(tasks.figures, key=lambda key: key[0] not in tasks.groups):
+        (task, metric, filtered), figures = key, tasks.figures[key]
         count, digest = tasks.asked[task]
         statistics = _statistics(tasks.scores.get(key, {}))
         formula = _formula(statistics, figures, count)
