@@ -38,8 +38,13 @@ SOME = {
 }  # fmt: skip
 
 
-def chosen(rows: list[techniques.Technique]) -> list[techniques.Technique]:
-    return [technique for technique in rows if technique.name in SOME[technique.group]]
+KEYS = [f"{group}: {name}" for group, names in SOME.items() for name in names]
+
+
+def narrow(patch: pytest.MonkeyPatch, *keys: str) -> None:
+    """Audits have the rows of these keys alone."""
+    every = techniques.techniques
+    patch.setattr(techniques, "techniques", lambda *how: [t for t in every(*how) if t.key in keys])
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +63,12 @@ def finished_audit(
     forks: Any, tiny_folder: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Audit:
     """A small audit: of every kind of row there are some."""
-    every = techniques.techniques
-    forks.setattr(techniques, "techniques", lambda *how: chosen(every(*how)))
     folder = tmp_path_factory.mktemp("audit") / "whole"
-    finished = lighten.audit(
-        str(tiny_folder), data=str(chat_file), budget="2h", output_dir=folder, **SMALL
-    )
-    forks.setattr(techniques, "techniques", every)
-    return finished
+    with pytest.MonkeyPatch.context() as patch:
+        narrow(patch, *KEYS)
+        return lighten.audit(
+            str(tiny_folder), data=str(chat_file), budget="2h", output_dir=folder, **SMALL
+        )
 
 
 def test_every_row_is_measured_or_explained(finished_audit: Audit) -> None:
@@ -142,8 +145,7 @@ def test_a_finished_audit_is_shown_again(
 
 def _audit(model: str, data: str, folder: str) -> None:
     measuring.in_child = in_fork  # type: ignore[assignment]
-    every = techniques.techniques
-    techniques.techniques = lambda *how: chosen(every(*how))
+    narrow(pytest.MonkeyPatch(), *KEYS)
     lighten.audit(model, data=data, budget="2h", output_dir=folder, **SMALL)
 
 
@@ -174,8 +176,7 @@ def test_after_a_kill_it_goes_on(
         return in_fork(module, settings, **limits)
 
     monkeypatch.setattr(measuring, "in_child", counted)
-    every = techniques.techniques
-    monkeypatch.setattr(techniques, "techniques", lambda *how: chosen(every(*how)))
+    narrow(monkeypatch, *KEYS)
     with pytest.raises(KeyboardInterrupt):
         lighten.audit(
             str(tiny_folder), data=str(chat_file), budget="2h", output_dir=folder, **SMALL
@@ -192,12 +193,8 @@ def test_what_the_budget_leaves_out_is_measured_with_a_larger_one(
     forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    few = [
-        technique
-        for technique in techniques.techniques("cpu", None)
-        if technique.name in ("plain", "LoRA")
-    ]
-    monkeypatch.setattr(techniques, "techniques", lambda *_: few)
+    few = ("training: plain", "training: LoRA", "answers: plain")
+    narrow(monkeypatch, *few)
     how: dict[str, Any] = {
         "data": str(chat_file), "output_dir": tmp_path / "small", **SMALL, "steps": None,
     }  # fmt: skip
@@ -217,12 +214,7 @@ def test_what_needs_an_adapter_is_measured_once_there_is_budget_for_it(
     forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    few = [
-        technique
-        for technique in techniques.techniques("cpu", None)
-        if technique.key in ("training: all together", "answers: LoRA beside")
-    ]
-    monkeypatch.setattr(techniques, "techniques", lambda *_: few)
+    narrow(monkeypatch, "training: all together", "answers: LoRA beside")
     how: dict[str, Any] = {"data": str(chat_file), "output_dir": tmp_path / "small", **SMALL}
     audit = lighten.audit(str(tiny_folder), budget="1s", **how)
     assert "needs the adapter" in audit.row("answers", "LoRA beside")["why"]
@@ -230,11 +222,64 @@ def test_what_needs_an_adapter_is_measured_once_there_is_budget_for_it(
     assert [row["status"] for row in audit.rows] == ["measured"] * 2
 
 
+def test_a_row_that_failed_is_tried_again_when_the_audit_goes_on(
+    forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Something in the adapter's place lets its row fail; once it is gone, nothing does."""
+    narrow(monkeypatch, "training: plain", "training: all together", "answers: LoRA beside")
+    folder = tmp_path / "audit"
+    started: list[str] = []
+
+    def counted(module: str, settings: Any, **limits: Any) -> Any:
+        started.append(module)
+        if len(started) == 1:
+            (folder / measuring.ADAPTER).touch()
+        return in_fork(module, settings, **limits)
+
+    monkeypatch.setattr(measuring, "in_child", counted)
+    how: dict[str, Any] = {"data": str(chat_file), "output_dir": folder, **SMALL}
+    audit = lighten.audit(str(tiny_folder), budget="2h", **how)
+    before = {row["name"]: row["status"] for row in audit.rows}
+    assert before == {
+        "plain": "measured", "all together": "failed", "LoRA beside": "not measured",
+    }  # fmt: skip
+    assert measuring.ADAPTER in audit.row("training", "all together")["why"]
+
+    (folder / measuring.ADAPTER).unlink()
+    measured = len(started)
+    lines: list[str] = []
+    audit = lighten.audit(str(tiny_folder), budget="2h", log=lines.append, **how)
+    assert any("1 that failed tried again" in line for line in lines)
+    assert [row["status"] for row in audit.rows] == ["measured"] * 3
+    assert len(started) == measured + 2, "what was measured is not measured again"
+
+
+def test_what_ran_out_of_memory_is_not_tried_again_nor_without_time(
+    forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    narrow(monkeypatch, "training: plain", "training: LoRA")
+    how: dict[str, Any] = {"data": str(chat_file), "output_dir": tmp_path / "audit", **SMALL}
+    lighten.audit(str(tiny_folder), budget="2h", **how)
+    file = tmp_path / "audit" / "audit.json"
+    stored = json.loads(file.read_text())
+    for row, out_of_memory in zip(stored["rows"], (False, True), strict=True):
+        row |= {"status": "failed", "why": "so it was", "processes": [],
+                "out_of_memory": out_of_memory}  # fmt: skip
+    for spent_s, statuses in ((7200.0, ["failed", "failed"]), (1.0, ["measured", "failed"])):
+        file.write_text(json.dumps({**stored, "spent_s": spent_s}))
+        lines: list[str] = []
+        audit = lighten.audit(str(tiny_folder), budget="2h", log=lines.append, **how)
+        assert [row["status"] for row in audit.rows] == statuses
+        assert ("a larger --budget to try 1 failed row again" in lines[0]) == (spent_s == 7200)
+
+
 def test_two_audits_do_not_write_one_folder(
     forks: Any, tiny_folder: Path, chat_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(techniques, "techniques", lambda *_: [])
+    narrow(monkeypatch)
     folder = tmp_path / "one"
     folder.mkdir()
     how: dict[str, Any] = {"data": str(chat_file), "output_dir": folder, "budget": "1s", **SMALL}

@@ -95,7 +95,8 @@ def audit(
     """Measure the plain way beside every technique: `audit("smollm2-135m", data="train.jsonl")`.
 
     Writes `audit.json` after each row, and the page `report.html`. Called again it goes on where it
-    was stopped; with a larger budget it measures what the smaller one left out.
+    was stopped, and tries rows again that failed but did not run out of memory; with a larger
+    budget it measures what the smaller one left out.
 
     Args:
         model: The base.

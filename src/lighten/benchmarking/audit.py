@@ -148,9 +148,15 @@ def audit(
         raise UserError(f"{model} is trained already; give the model that an audit is to begin at")
     base_recipe = recipe({"method": "lora"})
     facts = _facts(model, base_recipe, settings)
-    if _load_or_start(folder, facts, settings).status == "finished":
-        log(f"{folder / AUDIT} is complete; choose another --output_dir to measure anew")
-        return _load_or_start(folder, facts, settings)
+    before = _load_or_start(folder, facts, settings)
+    if before.status == "finished":
+        failed = sum(_may_succeed(row) for row in before.rows)
+        tries = f", or a larger --budget to try {counted(failed, 'failed row')} again"
+        log(
+            f"{folder / AUDIT} is complete; choose another --output_dir to measure anew"
+            f"{tries if failed else ''}"
+        )
+        return before
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -207,11 +213,13 @@ def _load_or_start(
             if name != "budget_s" and before["settings"].get(name) != value
         ]  # fmt: skip
         richer = settings.budget_s > before["settings"]["budget_s"]
-        status = "running" if richer else str(before["status"])
+        steps, spent_s = before["steps"], float(before["spent_s"])
+        failed = sum(_may_succeed(row) for row in before["rows"])
+        goes_on = richer or (failed and spent_s < _usable_s(settings.budget_s))
+        status = "running" if goes_on else str(before["status"])
         kept_rows = [
             row for row in before["rows"] if not (row.get("budget") and status == "running")
         ]
-        steps, spent_s = before["steps"], float(before["spent_s"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no audit of this version; choose another --output_dir"
@@ -221,7 +229,11 @@ def _load_or_start(
             f"{path} was measured with other {', '.join(changed)}; choose another --output_dir"
         )
     if status == "running":
-        log(f"going on: {counted(len(kept_rows), 'row')} measured or explained already")
+        explained = counted(len(kept_rows) - failed, "row")
+        log(
+            f"going on: {explained} measured or explained already"
+            f"{f', {failed} that failed tried again' if failed else ''}"
+        )
     merged_facts = {
         **{key: before.get(key, value) for key, value in facts.items()},
         "settings": facts["settings"],
@@ -251,14 +263,13 @@ class _AuditRunner:
 
     def left_s(self) -> float:
         """Seconds of the budget that are left."""
-        budget = self.settings.budget_s
-        return budget - max(RESERVE_S, RESERVE * budget) - (time.monotonic() - self.began)
+        return _usable_s(self.settings.budget_s) - (time.monotonic() - self.began)
 
     def store(self) -> None:
         """Write what there is."""
         self.result.spent_s = time.monotonic() - self.began
         order = {technique.key: place for place, technique in enumerate(self.techniques)}
-        self.result.rows.sort(key=lambda row: order.get(f"{row['group']}: {row['name']}", 0))
+        self.result.rows.sort(key=lambda row: order.get(_key(row), 0))
         self.result.rows = ratios.summarised(self.result.rows)
         whole_files.write_json(self.result.folder / AUDIT, self.result.to_dict())
 
@@ -267,13 +278,23 @@ class _AuditRunner:
         self._choose_steps()
         long = self._long_tokens()
         self.techniques = techniques.techniques(self.device.kind, long)
-        existing_keys = {f"{row['group']}: {row['name']}" for row in self.result.rows}
+        before = {_key(row): row for row in self.result.rows}
         for technique in sorted(self.techniques, key=lambda technique: -technique.value):
-            if technique.key in existing_keys:
+            old = before.get(technique.key)
+            if old is not None and not self._is_due(technique, old):
                 continue
-            self.result.rows.append(self._row(technique))
+            row = self._row(technique)
+            if old is not None and row.get("budget"):
+                continue  # why it failed says more
+            others = [other for other in self.result.rows if _key(other) != technique.key]
+            self.result.rows = [*others, row]
             self.store()
         self._repeat()
+
+    def _is_due(self, technique: Technique, old: Mapping[str, Any]) -> bool:
+        """Whether a row that is there is measured again: its fault may be gone by now."""
+        waited = old["status"] == "not measured" and technique.needs is not None
+        return _may_succeed(old) or (waited and self.measuring.adapter.is_dir())
 
     def _choose_steps(self) -> None:
         """What a row costs, and so how many steps there is room for."""
@@ -370,7 +391,7 @@ class _AuditRunner:
         by_key = {technique.key: technique for technique in self.techniques}
         for count in range(1, MOST_PROCESSES):
             for row in self.result.rows:
-                key = f"{row['group']}: {row['name']}"
+                key = _key(row)
                 few = row["status"] == "measured" and len(row["processes"]) == count
                 if not few or row["cost_s"] > self.left_s() or key not in by_key:
                     continue
@@ -382,6 +403,21 @@ class _AuditRunner:
                     self.store()
             if not any(len(row["processes"]) > count for row in self.result.rows):
                 return
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    """As `Technique.key`."""
+    return f"{row['group']}: {row['name']}"
+
+
+def _may_succeed(row: Mapping[str, Any]) -> bool:
+    """Whether a row failed by what may be gone by now, as a full disk; memory is what it was."""
+    return row["status"] == "failed" and not row.get("out_of_memory")
+
+
+def _usable_s(budget_s: float) -> float:
+    """Seconds of a budget that rows may take."""
+    return budget_s - max(RESERVE_S, RESERVE * budget_s)
 
 
 def _out_of_budget(cost_s: float, remaining_s: float, budget_s: float) -> dict[str, Any]:
