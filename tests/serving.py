@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import openai
+import pytest
 import torch
 import uvicorn
 
@@ -101,6 +102,18 @@ def in_process(base: str, options: Options) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(60)
+
+
+@contextmanager
+def client_of(base: Path, cache: Path, options: Options) -> Iterator[httpx.Client]:
+    """A client of that server, which converts into a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTEN_CACHE", str(cache))
+        with (
+            in_process(str(base), options) as url,
+            httpx.Client(base_url=url, timeout=60) as http,
+        ):
+            yield http
 
 
 @contextmanager

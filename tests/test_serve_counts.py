@@ -14,7 +14,7 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
 from lighten.serving.options import Options
-from tests.serving import in_process, save_adapters
+from tests.serving import client_of, save_adapters
 
 # Of characters that the tiny tokenizer writes in parts.
 LETTERS = "서울은 어디 있나 부산"
@@ -30,13 +30,8 @@ def client(
         adapters={"one": str(folder / "inside" / "one")}, engine=request.param,
         served_name="base", storage="f32", slots=2, threads=1, context=224,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIGHTEN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with (
-            in_process(str(tiny_folder), options) as url,
-            httpx.Client(base_url=url, timeout=60) as http,
-        ):
-            yield http
+    with client_of(tiny_folder, tmp_path_factory.mktemp("cache"), options) as http:
+        yield http
 
 
 def complete(client: httpx.Client, **changes: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lighten.peft_config import CONFIG, FACTOR, WEIGHTS
 from lighten.quantization.gguf_adapter import write_gguf_adapter
 from lighten.serving import adapters
 from lighten.serving.options import Options
-from tests.serving import ADMIN, in_process, save_adapter
+from tests.serving import ADMIN, client_of, save_adapter
 
 Weights = dict[str, Tensor]
 
@@ -64,13 +64,8 @@ def client(
         engine=request.param, served_name="base", storage="f32", slots=2, threads=1,
         adapter_dir=folder, context=128,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIGHTEN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with (
-            in_process(str(tiny_folder), options) as url,
-            httpx.Client(base_url=url, timeout=60) as http,
-        ):
-            yield http
+    with client_of(tiny_folder, tmp_path_factory.mktemp("cache"), options) as http:
+        yield http
 
 
 def complete(client: httpx.Client, **changes: Any) -> httpx.Response:
