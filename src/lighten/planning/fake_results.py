@@ -153,7 +153,7 @@ def _answer_of(out: Any, tensors: list[FakeTensor]) -> _Answer | None:
         fresh.add(id(storage))
         parts.append(
             _Shaped(
-                place, result.shape, result.stride(), result.storage_offset(), result.dtype,
+                place, result.shape, result.stride(), int(result.storage_offset()), result.dtype,
                 result.fake_device,
             )
         )  # fmt: skip
@@ -187,5 +187,5 @@ def _make(part: _Shaped, mode: Any, tensors: list[FakeTensor]) -> FakeTensor:
     with in_kernel_invocation_manager(mode):
         tensor = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device="meta")
         if storage is not None:
-            tensor.set_(storage, part.offset, part.shape, part.stride)  # type: ignore[call-overload]
+            tensor.set_(storage, part.offset, part.shape, part.stride)
     return FakeTensor(mode, tensor, part.device)

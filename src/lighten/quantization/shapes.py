@@ -30,7 +30,7 @@ def linear_layers(model: PreTrainedModel, *, conv: bool = True) -> dict[str, tup
     for path, module in model.named_modules():
         if module is head or not isinstance(module, (nn.Linear, Conv1D) if conv else nn.Linear):
             continue
-        rows, columns = (int(size) for size in module.weight.shape)  # type: ignore[union-attr]
+        rows, columns = (int(size) for size in module.weight.shape)
         shapes[path] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
     return shapes
 
