@@ -1,7 +1,7 @@
 """Of a loss over many chunks of positions, three are traced: the others do what the second does.
 
 A large batch has thousands of them, each a dozen operations that take and give back the same
-memory; tracing all of them took most of a plan's time.
+memory; tracing all of them took most of a plan's time. Of micro-batches too some do for all.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from lighten.data.batches import MicroBatch
 from lighten.engine.loss import Workspace
 from lighten.planning.storage_tracker import Timeline
 
@@ -42,3 +43,15 @@ class FewChunks(Workspace):
         yield every[1]
         work += work[before:] * (len(every) - TRACED)
         yield every[-1]
+
+
+def with_new_adapters(batches: list[MicroBatch]) -> list[MicroBatch]:
+    """Of micro-batches in their order those with an adapter that none before them has."""
+    chosen: list[MicroBatch] = []
+    adapters: set[str | None] = set()
+    for batch in batches:
+        adapters_of_batch = {item.adapter for item in batch.items}
+        if not adapters_of_batch <= adapters:
+            chosen.append(batch)
+        adapters |= adapters_of_batch
+    return chosen

@@ -33,7 +33,7 @@ from lighten.models.packed_rows import groups_of
 from lighten.planning import offloaded, repeat
 from lighten.planning.build import fake_base
 from lighten.planning.fake_modules import converted_in_place
-from lighten.planning.few_chunks import FewChunks
+from lighten.planning.few_chunks import FewChunks, with_new_adapters
 from lighten.planning.on_cuda import as_on_cuda, as_unpacked
 from lighten.planning.result import MOST_TOKENS, Shape
 from lighten.planning.storage_tracker import StepMarker, StorageTracker, Timeline
@@ -365,25 +365,13 @@ def run_steps(
                     names = {adapter.name for adapter in group}
                     group_batches = [batch for batch in batches if batch.items[0].adapter in names]
                     if step < STEPS - 1:  # only that all adapters have learnt once
-                        group_batches = _with_new_adapters(group_batches)
+                        group_batches = with_new_adapters(group_batches)
                     train_step(group_batches, group, setup.objective, setup.accelerator, scaler)
                     _mark_state(group, tracker)
     finally:
         for hook in hooks:
             hook.remove()
         tracker.close()
-
-
-def _with_new_adapters(batches: list[MicroBatch]) -> list[MicroBatch]:
-    """Of micro-batches in their order those with an adapter that none before them has."""
-    chosen: list[MicroBatch] = []
-    adapters: set[str | None] = set()
-    for batch in batches:
-        adapters_of_batch = {item.adapter for item in batch.items}
-        if not adapters_of_batch <= adapters:
-            chosen.append(batch)
-        adapters |= adapters_of_batch
-    return chosen
 
 
 def _layers(model: nn.Module, all_layers: bool) -> tuple[list[nn.Module], repeat.Repetition]:
