@@ -104,7 +104,9 @@ def make(
         # One kernel for hundreds of small factors, on CPU and GPU alike.
         return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True, **common)
     if name == "sgd":
-        return torch.optim.SGD(groups, fused=True, **common)
+        # PyTorch's one kernel for it knows no tensor whose rows are on several ranks.
+        is_spread = dtensors.any_spread(parameters.values())
+        return torch.optim.SGD(groups, fused=not is_spread, **common)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
