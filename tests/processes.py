@@ -113,9 +113,11 @@ class Forked:
         return self._paths[number].read_text(encoding="utf-8")
 
 
-def start(*words: str, merged: bool = True, **environment: str) -> Forked:
+def start(
+    *words: str, merged: bool = True, cwd: Path | None = None, **environment: str
+) -> Forked:  # fmt: skip
     """`lighten` with these words, running."""
-    return Forked(_lighten, words, merged=merged, environment=environment)
+    return Forked(_lighten, words, merged=merged, cwd=cwd, environment=environment)
 
 
 def call(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,28 @@ def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, An
 
 
 def ranks(
-    settings: dict[str, Any], *options: str, count: int = 2, **environment: str
-) -> list[Forked]:
-    """`lighten train` as so many ranks, as torchrun starts them."""
+    settings: dict[str, Any], *options: str, count: int = 2, folders: Sequence[Path] = (),
+    of_last: Sequence[str] = (), **environment: str,
+) -> list[Forked]:  # fmt: skip
+    """`lighten train` as so many ranks, as torchrun starts them.
+
+    Args:
+        settings: Of the recipe.
+        options: Further words.
+        count: How many.
+        folders: In which each is started, as on machines of their own.
+        of_last: Further words of the last one.
+        environment: Further variables.
+    """
     flags = [f"{key}={json.dumps(value) if isinstance(value, list) else value}"
              for key, value in settings.items()]  # fmt: skip
     port = str(free_port())
     return [
         processes.start(
-            "train", *flags, *options, LIGHTEN_DEVICE="cpu", WORLD_SIZE=str(count), RANK=str(rank),
-            LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port, **environment,
+            "train", *flags, *options, *(of_last if rank == count - 1 else ()),
+            cwd=folders[rank] if folders else None, LIGHTEN_DEVICE="cpu", WORLD_SIZE=str(count),
+            RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **environment,
         )
         for rank in range(count)
     ]  # fmt: skip
@@ -99,6 +111,51 @@ def test_traps_3_38_41_two_ranks_end_and_go_on_as_one_process(
         cut = cut_short(two_ranks, tmp_path / f"alone-{count}", keep=slice(count))
         lighten.train(progress=False, resume=True, **{**settings, "output_dir": str(cut.folder)})
         assert_equal_runs(cut, one_run)
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> tuple[Path, Path]:
+    """Folders that are not each other's, as the disks of two machines."""
+    folders = tmp_path / "first", tmp_path / "second"
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def test_only_a_run_that_goes_on_has_to_be_seen_by_all_ranks(
+    settings: dict[str, Any], machines: tuple[Path, Path]
+) -> None:
+    settings |= {"output_dir": "run", "max_steps": 2, "eval_steps": 2, "save_steps": 1}
+    started = ranks(settings, folders=machines)
+    assert wait_for_exit(started) == [0, 0], [process.communicate() for process in started]
+    assert not list(machines[1].iterdir())
+    cut_short(Run(machines[0] / "run"), machines[0] / "cut", keep=slice(1))
+    started = ranks({**settings, "output_dir": "cut"}, "--resume", folders=machines)
+    assert wait_for_exit(started) == [2, 2]
+    checkpoint = machines[1] / "cut" / "checkpoints" / "checkpoint-1"
+    assert f"error: rank 1 does not see {checkpoint}, from which" in started[1].communicate()[0]
+
+
+def test_ranks_with_other_data_are_told_so(
+    settings: dict[str, Any], machines: tuple[Path, Path], chat_file: Path
+) -> None:
+    """A row less on one machine would be another number of steps."""
+    rows = chat_file.read_text().splitlines(keepends=True)
+    for place, folder in enumerate(machines):
+        (folder / "rows.jsonl").write_text("".join(rows[place:]))
+    del settings["max_train_samples"]
+    started = ranks({**settings, "dataset": "rows.jsonl"}, folders=machines)
+    assert wait_for_exit(started) == [2, 2]
+    for process in started:
+        said = process.communicate()[0]
+        assert "error: the dataset rows.jsonl is another one on rank 1 than on rank 0" in said
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_ranks_of_which_one_is_to_go_on_are_told_so(settings: dict[str, Any]) -> None:
+    started = ranks(settings, of_last=("--resume",))
+    assert wait_for_exit(started) == [2, 2]
+    assert "rank 1 was started with another recipe" in started[0].communicate()[0]
 
 
 @pytest.mark.parametrize("variable", list(foreign.UNBUILT))
@@ -160,6 +217,14 @@ def test_a_launcher_is_recognised_by_its_environment() -> None:
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
     assert launch.recognise(mpi) == Launch("mpirun", 1, 2, 1, 2)
+    for name in ("RANK", "MASTER_PORT"):
+        del mpi[name]
+    ports = []
+    for rank, job in (("0", "prterun-1"), ("1", "prterun-1"), ("0", "prterun-2")):
+        variables = mpi | {"OMPI_COMM_WORLD_RANK": rank, "PMIX_NAMESPACE": job}
+        launch.recognise(variables)
+        ports.append(variables["MASTER_PORT"])
+    assert ports[0] == ports[1] != ports[2]  # two jobs of one machine
     hydra = {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2",
              "MASTER_ADDR": "node1"}  # fmt: skip
     assert launch.recognise(dict(hydra)) == Launch("mpirun", 3, 4, 1, 2)

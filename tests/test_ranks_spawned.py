@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import lighten
 from lighten.errors import UserError
@@ -76,6 +77,43 @@ def test_numbers_of_ranks_that_make_no_sense(
         lighten.train(progress=False, **options, **settings)
 
 
+@pytest.mark.parametrize("more", [1, 2])
+def test_gpus_that_are_not_there_are_told_before_anything_starts(
+    more: int, settings: dict[str, Any]
+) -> None:
+    there = torch.cuda.device_count()
+    with pytest.raises(UserError, match=f"--gpus is {there + more}, and PyTorch sees {there} GPU"):
+        lighten.train(progress=False, gpus=there + more, **settings)
+
+
+def test_one_process_computes_where_it_was_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for named in (None, "cuda:1"):
+        if named is None:
+            monkeypatch.delenv("LIGHTEN_DEVICE", raising=False)
+        else:
+            monkeypatch.setenv("LIGHTEN_DEVICE", named)
+        for on, expected in (
+            ((1, None), "cpu"), ((None, 1), named or "cuda"), ((None, None), named)
+        ):  # fmt: skip
+            with launch.one_process_on(*on):
+                assert os.environ.get("LIGHTEN_DEVICE") == expected
+            assert os.environ.get("LIGHTEN_DEVICE") == named
+
+
+@pytest.mark.parametrize(("changes", "processes", "message"), [
+    ({"strategy": "single"}, 2, "strategy: single trains in one process, but 2 ranks"),
+    ({"offload_base": "disk"}, 2, "offload_base: disk trains in one process, and 2 ranks"),
+    ({"method": "full", "lora_r": 8, "strategy": "zero3", "offload_optimizer": "nvme",
+      "offload_params": "nvme"}, None, "and this is one process; start several"),
+])  # fmt: skip
+def test_a_recipe_for_another_number_of_ranks_is_told_before_anything_loads(
+    changes: dict[str, Any], processes: int | None, message: str, settings: dict[str, Any],
+) -> None:  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        lighten.train(progress=False, processes=processes, **{**settings, **changes})
+    assert not Path(settings["output_dir"]).exists()
+
+
 def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
@@ -135,6 +173,7 @@ def test_a_stop_is_passed_on_and_a_killed_launcher_leaves_no_orphan(
     output = launcher.communicate(60)[0]
     assert launcher.returncode == 128 + signal.SIGTERM
     assert output.count("stopped by SIGTERM after step") == 1
+    assert f"go on with: lighten train --resume {folder} --processes 2" in output
     assert all_ended(ranks, 0)
     step = checkpoints.read_state(checkpoints.listing(folder / "checkpoints")[-1]).step
     assert step == max(line["step"] for line in Run(folder).metrics())

@@ -16,6 +16,7 @@ import yaml
 
 import lighten
 from benchmarks import largest, scale_page
+from lighten.api import training
 from lighten.errors import UserError
 from lighten.machine.devices import DEVICES
 from lighten.models import describe, load
@@ -223,6 +224,15 @@ def test_the_table_of_the_largest_models_ends_with_its_ratios(
       "nvme_path": "/data"}),
     ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2,
       "gradient_accumulation_steps": 4}, {"strategy": "ddp", "per_device_train_batch_size": 2}),
+    # As it was called until DeepSpeed 0.5, and is taken still.
+    ({"zero_optimization": {"stage": 2, "cpu_offload": True}},
+     {"strategy": "zero2", "offload_optimizer": "cpu"}),
+    ({"zero_optimization": {"stage": 2, "cpu_offload": False, "round_robin_gradients": True}},
+     {"strategy": "zero2", "offload_optimizer": "none"}),
+    ("zero2_offload", {"strategy": "zero2", "offload_optimizer": "cpu"}),
+    ({"gradient_clipping": 0.0}, {"max_grad_norm": None}),
+    ({"optimizer": {"type": "Adam", "params": {"lr": "auto", "torch_adam": True,
+                                               "adam_w_mode": True}}}, {"learning_rate": 2e-4}),
 ])  # fmt: skip
 def test_a_deepspeed_configuration_is_read(
     config: Any, settings: dict[str, Any], chat_file: Path, tmp_path: Path
@@ -252,6 +262,15 @@ def test_a_deepspeed_configuration_is_read(
     ({"deepspeed": {"train_batch_size": 64}}, "depends on the number of ranks"),
     ({"deepspeed": {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}},
      "zero_quantized_weights has no equal here, and changes the result"),
+    ({"deepspeed": {"zero_optimization": {"stge": 3}}}, "zero_optimization has no stge; correct"),
+    ({"deepspeed": {"zero_optimization": {"stage": 3, "stage3_max_live_params": 1}}},
+     "no stage3_max_live_params"),
+    ({"deepspeed": {"bf16": {"enabled": True}, "fp16": {"enabled": True}}}, "both enabled"),
+    ({"deepspeed": {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}},
+     "adam_w_mode: False has no equal here: what moves is AdamW"),
+    ({"deepspeed": {"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}},
+     "give two numbers"),
+    ({"deepspeed": "zero3_offload"}, "offload_params: cpu moves weights that learn"),
     ({"deepspeed": {"bf16": True}}, "bf16 is True, where DeepSpeed has settings in braces"),
     ({"deepspeed": {"zero_optimization": {"offload_optimizer": "cpu"}}}, "offload_optimizer is"),
     ({"deepspeed": {"optimizer": "AdamW"}}, "optimizer is 'AdamW', where"),
@@ -298,6 +317,25 @@ def test_accelerate_s_configuration_is_a_strategy(
     variables: dict[str, str], strategy: str | None
 ) -> None:
     assert launch.recognise({**RANK, **variables}).strategy == strategy
+
+
+def test_a_step_is_what_accelerate_was_configured_for(chat_file: Path) -> None:
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+                 "ACCELERATE_GRADIENT_CLIPPING": "0.5"}  # fmt: skip
+    place = launch.recognise({**RANK, **deepspeed})
+    asked = {"gradient_accumulation_steps": 4, "max_grad_norm": 0.5}
+    assert place.settings == asked
+    configured = training._as_configured(recipe(chat_file), place)
+    assert {name: getattr(configured, name) for name in asked} == asked
+    assert any("configured for gradient_accumulation_steps 4" in n for n in configured.notices)
+    for name, value in asked.items():
+        said = recipe(chat_file, **{name: 3 * value})
+        with pytest.raises(UserError, match=f"configured for {name} {value}, and the recipe says"):
+            training._as_configured(said, place)
+    # What it writes where nobody said it, and where its DeepSpeed part is not used.
+    unsaid = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_GRADIENT_CLIPPING": "auto"}
+    for variables in ({**deepspeed, **unsaid}, {**deepspeed, "ACCELERATE_USE_DEEPSPEED": "false"}):
+        assert launch.recognise({**RANK, **variables}).settings == {}
 
 
 @pytest.mark.parametrize(("variables", "message"), [

@@ -195,6 +195,7 @@ def test_auto_gives_a_lane_enough_tokens_to_fill_its_products() -> None:
     assert chosen(tokens=700) == ("1", "2 threads share a step of about 700 tokens")
     assert chosen(3)[0] == "3"
     assert chosen(3, rows=2)[0] == "2"
+    assert chosen(3, rows=0)[0] == "1"  # a rank of more than a step has rows
     assert chosen(device="cuda")[0] == "1"
     saved = cohort_of(AdapterSpec("a", r=4, modules_to_save=("lm_head",)))
     choice = choose("auto", saved, rows=8, tokens=9000, device="cpu", threads=2)

@@ -43,14 +43,18 @@ MODEL_ALONE = "model alone"  # of one that measures a model and trains nothing
 class Run:
     """A run folder.
 
+    Args:
+        folder: Where it is.
+        begun_elsewhere: By another rank, whose machine's disk need not be this one's.
+
     Raises:
         UserError: The folder holds no run.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, begun_elsewhere: bool = False) -> None:
         self.folder = Path(folder).expanduser()
         self.claim: folders.Claim | None = None  # where this process began it
-        if not (self.folder / RECIPE).is_file():
+        if not begun_elsewhere and not (self.folder / RECIPE).is_file():
             raise UserError(
                 f"{self.folder} is not a run: it has no {RECIPE} (see: lighten runs list)"
             )

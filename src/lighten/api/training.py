@@ -12,8 +12,9 @@ from lighten.api.recipes import RecipeLike, recipe_of
 from lighten.api.results import Progress, evaluate, report
 from lighten.errors import NoHeldOut, UserError
 from lighten.parallel import launch
+from lighten.parallel.launch import Launch
 from lighten.quantization.verbs import quantize
-from lighten.recipe import Recipe
+from lighten.recipe import Recipe, spread
 from lighten.runs import Run
 
 if TYPE_CHECKING:
@@ -52,14 +53,8 @@ def train(
     """
     place = launch.recognise()  # what it says is needed before anything else looks at the rank
     count = launch.rank_count(place, processes=processes, gpus=gpus)
-    chosen = recipe_of(recipe, **overrides)
-    if place.strategy is not None and place.strategy != chosen.strategy:
-        if chosen.strategy != "auto":
-            raise UserError(
-                f"{place.launcher} was configured for strategy {place.strategy}, and the recipe "
-                f"says strategy: {chosen.strategy}; change one of the two"
-            )
-        chosen = chosen.changed({"strategy": place.strategy})
+    chosen = _as_configured(recipe_of(recipe, **overrides), place)
+    spread.require_ranks(chosen, max(count, place.world_size))
     done = path_checks.finished(chosen, resume=resume, announce=progress)
     if done is not None:
         return done
@@ -71,15 +66,41 @@ def train(
         )  # fmt: skip
     from lighten.training.run import train as run_training
 
-    if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
-        return run_training(chosen, resume=resume, progress=progress)
-    from lighten.planning.preflight import plan_first, remember
+    with launch.one_process_on(processes, gpus):
+        if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
+            return run_training(chosen, resume=resume, progress=progress)
+        from lighten.planning.preflight import plan_first, remember
 
-    prediction = plan_first(chosen, force=force, progress=progress)
-    done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
-    # Ranks share the cores of a machine: their times say nothing of one process's.
-    remember(done, uninterrupted=not resume and place.world_size == 1)
-    return done
+        prediction = plan_first(chosen, force=force, progress=progress)
+        done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
+        # Ranks share the cores of a machine: their times say nothing of one process's.
+        remember(done, uninterrupted=not resume and place.world_size == 1)
+        return done
+
+
+def _as_configured(recipe: Recipe, place: Launch) -> Recipe:
+    """The recipe with what the launcher of these ranks was configured for.
+
+    Raises:
+        UserError: The recipe says something else.
+    """
+    asked: dict[str, Any] = dict(place.settings)
+    if place.strategy is not None:
+        asked["strategy"] = place.strategy
+    asked = {name: value for name, value in asked.items() if value != getattr(recipe, name)}
+    for name, value in asked.items():
+        if (said := getattr(recipe, name)) != type(recipe).model_fields[name].default:
+            raise UserError(
+                f"{place.launcher} was configured for {name} {value}, and the recipe says {name}: "
+                f"{said}; change one of the two"
+            )
+    if not asked:
+        return recipe
+    changed = recipe.changed(asked)
+    changed.notices.extend(
+        f"{place.launcher} was configured for {name} {value}" for name, value in asked.items()
+    )
+    return changed
 
 
 def _train_as_ranks(
@@ -103,12 +124,14 @@ def _train_as_ranks(
         ended = spawn.run(["train", str(file), *flags], count, device=device, shown=shown)
     if ended is None:
         return Run(chosen.run_folder)
+    # A rank does not know what has started it.
+    command = resume_command(chosen.run_folder)
+    as_ranks = f"{command} --{'processes' if device == 'cpu' else 'gpus'} {count}"
+    message = ended.message.replace(command, as_ranks)
     if ended.stopped is not None:
-        raise Interrupted(ended.message, ended.stopped)
+        raise Interrupted(message, ended.stopped)
     goes_on = ended.resumable and Run.goes_on(chosen.run_folder)
-    flag = f"--{'processes' if device == 'cpu' else 'gpus'} {count}"
-    again = f"; go on with: {resume_command(chosen.run_folder)} {flag}" if goes_on else ""
-    raise UserError(f"{ended.message}{again}")
+    raise UserError(f"{message}; go on with: {as_ranks}" if goes_on else message)
 
 
 def sweep(

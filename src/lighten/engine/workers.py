@@ -49,7 +49,8 @@ def choose(
     if (obstacle := trained.no_workers) is not None:
         return Choice("1", obstacle)
     if isinstance(setting, int):
-        return Choice(str(min(setting, rows)), "workers of the recipe")
+        # A rank may have no row in most steps: a run keeps them when it goes on as more ranks.
+        return Choice(str(max(1, min(setting, rows))), "workers of the recipe")
     most = max(1, min(threads, rows, tokens // FULL_TOKENS))
     count = max(n for n in range(1, most + 1) if threads % n == 0)
     if count == 1:

@@ -8,7 +8,6 @@ from typing import Any
 from accelerate import Accelerator
 
 from lighten.adapters import Trained
-from lighten.errors import UserError
 from lighten.parallel.gathered import Gathered
 from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.sharded import Sharded
@@ -23,7 +22,7 @@ def choose(
     weights_store: Callable[[], Store] | None = None,
     feed: Any = None,
 ) -> Strategy:
-    """The strategy of a run.
+    """The strategy of a run, which goes with its number of ranks (`recipe.spread.require_ranks`).
 
     Args:
         strategy: `auto`, or a strategy by name.
@@ -31,22 +30,8 @@ def choose(
         trained: What learns.
         weights_store: Makes what a rank's part of the weights waits in; None: memory.
         feed: What brings the base's layers, where they are not in memory.
-
-    Raises:
-        UserError: One process is wanted and there are more, or the other way about.
     """
-    count = accelerator.num_processes
-    if strategy == "single" and count > 1:
-        raise UserError(
-            f"strategy: single trains in one process, but {count} ranks were started; leave it "
-            "out, or start one"
-        )
-    if count == 1:
-        if weights_store is not None:
-            raise UserError(
-                "offload_params moves what a rank has of weights that are spread, and this is one "
-                "process; start several (--processes 2), or remove it"
-            )
+    if accelerator.num_processes == 1:
         return Strategy("single", accelerator)
     if strategy in ("auto", "ddp"):
         return Strategy("ddp", accelerator)

@@ -15,7 +15,12 @@ UNBUILT = {
 # What accelerate would do itself: open an engine, and compute in a format, which is the recipe's.
 _ITS_OWN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 _FIRST_RANK_READS = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers; FSDP hands out what it read
-_NONE = ("", "none")
+_NONE = ("", "none", "auto")
+# What its DeepSpeed part says of a step: our setting, and what it writes where nobody said it.
+_OF_STEP = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", 1.0),
+    "ACCELERATE_GRADIENT_CLIPPING": ("max_grad_norm", 1.0),
+}
 
 
 def strategy_of(variables: Mapping[str, str]) -> str | None:
@@ -35,6 +40,26 @@ def strategy_of(variables: Mapping[str, str]) -> str | None:
     except ValueError as error:
         raise _refused(str(error)) from error
     return None
+
+
+def settings_of(variables: Mapping[str, str]) -> dict[str, float]:
+    """Settings of a recipe that accelerate's DeepSpeed part was configured for, by name.
+
+    Raises:
+        UserError: One is not a number.
+    """
+    settings = {}
+    for variable, (name, unsaid) in _OF_STEP.items():
+        word = variables.get(variable, "").lower()
+        if not _on(variables, "ACCELERATE_USE_DEEPSPEED") or word in _NONE:
+            continue
+        try:
+            value = float(word)
+        except ValueError:
+            raise _refused(f"{name} {word}, which is not a number") from None
+        if value != unsaid:
+            settings[name] = int(value) if value.is_integer() else value
+    return settings
 
 
 @contextmanager

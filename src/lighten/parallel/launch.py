@@ -10,16 +10,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lighten.errors import UserError
 from lighten.machine.forks import TRANSLATED
-from lighten.parallel.foreign import strategy_of
+from lighten.parallel.foreign import settings_of, strategy_of
+from lighten.wording import counted
 
 ERROR_FILE = "LIGHTEN_ERROR_FILE"
 PORTS = range(20_000, 30_000)  # below those that systems give to connections
+# What names a job of Open MPI's, so that two of them on one machine do not meet each other.
+_MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 # How `mpirun` tells of the ranks: Open MPI's, and Hydra, which is MPICH's and Intel's.
 _MPI = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -39,6 +44,7 @@ class Launch:
         local_rank: Its number on this machine.
         local_world_size: How many there are on this machine.
         strategy: What the launcher was configured to spread over them; None: it says nothing.
+        settings: Of a recipe, by name, which the launcher was configured for beside it.
         own_gpu: Whether it sees one GPU alone, which no other rank of this machine has.
     """
 
@@ -48,6 +54,7 @@ class Launch:
     local_rank: int = 0
     local_world_size: int = 1
     strategy: str | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
     own_gpu: bool = False
 
     @property
@@ -79,7 +86,9 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
                 "MPI_LOCALRANKID does not say which device is this one's; start with torchrun"
             )
     if launch is None and ("RANK" in variables or "WORLD_SIZE" in variables):
-        return replace(_from_torch(variables), strategy=strategy)
+        return replace(
+            _from_torch(variables), strategy=strategy, settings=settings_of(variables)
+        )  # fmt: skip
     if launch is None:
         return Launch()
     variables.update(
@@ -92,6 +101,8 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
 
 def rank_count(place: Launch, *, processes: int | None, gpus: int | None) -> int:
     """How many ranks to start here; 1 trains in this process.
+
+    GPUs are counted, which loads PyTorch, before anything is begun on them.
 
     Raises:
         UserError: The numbers contradict each other, or where this process stands already.
@@ -108,7 +119,33 @@ def rank_count(place: Launch, *, processes: int | None, gpus: int | None) -> int
             f"{name} starts ranks, but this is rank {place.rank} of {place.world_size} that "
             f"{place.launcher} has started; leave {name} out"
         )
+    if gpus is not None:
+        from torch import cuda
+
+        if (there := cuda.device_count()) < gpus:
+            raise UserError(
+                f"--gpus is {gpus}, and PyTorch sees {counted(there, 'GPU')} on this machine; "
+                + (f"use --gpus {there}" if there else "use --processes N, for its processor")
+            )
     return count
+
+
+@contextmanager
+def one_process_on(processes: int | None, gpus: int | None) -> Iterator[None]:
+    """Inside, the one process that `--processes 1` or `--gpus 1` asks for computes there."""
+    kind = "cpu" if processes is not None else "cuda" if gpus is not None else None
+    named = os.environ.get("LIGHTEN_DEVICE")
+    if kind is None or (named or "").strip().lower().startswith(kind):  # maybe which GPU, too
+        yield
+        return
+    os.environ["LIGHTEN_DEVICE"] = kind
+    try:
+        yield
+    finally:
+        if named is None:
+            del os.environ["LIGHTEN_DEVICE"]
+        else:
+            os.environ["LIGHTEN_DEVICE"] = named
 
 
 def leave_word(error: BaseException) -> bool:
@@ -190,7 +227,9 @@ def _from_mpi(variables: MutableMapping[str, str]) -> Launch | None:
                 f"first machine's name: mpirun {option} ..."
             )
         variables.setdefault("MASTER_ADDR", "127.0.0.1")
-        variables.setdefault("MASTER_PORT", str(PORTS[0]))
+        job = next((variables[name] for name in _MPI_JOBS if name in variables), "")
+        port = PORTS[zlib.crc32(job.encode()) % len(PORTS)]
+        variables.setdefault("MASTER_PORT", str(port))
         return Launch(
             "mpirun", _number(variables, rank, 0), world_size, _number(variables, local_rank, 0),
             local,

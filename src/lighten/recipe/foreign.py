@@ -25,9 +25,23 @@ _QUIET = {
     "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
     "train_batch_size",
 }  # fmt: skip
-# ZeRO++ sends weights and gradients in fewer bits.
-_ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
-             "zero_quantized_gradients")  # fmt: skip
+# ZeRO++ sends weights and gradients in fewer bits; ZenFlow moves some weights steps later.
+_OTHER_RESULTS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
+                  "zero_quantized_gradients", "zeropp_loco_param", "zenflow")  # fmt: skip
+# What `zero_optimization` says of buffers, order and files, most of stage 3 with its number before.
+_MOVING = {
+    "allgather_bucket_size", "allgather_partitions", "allgather_sequential", "contiguous_gradients",
+    "cpu_offload_use_pin_memory", "elastic_checkpoint", "enable_sanity_checks",
+    "gather_16bit_weights_on_model_save", "gather_fp16_weights_on_model_save",
+    "ignore_unused_parameters", "leaf_module", "legacy_stage1", "load_from_fp32_weights",
+    "log_trace_cache_warnings", "max_live_parameters", "max_reuse_distance",
+    "memory_efficient_linear", "mics_hierarchical_params_gather", "mics_shard_size",
+    "model_persistence_threshold", "module_granularity_threshold", "overlap_comm",
+    "override_module_apply", "param_persistence_threshold", "partition_stream_chunk_size",
+    "pipeline_loading_checkpoint", "prefetch_bucket_size", "reduce_bucket_size", "reduce_scatter",
+    "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "sub_group_size",
+    "use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zero_hpz_partition_size",
+}  # fmt: skip
 _EQUIVALENT = {
     "gradient_clipping": "max_grad_norm",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -35,7 +49,17 @@ _EQUIVALENT = {
 }
 _STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
 _OFFLOAD = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params"}
+# DeepSpeed's older names: true means `cpu`.
+_OLD_OFFLOAD = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_params"}
+# ms-swift's names for a stage with its states in main memory.
+_SHORT_OFFLOAD = {
+    "zero2_offload": {"strategy": "zero2", "offload_optimizer": "cpu"},
+    "zero3_offload": {"strategy": "zero3", "offload_optimizer": "cpu", "offload_params": "cpu"},
+}
 _OPTIMIZER = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
+# What is AdamW here as there only if it says so; which of DeepSpeed's kernels moves is passed over.
+_ADAMW = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
+_KERNELS = {"torch_adam", "fused", "foreach", "set_grad_none", "fp32_optimizer_states"}
 
 
 def deepspeed(source: Any, folder: Path | None = None) -> dict[str, Any]:
@@ -50,16 +74,23 @@ def deepspeed(source: Any, folder: Path | None = None) -> dict[str, Any]:
     """
     if isinstance(source, str) and source in STAGES.values():
         return {"strategy": source}
+    if isinstance(source, str) and source in _SHORT_OFFLOAD:
+        return dict(_SHORT_OFFLOAD[source])
     config = source if isinstance(source, Mapping) else _read(str(source), folder)
     zero = _section(config, "zero_optimization")
     if (stage := zero.get("stage", 0)) not in [*STAGES]:
         raise ValueError(f"stage {stage!r} is none of 0, 1, 2, 3")
-    if rounding := [key for key in _ROUNDING if zero.get(key)]:
-        raise ValueError(f"{rounding[0]} has no equal here, and changes the result; remove it")
+    if other := [key for key in _OTHER_RESULTS if zero.get(key)]:
+        raise ValueError(f"{other[0]} has no equal here, and changes the result; remove it")
+    known = {"stage", *_OFFLOAD, *_OLD_OFFLOAD, *_OTHER_RESULTS, *_MOVING}
+    if unknown := sorted(key for key in zero if key.removeprefix("stage3_") not in known):
+        raise ValueError(f"zero_optimization has no {unknown[0]}; correct it, or remove it")
     settings: dict[str, Any] = {"strategy": STAGES[stage], **_offload(zero)}
     for deepspeed_key, name in _EQUIVALENT.items():
         if config.get(deepspeed_key, "auto") != "auto":
             settings[name] = config[deepspeed_key]
+    if settings.get("max_grad_norm") == 0:  # how DeepSpeed says that nothing is clipped
+        settings["max_grad_norm"] = None
     if isinstance(config.get("train_batch_size"), int) and not settings.keys() >= _STEP:
         raise ValueError(
             "train_batch_size depends on the number of ranks; set train_micro_batch_size_per_gpu "
@@ -67,6 +98,8 @@ def deepspeed(source: Any, folder: Path | None = None) -> dict[str, Any]:
         )
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if _section(config, section).get("enabled") is True:
+            if "dtype" in settings:
+                raise ValueError("bf16 and fp16 are both enabled; keep one")
             settings["dtype"] = dtype
     settings |= _optimizer(_section(config, "optimizer"))
     supported = {*_EQUIVALENT, *_QUIET, "zero_optimization", "bf16", "fp16", "optimizer"}
@@ -117,7 +150,9 @@ def _offload(zero: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A device is not known, or two folders are named.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {
+        setting: "cpu" for key, setting in _OLD_OFFLOAD.items() if zero.get(key) is True
+    }
     for key, setting in _OFFLOAD.items():
         section = _section(zero, key)
         device = section.get("device") or "none"
@@ -141,9 +176,18 @@ def _optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
     if str(section.get("type", "AdamW")).lower() not in ("adam", "adamw"):
         raise ValueError(f"optimizer {section['type']} has no equal here; set optim in the recipe")
     values = {key: value for key, value in _section(section, "params").items() if value != "auto"}
+    for key, value in values.items():
+        if key not in (*_OPTIMIZER, "betas", *_KERNELS) and _ADAMW.get(key) is not value:
+            raise ValueError(
+                f"optimizer: {key}: {value!r} has no equal here: what moves is AdamW; remove it"
+            )
     settings: dict[str, Any] = {_OPTIMIZER[key]: values[key] for key in _OPTIMIZER if key in values}
-    if isinstance(values.get("betas"), list | tuple):
-        settings["adam_beta1"], settings["adam_beta2"] = values["betas"]
+    if "betas" in values:
+        match values["betas"]:
+            case [first, second]:
+                settings["adam_beta1"], settings["adam_beta2"] = first, second
+            case other:
+                raise ValueError(f"optimizer: betas is {other!r}; give two numbers")
     return settings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lighten.errors import UserError
 from lighten.recipe.offloading import OWN_INITS
 
 if TYPE_CHECKING:
@@ -70,3 +71,27 @@ def problems(recipe: Recipe) -> list[str]:
             f"whole weights, of which strategy: {name} leaves a rank some rows; use strategy: ddp"
         )
     return faults
+
+
+def require_ranks(recipe: Recipe, count: int) -> None:
+    """See to it that a recipe can be trained by so many ranks.
+
+    Raises:
+        UserError: One process is wanted and there are more, or the other way about.
+    """
+    if recipe.strategy == "single" and count > 1:
+        raise UserError(
+            f"strategy: single trains in one process, but {count} ranks were started; leave it "
+            "out, or start one"
+        )
+    if recipe.offload_params != "none" and count == 1:
+        raise UserError(
+            "offload_params moves what a rank has of weights that are spread, and this is one "
+            "process; start several (--processes 2), or remove it"
+        )
+    if recipe.offload_base != "none" and count > 1:
+        raise UserError(
+            f"offload_base: {recipe.offload_base} trains in one process, and {count} ranks were "
+            "started, each of which would read the whole base; start one, or set offload_base to "
+            "none"
+        )

@@ -1,9 +1,12 @@
-"""What a run that goes on must find as it was when it began."""
+"""What a run that goes on must find as it was when it began, and every rank as the others do."""
 
 from __future__ import annotations
 
+from accelerate import Accelerator
+
 from lighten import models
 from lighten.errors import UserError
+from lighten.parallel import ranks
 from lighten.runs import Run
 from lighten.training.rows import Rows
 
@@ -45,3 +48,36 @@ def require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
                 f"cannot resume {run.folder}: {label} has changed since the run began; put it "
                 "back, or choose another --output_dir"
             )
+
+
+def require_same_on_ranks(accelerator: Accelerator, base: models.Base, rows: Rows) -> None:
+    """Every rank has read the same model and data: machines may each have files of their own.
+
+    Steps of other rows, or sums of other weights' gradients, would be nobody's; another number of
+    steps would leave ranks waiting for each other.
+
+    Args:
+        accelerator: The ranks.
+        base: As this one has loaded it.
+        rows: As this one has encoded them.
+
+    Raises:
+        UserError: A file is another one on some rank.
+        PeerLost: A rank has ended.
+    """
+    facts = rows.facts
+    read = {
+        f"the model {base.name}": base.checksum,
+        f"the dataset {facts['path']}": facts["sha256"],
+        "the set of held-out examples": facts["eval_sha256"],
+        f"the chat template ({rows.template.name})": facts["template"]["sha256"],
+        "the number of tokens": facts["tokens"],
+    }
+    first, *others = ranks.gather(accelerator, list(read.values()))
+    for rank, values in enumerate(others, 1):
+        for label, expected, value in zip(read, first, values, strict=True):
+            if value != expected:
+                raise UserError(
+                    f"{label} is another one on rank {rank} than on rank 0; give every machine the "
+                    "same files"
+                )

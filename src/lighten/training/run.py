@@ -34,7 +34,7 @@ from lighten.training.out_of_memory import OutOfMemory, let_go
 from lighten.training.prediction import Prediction, compare
 from lighten.training.prepare import layers_later, prepare
 from lighten.training.progress import TrainingProgress
-from lighten.training.resuming import require_same_inputs
+from lighten.training.resuming import require_same_inputs, require_same_on_ranks
 from lighten.training.rows import load_rows
 from lighten.training.setup import Setup
 from lighten.wording import counted, first_line
@@ -68,6 +68,7 @@ def train(
         Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
     """
     place = launch.recognise()
+    spread.require_ranks(recipe, place.world_size)
     trackers.check_installed(recipe.report_to)
     if recipe.peft is not None:
         method_of(recipe.peft)  # says what is wrong with it before anything is loaded
@@ -78,12 +79,11 @@ def train(
     accelerator = ranks.connect(
         place,
         device.value,
-        f"{recipe.run_folder}\n{recipe.to_yaml()}",
+        f"{recipe.run_folder}\n{'resumed' if resume else 'new'}\n{recipe.to_yaml()}",
         log_with=list(recipe.report_to) or None,
         project_config=trackers.places(recipe.run_folder),
     )
-    place_of = accelerator.device.type, accelerator.num_processes
-    streaming.require_possible(recipe, *place_of)
+    streaming.require_possible(recipe, accelerator.device.type)
     offloaded.require_possible(recipe, accelerator.device.type)
     run = _open(recipe, accelerator, resume=resume)
     with TrainingProgress(enabled=progress and accelerator.is_main_process) as display:
@@ -178,7 +178,7 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
         ranks.wait(accelerator)
         return run
     ranks.wait(accelerator)
-    return Run(recipe.run_folder)
+    return Run(recipe.run_folder, begun_elsewhere=True)
 
 
 def _train(
@@ -199,12 +199,13 @@ def _train(
         recipe, str(accelerator.device), learns=True,
         layers_later=layers_later(recipe, accelerator), ranks=accelerator.num_processes,
     )  # fmt: skip
+    require_same_on_ranks(accelerator, base, rows)
     # The rows may have been encoded with a tokenizer of their own; this one is saved.
     base.tokenizer.chat_template = rows.template.text
     facts = base.facts()  # of the base alone: PEFT puts its parameters into the model
     # What a step is belongs to the run: another number of ranks shares the same steps.
     per_step = saved_state.examples_per_step or (
-        run.info().get("examples_per_step") if resume else None
+        ranks.of_main(accelerator, run.info().get("examples_per_step")) if resume else None
     )
     setup = prepare(recipe, accelerator, base, rows, per_step, saved_state.total_steps or None)
     setup.choices["memory"] = pages
@@ -213,7 +214,7 @@ def _train(
     if not planned:  # what kept the plan from being made may have been told as an error by now
         _report_plan(run, accelerator, progress, prediction)
     _report_setup(setup, progress)
-    if resume:
+    if resume and accelerator.is_main_process:  # the others have read the same
         require_same_inputs(run, base, rows)
     state = _resume(newest, setup, progress) if newest is not None else TrainerState()
     state.examples_per_step = setup.examples_per_step
@@ -296,6 +297,11 @@ def _newest(
     if newest is None:
         progress.note(f"{run.folder} has no whole checkpoint; starting from the first step")
         return None, TrainerState()
+    if not newest.is_dir():
+        raise UserError(
+            f"rank {accelerator.process_index} does not see {newest.absolute()}, from which rank 0 "
+            "goes on; put the run's folder where every machine sees it"
+        )
     return newest, checkpoints.read_state(newest)
 
 

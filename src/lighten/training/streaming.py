@@ -25,16 +25,15 @@ from lighten.recipe.spread import gathers
 log = logging.getLogger(__name__)
 
 
-def require_possible(recipe: Recipe, device: str, ranks: int) -> None:
+def require_possible(recipe: Recipe, device: str) -> None:
     """Say what stands against `offload_base` here, before anything is loaded.
 
     Args:
         recipe: What is wanted.
         device: `cpu` or `cuda`.
-        ranks: How many processes train together.
 
     Raises:
-        UserError: The layers have nowhere to wait, or several ranks would each stream them.
+        UserError: The layers have nowhere to wait.
     """
     target = recipe.offload_base
     if target == "none":
@@ -45,11 +44,6 @@ def require_possible(recipe: Recipe, device: str, ranks: int) -> None:
         raise UserError(
             "offload_base: cpu keeps the layers in main memory for a GPU, but this run computes on "
             "the processor; use offload_base: disk"
-        )
-    if ranks > 1:
-        raise UserError(
-            f"offload_base: {target} trains in one process, and {ranks} ranks were started, each "
-            "of which would read the whole base; start one, or set offload_base to none"
         )
 
 
