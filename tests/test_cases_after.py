@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import lighten
 from lighten import folders, models
+from lighten.adapters.frozen import product
 from lighten.cli.console import print_json
 from lighten.cli.main import app
 from lighten.errors import UserError
@@ -135,6 +136,16 @@ def test_a_copy_in_16_bits_is_read_in_32_for_its_receipt_and_as_a_base(
             for dtype in ("float32", "bfloat16")
         )
     assert 0 < (in_32 - in_16).norm() < 0.2 * in_16.norm()
+
+
+def test_torchaos_int8_is_dequantised_to_the_wanted_format(tmp_path: Path) -> None:
+    """Training computes with that; torchao's own product goes by its input."""
+    make("int8", save_tiny(tmp_path / "base"), tmp_path / "copy", [])
+    base = models.load(str(tmp_path / "copy"), dtype="float32")
+    layer = base.model.get_submodule("model.layers.0.mlp.up_proj")
+    x = torch.randn(3, layer.in_features)
+    with torch.no_grad():
+        torch.testing.assert_close(product(layer, x), layer(x), rtol=1e-2, atol=1e-2)
 
 
 def test_an_exported_adapter_is_not_served_over_another_base(run: Run, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import lighten
 from lighten import adapters, models
 from lighten.artifacts import open_source
 from lighten.errors import UserError
+from lighten.quantization.weights import make
 from lighten.runs import Run
 from lighten.training.base import load_base
 from tests.tiny import save_tiny
@@ -74,6 +75,38 @@ def test_trap_30_an_adapter_of_an_nf4_base_is_merged_onto_either_weights(
     with cohort.using("own"):
         expected = base.model(IDS).logits.detach()
     torch.testing.assert_close(merged_logits(tmp_path / "out"), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch"), [("nf4", "llama"), ("nf4", "gpt2"), ("int8:bitsandbytes", "llama")]
+)
+def test_an_adapter_of_a_folder_in_few_bits_is_merged_onto_what_that_is_dequantised_to(
+    kind: str, arch: str, chat_file: Path, tmp_path: Path
+) -> None:
+    """As of the many 4-bit models on the hub, where nothing else is at hand."""
+    wide = {"hidden_size": 64, "intermediate_size": 64, "n_embd": 64}
+    save_tiny(tmp_path / "dense", arch, **wide)
+    make(kind, tmp_path / "dense", tmp_path / "stored", [])
+    run = lighten.train(
+        model_name_or_path=str(tmp_path / "stored"), dataset=str(chat_file), dtype="float32",
+        output_dir=str(tmp_path / "run"), lora_r=4, learning_rate=1e-2, max_steps=2, val_size=8,
+        progress=False,
+    )  # fmt: skip
+    export = lighten.export(run, "merged", output_dir=tmp_path / "merged", dtype="float32")
+    assert export.receipt is not None
+    assert export.receipt.passed, export.receipt.sentence()
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    base = models.load(str(tmp_path / "stored"), dtype="float32")
+    cohort = adapters.load(base.model, {"own": run.adapters()["default"]})
+    with cohort.using("own"):
+        expected = base.model(IDS).logits.detach()
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=0, atol=1e-4)
+    if kind == "nf4":
+        as_gguf = lighten.export(run, "gguf:q8_0", output_dir=tmp_path / "gguf")
+        assert as_gguf.receipt is not None
+        assert as_gguf.receipt.other_tokens == 0
+        assert as_gguf.receipt.passed, as_gguf.receipt.sentence()
 
 
 def test_added_tokens_make_the_vocabulary_taller(

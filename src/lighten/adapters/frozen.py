@@ -60,7 +60,7 @@ def weight_of(base: nn.Module) -> Tensor:
         return dense_weight
     weight: Tensor = base.weight  # type: ignore[assignment]
     if is_of_torchao(weight):
-        return weight.dequantize()
+        return weight.dequantize().to(computes_in(base))
     return weight.T if isinstance(base, Conv1D) else weight
 
 
@@ -137,6 +137,20 @@ def forget_quantization(model: PreTrainedModel) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for mark, value in (("is_loaded_in_4bit", False), ("is_loaded_in_8bit", False),
-                        ("is_quantized", False), ("hf_quantizer", None)):  # fmt: skip
+                        ("is_quantized", False), ("hf_quantizer", None),
+                        ("quantization_method", None)):  # fmt: skip
         if hasattr(model, mark):
             setattr(model, mark, value)
+    # What was done to its files' weights would be done the other way round where it is saved.
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        left = [one for one in conversions if not any(map(_of_quantizer, _steps(one)))]
+        model._weight_conversions = left  # type: ignore[assignment]
+
+
+def _steps(conversion: Any) -> Any:
+    return getattr(conversion, "operations", ())
+
+
+def _of_quantizer(step: Any) -> bool:
+    return getattr(step, "hf_quantizer", None) is not None

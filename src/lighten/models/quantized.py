@@ -297,6 +297,8 @@ def bring_into_format(model: PreTrainedModel, folder: Path, compute: torch.dtype
     if method == "torchao":
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
+                if hasattr(parameter, "tensor_data_names"):
+                    module.compute_dtype = compute  # type: ignore[assignment]
                 dynamic = type(parameter.data).__name__ == "IntxUnpackedToInt8Tensor"
                 if dynamic and parameter.dtype != compute:
                     setattr(module, name, nn.Parameter(parameter.to(compute), requires_grad=False))

@@ -107,9 +107,9 @@ def _merge_in_memory(
     """Through PEFT, for what only its own modules can merge; the whole model is in memory."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     from lighten.models.vocabulary import grow
+    from lighten.quantization.dense import dense_base
 
     assert artefact.adapter is not None
     stored = str(read_json(artefact.base_folder / "config.json").get("dtype") or "bfloat16")
@@ -117,9 +117,7 @@ def _merge_in_memory(
     if dtype == "auto" and dtype_name == "float32":
         dtype_name = "bfloat16"
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            artefact.base_folder, dtype=torch.float32, local_files_only=True
-        )
+        base = dense_base(artefact.base_folder)
         grow(base, added_words(artefact))
         model: Any = PeftModel.from_pretrained(base, artefact.adapter)
         whole = model.merge_and_unload(safe_merge=True)

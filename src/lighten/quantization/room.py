@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -106,8 +107,28 @@ def described(artefact: Artefact) -> Iterator[tuple[Path, dict[str, Weight]]]:
                 artefact.base_folder, artefact.adapter, folder, words=added_words(artefact)
             )
         except Unmergeable:  # in memory, by PEFT: of the base's own shapes
-            weights = read_weights(artefact.base_folder)
+            weights = _dense_weights(artefact.base_folder, folder)
         yield folder, weights
+
+
+def _dense_weights(base: Path, folder: Path) -> dict[str, Weight]:
+    """Weights of a base that is merged in memory; one in few bits is dequantised for it.
+
+    Args:
+        base: Where it is.
+        folder: With its configuration, which becomes that of the dense model.
+    """
+    from lighten.models.describe import skeleton
+    from lighten.models.quantized import stored_as
+
+    if stored_as(base) is None:
+        return read_weights(base)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    file.write_text(json.dumps(config), encoding="utf-8")
+    parameters = skeleton(str(folder)).named_parameters()  # each once
+    return {name: Weight(file, "BF16", tuple(p.shape), 0) for name, p in parameters}
 
 
 def tensor_bytes(weight: Weight) -> int:

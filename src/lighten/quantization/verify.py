@@ -154,15 +154,22 @@ class InTransformers:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from lighten.models.quantized import bring_into_format, on_processor
+        from lighten.models.quantized import bring_into_format, on_processor, stored_as
         from lighten.models.vocabulary import grow
+        from lighten.quantization.dense import dense_base
 
         self._torch = torch
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, **on_processor(folder)
-            )
-            bring_into_format(model, folder, torch.float32)
+            model: Any
+            stored = (stored_as(folder) or {}).get("quant_method")
+            if adapter is not None and stored == "bitsandbytes":
+                # As it learnt: bitsandbytes' own products are in 16 bits.
+                model = dense_base(folder)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, local_files_only=True, **on_processor(folder)
+                )
+                bring_into_format(model, folder, torch.float32)
             grow(model, words if adapter is None else max(words, _rows_in(adapter, model)))
             if rounding is not None:
                 rounding.apply(model)
