@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from lighten.parallel import foreign, launch
 from lighten.parallel.launch import Launch
 from lighten.parallel.spawn import free_port
 from lighten.runs import Run
-from lighten.training import checkpoints
+from lighten.training import checkpoints, loop
 from tests import processes
 from tests.cut_runs import cut_short, weights
 from tests.processes import Forked
@@ -156,6 +157,37 @@ def test_ranks_of_which_one_is_to_go_on_are_told_so(settings: dict[str, Any]) ->
     started = ranks(settings, of_last=("--resume",))
     assert wait_for_exit(started) == [2, 2]
     assert "rank 1 was started with another recipe" in started[0].communicate()[0]
+
+
+def train_until_the_disk_is_full(ports: str, file: str) -> None:
+    """In a rank: after its first step the first one writes no large file; its end is noted."""
+    step, unlimited = loop.train_step, (resource.RLIM_INFINITY,) * 2
+
+    def limited_step(*args: Any, **options: Any) -> Any:
+        if os.environ["RANK"] == "0":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        return step(*args, **options)
+
+    loop.train_step = limited_step
+    for settings, noted in processes.runs_of_rank(ports, file):
+        try:
+            lighten.train(progress=False, **settings)
+        except UserError as error:
+            noted |= {"kind": type(error).__name__, "message": str(error)}
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_a_rank_that_hands_its_rows_to_a_full_disk_is_told(
+    strategy: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    del settings["lora_r"], settings["lora_dropout"]
+    settings |= {"method": "full", "max_steps": 2, "save_steps": 1, "strategy": strategy}
+    file = tmp_path / "runs.json"
+    processes.wait_for(processes.start_ranks(train_until_the_disk_is_full, [settings], file))
+    main, other = processes.notes_of(file, 0)
+    assert (main["kind"], other["kind"]) == ("DiskFull", "PeerLost"), (main, other)
+    assert "go on with: lighten train --resume" in main["message"]
 
 
 @pytest.mark.parametrize("variable", list(foreign.UNBUILT))

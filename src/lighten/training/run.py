@@ -91,8 +91,10 @@ def train(
             display.note(notice)
         if prediction is None:  # else it was said before the plan was made
             _warn_of_slow_format(recipe, device.value, display)
+        here = accelerator.process_index, accelerator.num_processes
         try:
-            with _pages(recipe, accelerator) as pages:
+            # Rows of what learns are gathered in many places: for norms, checkpoints, the model.
+            with ranks.lost_within(*here), _pages(recipe, accelerator) as pages:
                 _train(run, recipe, accelerator, display, prediction, pruner, pages, resume=resume)
         except BaseException as caught:
             error = _explained(caught, run, prediction)
