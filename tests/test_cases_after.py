@@ -22,6 +22,7 @@ from lighten.cli.console import print_json
 from lighten.cli.main import app
 from lighten.errors import UserError
 from lighten.models.load import weight_files
+from lighten.quantization.dense import dense_base
 from lighten.quantization.forecast import forecast
 from lighten.quantization.gguf_model import write_gguf
 from lighten.quantization.model_source import opened
@@ -146,6 +147,8 @@ def test_torchaos_int8_is_dequantised_to_the_wanted_format(tmp_path: Path) -> No
     x = torch.randn(3, layer.in_features)
     with torch.no_grad():
         torch.testing.assert_close(product(layer, x), layer(x), rtol=1e-2, atol=1e-2)
+    with pytest.raises(UserError, match=r"copy is quantised \(torchao\).*train on the model"):
+        dense_base(tmp_path / "copy")
 
 
 def test_an_exported_adapter_is_not_served_over_another_base(run: Run, tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ def _merge_in_memory(
         grow(base, added_words(artefact))
         model: Any = PeftModel.from_pretrained(base, artefact.adapter)
         whole = model.merge_and_unload(safe_merge=True)
+    except UserError:
+        raise  # in a sentence already
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise UserError(f"{artefact.adapter} cannot be merged: {first_line(error)}") from error
     with whole_folder(target) as partial:
