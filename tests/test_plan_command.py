@@ -11,9 +11,10 @@ import lighten
 from lighten import api, models
 from lighten.planning import PARTS
 from lighten.planning.result import Plan
+from lighten.quantization.weights import make
 from tests.gguf_files import write_gguf
 from tests.processes import call
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import save_tiny, tiny_config, tiny_model
 
 GIB = 2**30
 
@@ -38,6 +39,27 @@ def test_a_gguf_file_whose_text_would_be_split_otherwise_is_refused_without_data
     assert completed.returncode == (1 if flags == ["--largest"] else 3), said
     assert "splits text as 'viking'" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("nf4", {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
+        ("int8:bitsandbytes", {"load_in_8bit": True}),
+    ],
+)
+def test_a_folder_in_few_bits_is_planned_as_what_it_holds(
+    kind: str, settings: dict[str, bool], tmp_path: Path
+) -> None:
+    """As many on the hub are, which no setting of the recipe says."""
+    pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 256, "intermediate_size": 512}
+    make(kind, save_tiny(tmp_path / "dense", **wide), tmp_path / "stored", [])
+    how = {"device": "t4", "max_length": 64, "changes": False}
+    stored = lighten.plan(model_name_or_path=str(tmp_path / "stored"), **how)
+    asked = lighten.plan(model_name_or_path=str(tmp_path / "dense"), **how, **settings)
+    assert (stored.method, stored.memory.parts) == ("qlora", asked.memory.parts)
+    assert not any("as if they were dense" in reason for reason in stored.outside)
 
 
 def test_a_model_that_fits(tiny_folder: Path) -> None:

@@ -68,6 +68,7 @@ def plan_recipe(
         UserError: No such model, or it cannot be traced.
     """
     config, source, path = config_of(recipe)
+    recipe = _as_stored(recipe, config)
     dtype = device.dtype(recipe.compute_dtype)
     # A model that is made changes its config.
     converts, stored = _converts(recipe, config, path, dtype), _stored(config)
@@ -142,6 +143,21 @@ def plan_recipe(
         fullest=memory.fullest_moment(timeline),
         notes=notes,
     )
+
+
+def _as_stored(recipe: Recipe, config: Any) -> Recipe:
+    """The recipe with what bitsandbytes made of the base's files already."""
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if isinstance(stored, dict) else getattr(stored, "to_dict", dict)()
+    quantized = recipe.load_in_4bit or recipe.load_in_8bit
+    if quantized or recipe.method == "full" or stored.get("quant_method") != "bitsandbytes":
+        return recipe
+    if stored.get("load_in_8bit"):
+        return recipe.changed({"load_in_8bit": True})
+    return recipe.changed({
+        "load_in_4bit": True, "bnb_4bit_quant_type": stored.get("bnb_4bit_quant_type") or "fp4",
+        "bnb_4bit_use_double_quant": bool(stored.get("bnb_4bit_use_double_quant")),
+    })  # fmt: skip
 
 
 def _states_of(traced: Traced) -> States:
