@@ -114,7 +114,13 @@ def test_dropout_of_probabilities_keeps_the_window() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_a_long_row_keeps_grows_with_its_length_and_not_its_square(packed: bool) -> None:
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_what_a_long_row_keeps_grows_with_its_length_and_not_its_square(
+    packed: bool, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernel:
+        monkeypatch.setattr(attention.kernel, "takes", lambda *_: False)
+
     def kept_bytes(tokens: int) -> int:
         q, k, v = (
             torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (6, 2, 2)

@@ -82,7 +82,9 @@ def _compile(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=LONGEST_S
     ).stdout
     sources = sorted(folder.glob("*.cpp"))
-    texts = [path.read_text(encoding="utf-8") for path in (*sources, *sorted(folder.glob("*.h")))]
+    included = [Path(option[2:]) for option in options if option.startswith("-I")]
+    headers = [file for place in (folder, *included) for file in sorted(place.glob("*.h"))]
+    texts = [path.read_text(encoding="utf-8") for path in (*sources, *headers)]
     key = "\n".join([version, *options, *linking, *of, *texts])
     name = f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     ready = cache_folder() / "kernels" / name  # the system's, if an image brings one

@@ -4,10 +4,11 @@ PyTorch's flash kernel for CPUs is slower than plain matrix products at the leng
 fine-tune with, its backward pass above all; plain attention computes the upper half of the scores
 for nothing, repeats the keys of grouped queries, and keeps float32 scores. Here each block of
 queries meets only the keys up to its own end, heads that share keys share a product, and the
-backward pass keeps the probabilities alone, in the base's format. Processors that multiply
-bfloat16 do all of it in a kernel (`kernels/attention.cpp`), which keeps no probability either.
-Without it long rows, whose probabilities grow with the square of their length, go to PyTorch's
-flash kernel, and so do all rows in a format whose products the processor emulates.
+backward pass keeps the probabilities alone, in the base's format. In float32, and on processors
+that multiply bfloat16 in that, a kernel does all of it (`kernels/attention.py`) and keeps no
+probability either. Without a compiler to make it long rows, whose probabilities grow with the
+square of their length, go to PyTorch's flash kernel, and so do all rows in a format whose products
+the processor emulates.
 
 Rows may stand behind each other in one (`packed_rows.py`).
 
@@ -34,7 +35,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lighten.cpu import kernels
 from lighten.cpu.kernels import attention as kernel
 from lighten.machine import hardware
 from lighten.machine.hardware import Choice
@@ -424,14 +424,13 @@ def _mask(*args: Any, **options: Any) -> Tensor | None:
 
 def register() -> None:
     """Make the attention known to transformers under `NAME`."""
-    forward = _forward_in_kernel if kernels.available() else _forward_uncompiled
-    AttentionInterface.register(NAME, forward)
+    AttentionInterface.register(NAME, _forward_in_kernel)
     AttentionMaskInterface.register(NAME, _mask)
 
 
 def choice(dtype: torch.dtype) -> Choice:
     """How a base of this format attends under `NAME`, and why."""
-    why_not = "bfloat16 alone has a kernel" if dtype != torch.bfloat16 else kernels.obstacle()
+    why_not = kernel.obstacle(dtype)
     if why_not is None:
         return Choice("sdpa in a kernel", "compiled for this processor; it keeps no probabilities")
     if _emulated(dtype):

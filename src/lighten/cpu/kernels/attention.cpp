@@ -10,41 +10,25 @@
 // Source: FlashAttention-2, arXiv 2307.08691, section 3.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <mutex>
-#include <new>
-#include <utility>
-#include <vector>
 
 #include <immintrin.h>
 
 #include "layouts.h"
 #include "numbers.h"
 #include "products.h"
-#include "threads.h"
+#include "rows.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 256;  // keys of the forward pass whose scores the second cache holds
 constexpr int64_t AT_ONCE = 4;  // blocks of keys of the backward pass that the first cache holds
 constexpr int64_t HEADS_AT_ONCE = 4;
-constexpr int64_t LEAST_PART = 1024;  // queries that are worth another copy of their keys
-constexpr int64_t MOST_PARTS = 16;
 
-struct Job {
-    View q, k, v, out, grad, grad_q, grad_k, grad_v;
-    float* sums;  // [heads, tokens]: logarithms of each query's sum of exponentials
-    const Row* rows;
-    int64_t row_count, tokens, heads, key_heads, D, window;
-    float scale;
-    int64_t threads;
-};
+using HalfJob = Job<bf16>;
 
 // Which of 16 queries see a key: none sees one that comes after it, nor one that is `window` or
 // more tokens before it. The key's place is counted from the block's first query.
@@ -52,11 +36,6 @@ inline __mmask16 seeing(int64_t key, int64_t half, int64_t window) {
     const int64_t before = std::clamp<int64_t>(key - half * TILE, 0, TILE);
     const int64_t after = std::clamp<int64_t>(key + window - half * TILE, 0, TILE);
     return static_cast<__mmask16>((0xFFFFu << before) & ((1u << after) - 1));
-}
-
-// Where the first block of keys begins of which a block of queries sees any.
-inline int64_t first_seen(int64_t first, int64_t window) {
-    return std::max<int64_t>(0, first + 1 - window) / SIDE * SIDE;
 }
 
 // Scores stand on their side, keys by queries: sixteen queries share a register, so that sums over
@@ -111,11 +90,6 @@ inline void weighed(bf16* weights, __m512 totals[2], const float* scores, const 
     }
 }
 
-// The queries of a row that one thread takes at once.
-struct Part {
-    int64_t first, last;
-};
-
 // What 32 queries of a head have gathered from the keys so far: the online softmax of the source.
 struct Gathered {
     explicit Gathered(int64_t Dp) : Dp(Dp), values(Dp * SIDE) {}
@@ -168,7 +142,7 @@ struct Gathered {
     Buffer<float> values;  // [Dp x 32]
 };
 
-void forward(const Job& job, const Row& row, int64_t key_head, Part part) {
+void forward(const HalfJob& job, const Row& row, int64_t key_head, Part part) {
     const int64_t D = job.D, Dp = up(D), L = row.length, block = SIDE * Dp;
     const int64_t group = job.heads / job.key_heads, most_heads = std::min(group, HEADS_AT_ONCE);
     const int64_t seen = up(part.last);
@@ -244,21 +218,7 @@ inline void derived(bf16* weights, bf16* score_grads, bf16* score_grads_along, c
     }
 }
 
-// Gradients of the keys and values that a part of the queries sees.
-struct KeyGradients {
-    explicit KeyGradients(int64_t size) : size(size), keys(size), values(size) {
-        std::memset(keys, 0, size * sizeof(float));
-        std::memset(values, 0, size * sizeof(float));
-    }
-    void add(const KeyGradients& fewer) {
-        for (int64_t i = 0; i < fewer.size; ++i) keys[i] += fewer.keys[i];
-        for (int64_t i = 0; i < fewer.size; ++i) values[i] += fewer.values[i];
-    }
-    int64_t size;
-    Buffer<float> keys, values;
-};
-
-void backward(const Job& job, const Row& row, int64_t key_head, Part part, KeyGradients& grads) {
+void backward(const HalfJob& job, const Row& row, int64_t key_head, Part part, KeyGradients& grads) {
     const int64_t D = job.D, Dp = up(D), L = row.length, block = SIDE * Dp;
     const int64_t group = job.heads / job.key_heads, square = SIDE * SIDE;
     const int64_t seen = up(part.last);
@@ -346,85 +306,6 @@ void backward(const Job& job, const Row& row, int64_t key_head, Part part, KeyGr
         }
 }
 
-// How many parts a row is cut into. The number of threads must not decide it, since gradients of
-// keys are summed part by part.
-int64_t parts_of(const Row& row) {
-    return std::max<int64_t>(1, std::min(MOST_PARTS, row.length / LEAST_PART));
-}
-
-// One of a row's parts, each of about as many scores: later queries have more of them, unless a
-// window keeps them from it.
-Part part_of(const Row& row, int64_t number, int64_t parts, int64_t window) {
-    const auto end = [&](int64_t count) {
-        const double even = static_cast<double>(count) / parts;
-        const double share = window < row.length / 2 ? even : std::sqrt(even);
-        return std::min(row.length, up(static_cast<int64_t>(share * row.length)));
-    };
-    return {end(number), end(number + 1)};
-}
-
-// A row's queries of the heads that share one key head.
-struct Unit {
-    // A part's gradients of keys. They are summed in the order of the parts, whichever ends first.
-    void finished(const Job& job, int64_t number, std::unique_ptr<KeyGradients> grads) {
-        const std::lock_guard<std::mutex> alone(mutex);
-        waiting[number] = std::move(grads);
-        for (; next < parts && waiting[next]; ++next) {
-            if (summed) waiting[next]->add(*summed);  // which is of fewer keys
-            summed = std::move(waiting[next]);
-        }
-        if (next < parts) return;
-        written(job.grad_k, *row, key_head, summed->keys, job.D, up(job.D));
-        written(job.grad_v, *row, key_head, summed->values, job.D, up(job.D));
-        summed.reset();
-    }
-
-    const Row* row = nullptr;
-    int64_t key_head = 0, parts = 1, next = 0;
-    std::unique_ptr<KeyGradients> waiting[MOST_PARTS], summed;
-    std::mutex mutex;
-};
-
-void forward_part(const Job& job, Unit& unit, int64_t number) {
-    forward(job, *unit.row, unit.key_head, part_of(*unit.row, number, unit.parts, job.window));
-}
-
-void backward_part(const Job& job, Unit& unit, int64_t number) {
-    const Part part = part_of(*unit.row, number, unit.parts, job.window);
-    std::unique_ptr<KeyGradients> grads(new KeyGradients(up(part.last) * up(job.D)));
-    backward(job, *unit.row, unit.key_head, part, *grads);
-    unit.finished(job, number, std::move(grads));
-}
-
-// Each part of each row's heads, the threads taking turns; 0, or 1 where memory ran out.
-template <class Each>
-int in_threads(const Job& job, Each each) try {
-    const int64_t count = job.row_count * job.key_heads;
-    const std::unique_ptr<Unit[]> units(new Unit[count]);
-    std::vector<std::pair<Unit*, int64_t>> all;
-    for (int64_t i = 0; i < count; ++i) {
-        Unit& unit = units[i];
-        unit.row = job.rows + i / job.key_heads;
-        unit.key_head = i % job.key_heads;
-        unit.parts = parts_of(*unit.row);
-        for (int64_t part = 0; part < unit.parts; ++part) all.emplace_back(&unit, part);
-    }
-    std::atomic<size_t> next{0};
-    std::atomic<int> failed{0};
-    in_parallel(std::min<int64_t>(job.threads, all.size()), [&] {
-        [[maybe_unused]] Tiles tiles;
-        try {
-            for (size_t i = next++; i < all.size() && !failed; i = next++)
-                each(job, *all[i].first, all[i].second);
-        } catch (const std::bad_alloc&) {
-            failed = 1;
-        }
-    });
-    return failed;
-} catch (const std::bad_alloc&) {
-    return 1;
-}
-
 }  // namespace
 
 extern "C" {
@@ -432,9 +313,9 @@ extern "C" {
 // Whether this process may use what the kernel was compiled for.
 int lighten_allowed() { return allowed(); }
 int lighten_attention(const void* job) {
-    return in_threads(*static_cast<const Job*>(job), forward_part);
+    return forward_in_threads<Tiles>(*static_cast<const HalfJob*>(job), forward);
 }
 int lighten_attention_backward(const void* job) {
-    return in_threads(*static_cast<const Job*>(job), backward_part);
+    return backward_in_threads<Tiles>(*static_cast<const HalfJob*>(job), backward);
 }
 }

@@ -1,5 +1,7 @@
 """Causal attention in one kernel per pass: `attention.cpp` as operations of PyTorch's.
 
+There are two, one of bfloat16 for processors that multiply it, and one of float32 for any.
+
 Dimensions: B rows, K key-value heads, H = K · G query heads, T tokens, D features of a head.
 """
 
@@ -15,25 +17,46 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lighten.cpu import kernels
+from lighten.cpu.kernels import float32
 
 MOST_FEATURES = 256
 NO_WINDOW = 2**40  # tokens
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel attends to these."""
+    """Whether a kernel attends to these."""
     return (
         fits(query)
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1]
-        and kernels.available()
     )
 
 
 def fits(query: Tensor) -> bool:
-    """Whether queries are of a kind that the kernel, where there is one, attends with."""
-    half = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    return half and query.shape[-1] <= MOST_FEATURES
+    """Whether there is a kernel that attends with such queries."""
+    here = query.device.type == "cpu" and query.shape[-1] <= MOST_FEATURES
+    return here and available(query.dtype)
+
+
+@torch.compiler.assume_constant_result
+def available(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel of a format here; a compiler takes it for settled."""
+    return obstacle(dtype) is None
+
+
+def obstacle(dtype: torch.dtype) -> str | None:
+    """Why there is no kernel of a format here; None where there is."""
+    if dtype == torch.bfloat16:
+        return kernels.obstacle()
+    if dtype == torch.float32:
+        return float32.obstacle()
+    return f"{str(dtype).removeprefix('torch.')} has no kernel"
+
+
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    library = kernels.library() if dtype == torch.bfloat16 else float32.library()
+    assert library is not None
+    return library
 
 
 class _View(ctypes.Structure):
@@ -80,7 +103,7 @@ def _run(
         sums.data_ptr(), ctypes.addressof(array), len(rows), sums.shape[1], query.shape[1],
         key.shape[1], query.shape[3], window or NO_WINDOW, scale, torch.get_num_threads(),
     )  # fmt: skip
-    if kernels.call(function, ctypes.byref(job)):
+    if _library(query.dtype)[function](ctypes.byref(job)):
         raise MemoryError("the attention's kernel found no memory for its blocks")
 
 
@@ -91,7 +114,7 @@ def attention(
     """softmax(scale · Q Kᵀ + causal) V.
 
     Args:
-        query: [B, H, T, D], bfloat16, as `key` and `value`.
+        query: [B, H, T, D], bfloat16 or float32, as `key` and `value`.
         key: [B, K, T, D].
         value: [B, K, T, D].
         scale: Factor on the scores.

@@ -1,4 +1,4 @@
-// Where rows of queries, keys and values lie, and how they are laid out for products.
+// How rows of queries, keys and values are laid out for products.
 //
 // Dimensions: D features of a head, Dp the same rounded up to 32.
 
@@ -6,57 +6,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
 
 #include <immintrin.h>
 
 #include "numbers.h"
 #include "products.h"
-
-inline int64_t up(int64_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
-
-template <class T>
-struct Buffer {
-    explicit Buffer(int64_t size)
-        : data(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64))) {
-        if (data == nullptr) throw std::bad_alloc();
-    }
-    Buffer(const Buffer&) = delete;
-    ~Buffer() { std::free(data); }
-    operator T*() const { return data; }
-    T* data;
-};
+#include "rows.h"
 
 // Two rows in turn, as a right side wants them.
 inline __m512i paired(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-}
-
-struct View {
-    void* data;
-    int64_t batch, head, token;  // strides, in numbers
-
-    bf16* at(int64_t b, int64_t h, int64_t t) const {
-        return static_cast<bf16*>(data) + b * batch + h * head + t * token;
-    }
-};
-
-struct Row {
-    int64_t batch, start, length, before;  // `before`: tokens of the rows above it
-};
-
-// [count x D] of a view, with zeros up to [rows x Dp].
-inline void copied(bf16* to, const bf16* from, int64_t stride, int64_t count, int64_t rows,
-                   int64_t D, int64_t Dp) {
-    for (int64_t i = 0; i < rows; ++i) {
-        bf16* row = to + i * Dp;
-        const int64_t have = i < count ? D : 0;
-        if (have) std::memcpy(row, from + i * stride, have * sizeof(bf16));
-        if (have < Dp) std::memset(row + have, 0, (Dp - have) * sizeof(bf16));
-    }
 }
 
 // Sixteen registers of sixteen numbers of 32 bits, turned: the first then holds every first one.
@@ -133,7 +93,7 @@ inline void turned(bf16* to, const bf16* from, int64_t stride, int64_t Dp) {
 }
 
 // Rows of Dp numbers into a view.
-inline void written(const View& view, const Row& row, int64_t head, const float* from, int64_t D,
+inline void written(const View<bf16>& view, const Row& row, int64_t head, const float* from, int64_t D,
                     int64_t Dp) {
     for (int64_t i = 0; i < row.length; ++i) {
         bf16* to = view.at(row.batch, head, row.start + i);
@@ -143,7 +103,7 @@ inline void written(const View& view, const Row& row, int64_t head, const float*
 }
 
 // [Dp x 32] numbers, turned, each row times its factor, into a view.
-inline void written_turned(const View& view, int64_t batch, int64_t head, int64_t token,
+inline void written_turned(const View<bf16>& view, int64_t batch, int64_t head, int64_t token,
                            int64_t count, const float* from, const float* factors, int64_t D) {
     __m512i r[TILE];
     for (int64_t first = 0; first < count; first += TILE)
@@ -157,7 +117,7 @@ inline void written_turned(const View& view, int64_t batch, int64_t head, int64_
 
 // A block's rows: in the view itself, or, where they have to be filled up, in a buffer.
 struct Block {
-    Block(const View& view, int64_t batch, int64_t head, int64_t token, int64_t count, int64_t D,
+    Block(const View<bf16>& view, int64_t batch, int64_t head, int64_t token, int64_t count, int64_t D,
           int64_t Dp, bf16* buffer)
         : data(view.at(batch, head, token)), stride(view.token) {
         if (count == SIDE && D == Dp) return;

@@ -12,13 +12,13 @@
 #include <immintrin.h>
 
 #include "numbers.h"
+#include "rows.h"
 
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-constexpr int SIDE = 32;        // of a block of queries or keys
 constexpr int TILE = 16;        // rows or columns of a tile
 constexpr int TILE_SIZE = 512;  // numbers of a tile of a right side
 
