@@ -289,7 +289,8 @@ def commit(folder: Path | None = None) -> tuple[str | None, bool | None]:
         return None, None  # installed into an environment that lies in somebody else's checkout
     try:
         status = subprocess.run(
-            ["git", "-C", str(where), "status", "--porcelain", "--branch", "--untracked-files=no"],
+            ["git", "--no-optional-locks", "-C", str(where), "status", "--porcelain", "--branch",
+             "--untracked-files=no"],
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout.splitlines()  # fmt: skip
         head = subprocess.run(
