@@ -152,7 +152,10 @@ def test_mistakes_are_one_sentence_and_exit_with_3(tiny_folder: Path) -> None:
         (["plan", "serve"], "give one base"),
         (["plan", "serve", str(tiny_folder), "--ranks", "3"], "no --ranks"),
         (["plan", "serve", str(tiny_folder), "--context", "4k"], "--context 4k: give a whole"),
-        (["plan", "serve", str(tiny_folder), "--rank", "0"], "--rank 0: give a whole number from"),
+        (
+            ["plan", "serve", str(tiny_folder), "--adapters", "2", "--rank", "0"],
+            "--rank 0: give a whole number from 1",
+        ),
         (["plan", "serve", str(tiny_folder), "--cache_bytes", "0"], "--cache_bytes 0: give a num"),
         (["plan", "serve", str(tiny_folder), "--storage", "q8"], "--storage q8: it is not known"),
         (["plan", "quantize", str(tiny_folder), "--storage", "q8"], "it is not known; use nf4"),

@@ -234,7 +234,8 @@ def test_a_full_run_ships_a_plain_model_and_is_evaluated_rounded(settings: dict[
     assert "quantisation-aware" in (model / "README.md").read_text(encoding="utf-8")
     evaluation = lighten.evaluate(run, max_examples=4, max_new_tokens=2)
     loss = [m["loss"] for m in run.metrics() if m["kind"] == "eval"][-1]
-    assert evaluation.metric("default", "loss")["value"] == pytest.approx(loss, rel=1e-5)
+    # An activation between two integers goes to either by its last bit.
+    assert evaluation.metric("default", "loss")["value"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_what_does_not_combine_is_refused_together(settings: dict[str, Any]) -> None:

@@ -84,21 +84,23 @@ def _as_configured(recipe: Recipe, place: Launch) -> Recipe:
     Raises:
         UserError: The recipe says something else.
     """
-    asked: dict[str, Any] = dict(place.settings)
+    configured: dict[str, Any] = dict(place.settings)
     if place.strategy is not None:
-        asked["strategy"] = place.strategy
-    asked = {name: value for name, value in asked.items() if value != getattr(recipe, name)}
-    for name, value in asked.items():
+        configured["strategy"] = place.strategy
+    configured = {
+        name: value for name, value in configured.items() if value != getattr(recipe, name)
+    }
+    for name, value in configured.items():
         if (said := getattr(recipe, name)) != type(recipe).model_fields[name].default:
             raise UserError(
                 f"{place.launcher} was configured for {name} {value}, and the recipe says {name}: "
                 f"{said}; change one of the two"
             )
-    if not asked:
+    if not configured:
         return recipe
-    changed = recipe.changed(asked)
+    changed = recipe.changed(configured)
     changed.notices.extend(
-        f"{place.launcher} was configured for {name} {value}" for name, value in asked.items()
+        f"{place.launcher} was configured for {name} {value}" for name, value in configured.items()
     )
     return changed
 

@@ -111,7 +111,7 @@ def serve(
     chosen = storage or compute
     _require_known(chosen, serving.BYTES_PER_WEIGHT)
     for name, value, least in (
-        ("adapters", adapters, 0), ("rank", rank, 1), ("context", context, 1),
+        ("adapters", adapters, 0), ("rank", rank, 1 if adapters else 0), ("context", context, 1),
         ("concurrency", concurrency, 1),
     ):  # fmt: skip
         if type(value) is not int or value < least:
