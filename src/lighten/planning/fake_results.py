@@ -161,7 +161,7 @@ def _answer_of(out: Any, tensors: list[FakeTensor]) -> _Answer | None:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What a storage of a new tensor's shape and strides has; 0 beyond its first number: -1."""
+    """Bytes of the storage that a new tensor of its shape has; -1 where it begins further on."""
     if tensor.storage_offset():
         return -1
     if 0 in tensor.shape:
