@@ -55,6 +55,8 @@ if IS_FIRST:
         (Path(os.environ[WORKERS_CACHE]) / kept.name).symlink_to(kept)
 SCRATCH = Path(os.environ[WORKERS_CACHE])
 MODELS = SCRATCH / "models"
+# What one run has compiled for some instruction sets, another may have been told not to use.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SCRATCH / "inductor"))
 os.environ["LIGHTEN_CACHE"] = str(SCRATCH)
 os.environ["LIGHTEN_CALIBRATION"] = str(SCRATCH / f"calibration-{os.getpid()}.json")
 
