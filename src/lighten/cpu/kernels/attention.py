@@ -49,12 +49,12 @@ def obstacle(dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16:
         return kernels.obstacle()
     if dtype == torch.float32:
-        return float32.obstacle()
+        return float32.loaded()[1]
     return f"{str(dtype).removeprefix('torch.')} has no kernel"
 
 
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    library = kernels.library() if dtype == torch.bfloat16 else float32.library()
+    library = kernels.library() if dtype == torch.bfloat16 else float32.loaded()[0]
     assert library is not None
     return library
 

@@ -15,18 +15,9 @@ from lighten.machine.hardware import processor_flags
 FOLDER = Path(__file__).parent
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where there is none, for the reason that `obstacle` gives."""
-    return _loaded()[0]
-
-
-def obstacle() -> str | None:
-    """Why there is no kernel here; None where there is."""
-    return _loaded()[1]
-
-
 @functools.cache
-def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+def loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled kernel, or why there is none."""
     if not cpu.enabled():
         return None, cpu.OFF
     flags = processor_flags()
