@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lighten.generation.settings import Sampling
 
+# Words that are looked at for those that make up `top_p`, before all are.
+_LIKELIEST = (512, 8192)
+
 
 class Grammar(Protocol):
     """One answer's place in a grammar that it has to follow."""
@@ -125,16 +128,38 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> int:
         settings = self.sampling
-        values, ids = (logits / settings.temperature).sort(descending=True, stable=True)
-        if settings.top_k:
-            values, ids = values[: settings.top_k], ids[: settings.top_k]
+        values, ids = logits / settings.temperature, None
+        if 0 < settings.top_k < len(values):
+            values, ids = values.topk(settings.top_k)
         probabilities = values.softmax(-1)
-        allowed = torch.ones_like(probabilities, dtype=torch.bool)
         if settings.top_p < 1.0:
-            # Each whose predecessors do not yet make up top_p stays.
-            allowed &= probabilities.cumsum(-1) - probabilities < settings.top_p
+            probabilities, order = nucleus(probabilities, settings.top_p)
+            ids = order if ids is None else ids[order]
+        # In float64: in float32 the sum of a large vocabulary would round its rare words away.
+        weights = probabilities.double()
         if settings.min_p > 0.0:
-            allowed &= probabilities >= settings.min_p * probabilities[0]
-        allowed[0] = True
-        place = torch.multinomial(probabilities * allowed, 1, generator=self._generator)
-        return int(ids[place])
+            weights[probabilities < settings.min_p * probabilities.max()] = 0.0
+        place = self._place(weights)
+        return place if ids is None else int(ids[place])
+
+    def _place(self, weights: Tensor) -> int:
+        """A place, each as likely as its weight says: [V] → a number below V."""
+        ends = weights.cumsum(-1)
+        drawn = torch.rand(1, generator=self._generator, dtype=torch.float64) * ends[-1]
+        place = int(torch.searchsorted(ends, drawn, right=True))
+        # Rounded up to the whole sum, it would lie behind the last of them.
+        return place if place < len(weights) else int(weights.argmax())
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest whose predecessors do not yet make up top_p: theirs, and their places.
+
+    Mostly the first few hundred are enough, and a whole vocabulary takes long to be sorted.
+    """
+    for count in (*_LIKELIEST, len(probabilities)):
+        likeliest, places = probabilities.topk(min(count, len(probabilities)))
+        ends = likeliest.double().cumsum(-1)
+        if ends[-1] >= top_p:
+            break
+    inside = max(1, int((ends - likeliest < top_p).sum()))
+    return likeliest[:inside], places[:inside]
