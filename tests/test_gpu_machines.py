@@ -37,7 +37,7 @@ from lighten.generation import attention
 from lighten.generation.attention import Prefill
 from lighten.machine import devices, forks, gpu_support, hardware
 from lighten.models.attention_setting import require_attention
-from lighten.models.quantized import on_processor
+from lighten.models.stored import on_processor
 from lighten.parallel import launch, ranks, tried
 from lighten.parallel.launch import Launch
 from lighten.parallel.tried import Tried

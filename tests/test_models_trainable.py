@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 import lighten
 from lighten import models
 from lighten.errors import UserError
+from lighten.models.stored import stored_as
 from lighten.models.trainable import require_gradients
 from lighten.training import run as training
 from tests.tiny import save_tiny
@@ -78,7 +79,7 @@ def test_weights_alone_in_eight_bits_still_train(
     plain: Path, chat_file: Path, tmp_path: Path
 ) -> None:
     folder = save_quantized(plain, tmp_path / "model", quantization.Int8WeightOnlyConfig(version=2))
-    assert "Int8WeightOnly" in json.dumps(models.quantized.stored_as(folder))
+    assert "Int8WeightOnly" in json.dumps(stored_as(folder))
     run = lighten.train(
         model_name_or_path=str(folder), dataset=str(chat_file), max_steps=2, dtype="float32",
         output_dir=str(tmp_path / "run"), learning_rate=1e-2, progress=False, planned=False,

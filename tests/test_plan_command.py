@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import lighten
 from lighten import api, models
+from lighten.api.recipes import plannable
+from lighten.errors import UserError
+from lighten.machine.hardware import Choice
+from lighten.parallel.streamed.build import build
 from lighten.planning import PARTS
+from lighten.planning.build import config_of
+from lighten.planning.probe import random_base
 from lighten.planning.result import Plan
+from lighten.planning.steps import follow_recipe
 from lighten.quantization.weights import make
 from tests.gguf_files import write_gguf
 from tests.processes import call
-from tests.tiny import save_tiny, tiny_config, tiny_model
+from tests.tiny import save_few_bits, save_tiny, tiny_config, tiny_model
 
 GIB = 2**30
 
@@ -60,6 +69,78 @@ def test_a_folder_in_few_bits_is_planned_as_what_it_holds(
     asked = lighten.plan(model_name_or_path=str(tmp_path / "dense"), **how, **settings)
     assert (stored.method, stored.memory.parts) == ("qlora", asked.memory.parts)
     assert not any("as if they were dense" in reason for reason in stored.outside)
+
+
+STORED: dict[str, tuple[dict[str, bool], list[str]]] = {
+    "one layer's MLP and the head": ({"load_in_4bit": True}, ["model.layers.0.mlp", "lm_head"]),
+    "not the head": ({"load_in_4bit": True}, ["down_proj"]),
+    "of 8 bits": ({"load_in_8bit": True}, [r"model.layers.*.self_attn", "lm_head"]),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layers_that_a_folder_in_few_bits_holds_dense_are_planned_dense(
+    case: str, dtype: str, tmp_path: Path
+) -> None:
+    """In the format that they are loaded in; a head that is not named among them is packed."""
+    pytest.importorskip("bitsandbytes")
+    bits, dense = STORED[case]
+    folder = str(save_few_bits(tmp_path, dense, **bits))
+    loaded = models.census(models.load(folder, dtype=dtype).model)
+    recipe = {"model_name_or_path": folder, "dtype": dtype, "max_length": 64}
+    plan = lighten.plan(**recipe, device="h100", changes=False)
+    assert plan.states is not None
+    # A layer's table of 16 values is shared in a plan.
+    assert plan.states.frozen == pytest.approx(loaded.weight_bytes, abs=15 * 64)
+    probed = models.census(random_base(plannable(**recipe), "cpu").model)
+    assert (probed.quantized, probed.weight_bytes) == (loaded.quantized, loaded.weight_bytes)
+
+
+@pytest.mark.parametrize("case", ["one layer's MLP and the head", "of 8 bits"])
+def test_layers_of_a_folder_in_few_bits_are_planned_as_they_are_streamed(
+    case: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    bits, dense = STORED[case]
+    folder = save_few_bits(tmp_path, dense, **bits)
+    recipe = plannable(
+        model_name_or_path=str(folder), dtype="bfloat16", offload_base="disk", max_length=64
+    )
+    traced = follow_recipe(
+        recipe, config_of(recipe)[0], Choice("bfloat16", "of the test"), "cpu", rows_tokens=(1, 64)
+    )
+    feed = build("stored", folder, torch.bfloat16, device="cpu").feed
+    assert traced.setup.base.feed is not None
+    assert traced.setup.base.feed.base_bytes == feed.base_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"load_in_4bit": True}, "is quantised already"),
+        ({"method": "full"}, "method: full cannot train"),
+    ],
+    ids=str,
+)
+def test_what_training_refuses_of_a_folder_in_few_bits_is_not_planned(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = str(save_few_bits(tmp_path, None, load_in_8bit=True))
+    with pytest.raises(UserError, match=said):
+        lighten.plan(model_name_or_path=folder, device="t4", max_length=64, **settings)
+
+
+def test_the_largest_model_may_be_a_folder_in_8_bits(tmp_path: Path) -> None:
+    """Which has no 4 bits to need least in."""
+    pytest.importorskip("bitsandbytes")
+    folder = str(save_few_bits(tmp_path, None, load_in_8bit=True))
+    (sized,) = api.plan_largest([folder], device="t4", max_length=64)
+    assert sized.why == "the largest that fits"
+    assert sized.best is not None
+    assert sized.best.plan is not None
+    assert sized.best.plan.method == "qlora"
 
 
 def test_a_model_that_fits(tiny_folder: Path) -> None:

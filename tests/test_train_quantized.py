@@ -17,7 +17,7 @@ from lighten.errors import UserError
 from lighten.evaluation.chat import Conversation
 from tests.cut_runs import cut_short, losses
 from tests.test_train_step import UNEVEN, one_step, random_spec
-from tests.tiny import ARCHITECTURES, save_tiny
+from tests.tiny import ARCHITECTURES, save_few_bits, save_tiny
 
 HOW: dict[str, dict[str, Any]] = {
     "nf4, scales quantised too": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
@@ -143,3 +143,18 @@ def test_the_format_of_the_products_goes_by_both_names(settings: dict[str, Any])
     assert choice["value"] == "float32"
     with pytest.raises(UserError, match="computes in one format"):
         lighten.train(**changed, bnb_4bit_compute_dtype="float32", dtype="bfloat16")
+
+
+def test_a_folder_whose_head_is_packed_trains(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As bitsandbytes packs it where layers to be left dense are named, and the head is not."""
+    folder = save_few_bits(tmp_path / "few", ["down_proj"], load_in_4bit=True)
+    assert hasattr(models.load(str(folder)).model.lm_head, "dense_weight")
+    run = lighten.train(
+        **{**settings, "model_name_or_path": str(folder), "lora_r": 4, "val_size": 0.0},
+        progress=False,
+    )
+    trained = [m["loss"] for m in run.metrics() if m["kind"] == "train"]
+    assert trained[-1] < trained[0]
+    # The first batch's loss was compared with that of the model's own forward.
+    (loss,) = (entry for entry in run.info()["choices"] if entry["what"] == "loss")
+    assert loss["value"] == "supervised positions"

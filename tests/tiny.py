@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -114,3 +115,15 @@ def save_tiny(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_few_bits(folder: Path, dense: list[str] | None, **bits: bool) -> Path:
+    """A model folder as bitsandbytes writes it, the layers that are named left dense."""
+    source = save_tiny(folder / "dense", hidden_size=128, intermediate_size=256)
+    config = BitsAndBytesConfig(**bits, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=dense)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, quantization_config=config
+    )
+    model.save_pretrained(folder / "stored")
+    tiny_tokenizer().save_pretrained(folder / "stored")
+    return folder / "stored"

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lighten.adapters.frozen import weight_of
 from lighten.adapters.layers import CohortCopies, CohortLinear, Share
 from lighten.adapters.trained import Trained
 from lighten.data.batches import MicroBatch
@@ -299,7 +300,7 @@ class Objective:
             hidden_or_logits,
             batch.labels,
             weights,
-            self._head.weight,
+            weight_of(self._head),
             self._head.bias,
             self.rule,
             self._space,

@@ -32,6 +32,7 @@ from lighten.models import gguf, known, links, packaged, quantized
 from lighten.models.attention_setting import require_attention, set_attention
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
+from lighten.models.stored import bring_into_format, remaining_storage, stored_as
 from lighten.streams import download_bar, library_bars
 from lighten.wording import counted, first_line
 
@@ -161,12 +162,12 @@ def load(
             check_json(index)
         read_config(folder, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-        remaining = quantized.remaining_storage(name, folder, storage)
+        remaining = remaining_storage(name, folder, storage)
         if build is not None:
             model, feed = build(folder, torch_dtype, remaining)
         else:
             model = _pretrained(name, folder, torch_dtype, trust_remote_code, remaining, device)
-            quantized.bring_into_format(model, folder, torch_dtype)
+            bring_into_format(model, folder, torch_dtype)
             quantized.finish(model, remaining, torch_dtype, device)
             if quantized.census(model).storage is not None:
                 quantized.let_go_of_files(model)
@@ -209,7 +210,7 @@ def _pretrained(
     options: dict[str, Any] = {}
     if storage is not None:
         options["quantization_config"] = storage.config(dtype)
-    if storage is not None or quantized.stored_as(path):
+    if storage is not None or stored_as(path):
         # Else transformers takes a GPU where there is one. It reads weights in threads of its own,
         # to which `cuda` is the first GPU, whichever this one computes on.
         options["device_map"] = {"": _by_number(device)}

@@ -15,12 +15,9 @@ as they are, in the format that the products are computed in.
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +33,7 @@ from lighten.machine.hardware import Choice
 # And it tells of every product of INT8 that its input is rounded.
 for _name in ("backends.cpu.ops", "autograd._functions"):
     logging.getLogger(f"bitsandbytes.{_name}").setLevel(logging.ERROR)
-_THEIRS = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
+THEIR_LAYERS = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
 
 
 @dataclass(frozen=True)
@@ -215,50 +212,6 @@ def choose(four: bool, eight: bool, quant_type: str, double: bool) -> Storage | 
     return Storage(quant_type, double) if four else Storage("int8")
 
 
-def stored_as(folder: Path) -> dict[str, Any] | None:
-    """What a model folder's configuration says of weights that are quantised already."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    quantization: dict[str, Any] | None = config.get("quantization_config")
-    return quantization
-
-
-def on_processor(folder: Path) -> dict[str, Any]:
-    """What transformers has to be told so that the model of a folder stays on the processor.
-
-    Of bitsandbytes' formats it takes a model to a GPU where there is one and nothing is said.
-    """
-    stored = stored_as(folder)
-    by_bitsandbytes = stored is not None and stored.get("quant_method") == "bitsandbytes"
-    return {"device_map": {"": "cpu"}} if by_bitsandbytes else {}
-
-
-def remaining_storage(name: str, folder: Path, storage: Storage | None) -> Storage | None:
-    """What is left to quantise of a folder's model: nothing if its files are so already.
-
-    Raises:
-        UserError: They are quantised in another way.
-        MissingExtra: bitsandbytes wrote them and is not installed.
-    """
-    stored = stored_as(folder)
-    if stored is None:
-        return storage
-    if stored.get("quant_method") == "bitsandbytes":
-        require_bitsandbytes()
-        eight = bool(stored.get("load_in_8bit"))
-        if storage is None or eight == (storage.kind == "int8"):
-            return None
-    elif storage is None:
-        return None
-    raise UserError(
-        f"{name} is quantised already ({stored.get('quant_method', 'unknown method')}) and cannot "
-        f"be stored as {storage.kind}; remove load_in_4bit and load_in_8bit, or take the model it "
-        "was made from"
-    )
-
-
 def finish(
     model: PreTrainedModel, storage: Storage | None, compute: torch.dtype, device: str
 ) -> None:
@@ -272,44 +225,13 @@ def finish(
     """
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
-        if type(module).__name__ in _THEIRS:
+        if type(module).__name__ in THEIR_LAYERS:
             layer = _adopted(module, compute)
         elif storage is not None and module is not head and type(module) in (nn.Linear, Conv1D):
             layer = quantised(module, storage, compute, device)
         else:
             continue
         model.set_submodule(path, layer)
-
-
-def bring_into_format(model: PreTrainedModel, folder: Path, compute: torch.dtype) -> None:
-    """Bring what transformers leaves in the format of a quantised folder's files into the wanted.
-
-    Of bitsandbytes' folders that is each dense `weight`, those of norms and embeddings too; of
-    torchao's the scales of 4 bits that activations of 8 bits are multiplied with (transformers
-    5.24). In two formats they make no product.
-
-    Args:
-        model: As transformers loaded it.
-        folder: From where.
-        compute: The format that it was asked for.
-    """
-    method = (stored_as(folder) or {}).get("quant_method")
-    if method == "torchao":
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if hasattr(parameter, "tensor_data_names"):
-                    module.compute_dtype = compute  # type: ignore[assignment]
-                dynamic = type(parameter.data).__name__ == "IntxUnpackedToInt8Tensor"
-                if dynamic and parameter.dtype != compute:
-                    setattr(module, name, nn.Parameter(parameter.to(compute), requires_grad=False))
-    if method != "bitsandbytes":
-        return
-    kept = [name.replace("*", ".*") for name in model._get_dtype_plan(compute)]  # in float32
-    packed = {id(module.weight) for module in model.modules() if type(module).__name__ in _THEIRS}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in packed and parameter.is_floating_point():
-            in_float32 = any(re.search(pattern, name) for pattern in kept)
-            parameter.data = parameter.data.to(torch.float32 if in_float32 else compute)
 
 
 def let_go_of_files(model: nn.Module) -> None:

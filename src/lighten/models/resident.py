@@ -32,7 +32,7 @@ def load_code(folder: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lighten.models.quantized import stored_as
+    from lighten.models.stored import stored_as
 
     library = LIBRARIES.get(str((stored_as(Path(folder)) or {}).get("quant_method")))
     if library is not None and importlib.util.find_spec(library.partition(".")[0]) is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lighten.errors import UserError
-from lighten.models.quantized import stored_as
+from lighten.models.stored import stored_as
 
 ADVICE = (
     "adapters below would learn from wrong gradients; train on the unquantised model it was made "

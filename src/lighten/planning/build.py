@@ -23,6 +23,7 @@ from lighten.models import gguf, quantized
 from lighten.models.attention_setting import set_attention
 from lighten.models.configuration import read_config
 from lighten.models.load import locate
+from lighten.models.stored import held_as, packed_paths
 from lighten.planning import streamed
 from lighten.planning.storage_tracker import StorageTracker
 from lighten.recipe import Recipe
@@ -47,6 +48,30 @@ def config_of(recipe: Recipe) -> tuple[Any, str, Path]:
     return read_config(path, trust_remote_code=code), source, path
 
 
+def storage_of(recipe: Recipe, config: Any) -> quantized.Storage | None:
+    """How the linear layers of a base are stored once it is loaded; None: they are dense.
+
+    Args:
+        recipe: What is wanted.
+        config: Of the base, whose files may be quantised already.
+
+    Raises:
+        UserError: They are, and in another way than the recipe wants.
+        MissingExtra: bitsandbytes is needed and not installed.
+    """
+    asked = quantized.choose(
+        recipe.load_in_4bit, recipe.load_in_8bit,
+        recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant,
+    )  # fmt: skip
+    return held_as(recipe.model_name_or_path, stored_in(config), asked)
+
+
+def stored_in(config: Any) -> dict[str, Any] | None:
+    """What a base's configuration says of weights that are quantised in its files."""
+    stored: dict[str, Any] | None = getattr(config, "quantization_config", None)
+    return stored
+
+
 def fake_base(
     recipe: Recipe, config: Any, dtype: Choice, device: str, tracker: StorageTracker,
     capability: tuple[int, int] | None = None,
@@ -62,10 +87,7 @@ def fake_base(
         capability: Compute capability of a CUDA device, if known.
     """
     trains_all = recipe.method == "full" and recipe.last_layers is None
-    storage = quantized.choose(
-        recipe.load_in_4bit, recipe.load_in_8bit,
-        recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant,
-    )  # fmt: skip
+    storage = storage_of(recipe, config)
     compute: torch.dtype = getattr(torch, dtype.value)
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -75,7 +97,7 @@ def fake_base(
         )
     model.tie_weights()
     if storage is not None:
-        _quantise(model, storage, compute)
+        _quantise(model, storage, compute, stored_in(config))
     feed = None if recipe.offload_base == "none" else streamed.stream(model, compute)
     model.requires_grad_(False)
     for tensor in feed.slots if feed is not None else ():
@@ -95,13 +117,14 @@ def fake_base(
     )  # fmt: skip
 
 
-def _quantise(model: PreTrainedModel, storage: quantized.Storage, compute: torch.dtype) -> None:
+def _quantise(
+    model: PreTrainedModel, storage: quantized.Storage, compute: torch.dtype,
+    stored: dict[str, Any] | None,
+) -> None:  # fmt: skip
     """As `quantized.finish` does it, with bytes that are fake."""
-    head = model.get_output_embeddings()
     shared: dict[str, Tensor] = {}
-    for path, module in list(model.named_modules()):
-        if module is head or type(module) not in (nn.Linear, Conv1D):
-            continue
+    for path in packed_paths(model, stored):
+        module: Any = model.get_submodule(path)
         weight: Tensor = module.weight.data
         shape = weight.T.shape if isinstance(module, Conv1D) else weight.shape
         packed = _packed(shape, storage, compute, shared)

@@ -255,40 +255,34 @@ def random_base(recipe: Recipe, device: str) -> Any:
     written to is not taken, so no more than one layer is dense beside the result, as in loading.
     """
     import torch
-    from torch import nn
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
-    from transformers.pytorch_utils import Conv1D
 
     from lighten import models
     from lighten.machine.hardware import choose_dtype
     from lighten.models import quantized
     from lighten.models.attention_setting import set_attention
-    from lighten.planning.build import config_of
+    from lighten.models.stored import packed_paths
+    from lighten.planning.build import config_of, storage_of, stored_in
 
     config = config_of(recipe)[0]
     dtype = choose_dtype(recipe.compute_dtype, device)
     compute: torch.dtype = getattr(torch, dtype.value)
     trains_all = recipe.method == "full" and recipe.last_layers is None
-    storage = quantized.choose(
-        recipe.load_in_4bit, recipe.load_in_8bit,
-        recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant,
-    )  # fmt: skip
+    storage = storage_of(recipe, config)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32 if trains_all else compute,
             trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
-    head = model.get_output_embeddings()
+    packed = set() if storage is None else set(packed_paths(model, stored_in(config)))
     with allocator.temporaries_given_back() if storage else nullcontext(), torch.no_grad():
         for path, module in list(model.named_modules()):
             for parameter in module.parameters(recurse=False):
                 # Small enough to stay finite through any depth, and never zero.
                 parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(0.5)
-            linear = type(module) in (nn.Linear, Conv1D) and module is not head
-            if storage is not None and linear:
-                packed = quantized.quantised(module, storage, compute, device)
-                model.set_submodule(path, packed)
+            if storage is not None and path in packed:
+                model.set_submodule(path, quantized.quantised(module, storage, compute, device))
     model.requires_grad_(False)
     return models.Base(
         model=model.to(device).eval(), tokenizer=None, name=recipe.model_name_or_path,

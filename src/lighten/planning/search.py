@@ -388,6 +388,8 @@ def _least(recipe: Recipe, planner: Planner, fixed: Sequence[str]) -> Plan | str
     try:
         plan = planner(recipe.changed(unfixed))
     except UserError as error:
+        if unfixed.get("load_in_4bit") and not recipe.load_in_4bit:  # files of 8 bits have no 4
+            return _least(recipe, planner, (*fixed, "load_in_4bit"))
         return first_line(error)
     return _too_much(plan) if plan.fits() is False else plan
 

@@ -24,6 +24,7 @@ from lighten.parallel.streamed.layers import (
     Replaced,
     StreamedLinear,
     StreamedLinear4bit,
+    StreamedLinear8bit,
 )
 from lighten.parallel.streamed.shards import DTYPES, Shards
 from lighten.planning.result import StepTime
@@ -99,6 +100,10 @@ def _streamed(
     was = Replaced(source, out_in_features(module), layer.bias, compute, layer.weight.device)
     if not packed:
         return StreamedLinear(was, absent, pieces.add("", compute, layer.weight.shape))
+    if layer.weight.dtype == torch.int8:
+        numbers = pieces.add("", torch.int8, layer.weight.shape)
+        row_scales = pieces.add("", torch.float32, layer.weight.SCB.shape)
+        return StreamedLinear8bit(was, absent, numbers, row_scales)
     state = layer.weight.quant_state
     weight_piece = pieces.add("", torch.uint8, layer.weight.shape)
     scales = pieces.add("", state.absmax.dtype, state.absmax.shape)

@@ -14,9 +14,10 @@ from lighten.cpu import allocator
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.models.load import weight_files
-from lighten.models.quantized import stored_as
+from lighten.models.quantized import Storage
+from lighten.models.stored import stored_as
 from lighten.planning import memory, offloaded, streamed
-from lighten.planning.build import config_of
+from lighten.planning.build import config_of, storage_of
 from lighten.planning.process_overhead import context_of
 from lighten.planning.result import Plan, States
 from lighten.planning.step_time import Timed, time_of, workers_of
@@ -68,10 +69,10 @@ def plan_recipe(
         UserError: No such model, or it cannot be traced.
     """
     config, source, path = config_of(recipe)
-    recipe = _as_stored(recipe, config)
+    storage = storage_of(recipe, config)
     dtype = device.dtype(recipe.compute_dtype)
     # A model that is made changes its config.
-    converts, stored = _converts(recipe, config, path, dtype), _stored(config)
+    converts, stored = _converts(recipe, config, path, dtype, storage), _stored(config)
     try:
         traced = follow_recipe(
             recipe, config, dtype, device.kind, rows_tokens=rows_tokens, supervised=supervised,
@@ -84,7 +85,7 @@ def plan_recipe(
             f"{recipe.model_name_or_path} cannot be planned: its step cannot be traced "
             f"({first_line(error)})"
         ) from error
-    outside = tuple(_outside(recipe, config, device))
+    outside = tuple(_outside(recipe, config, device, storage))
     margin = memory.BEYOND if outside else memory.WITHIN
     loading = memory.loading_of(source, path, traced.weights, converts)
     feed = traced.setup.base.feed
@@ -126,7 +127,7 @@ def plan_recipe(
     return Plan(
         model=recipe.model_name_or_path,
         device=device.name,
-        method=_method(recipe),
+        method=_method(recipe, storage),
         shape=traced.shape(workers),
         memory=peak,
         time=time,
@@ -145,21 +146,6 @@ def plan_recipe(
     )
 
 
-def _as_stored(recipe: Recipe, config: Any) -> Recipe:
-    """The recipe with what bitsandbytes made of the base's files already."""
-    stored = getattr(config, "quantization_config", None)
-    stored = stored if isinstance(stored, dict) else getattr(stored, "to_dict", dict)()
-    quantized = recipe.load_in_4bit or recipe.load_in_8bit
-    if quantized or recipe.method == "full" or stored.get("quant_method") != "bitsandbytes":
-        return recipe
-    if stored.get("load_in_8bit"):
-        return recipe.changed({"load_in_8bit": True})
-    return recipe.changed({
-        "load_in_4bit": True, "bnb_4bit_quant_type": stored.get("bnb_4bit_quant_type") or "fp4",
-        "bnb_4bit_use_double_quant": bool(stored.get("bnb_4bit_use_double_quant")),
-    })  # fmt: skip
-
-
 def _states_of(traced: Traced) -> States:
     """Weights, gradients and optimiser state of all layers, whatever is alive at the peak."""
     learning = [p for adapter in traced.setup.adapters for p in adapter.parameters.values()]
@@ -174,20 +160,22 @@ def _states_of(traced: Traced) -> States:
     )
 
 
-def _method(recipe: Recipe) -> str:
+def _method(recipe: Recipe, storage: Storage | None) -> str:
     if recipe.method == "full":
         return "full" if recipe.last_layers is None else "last_layers"
     if recipe.peft is not None:
         return str(recipe.peft.get("peft_type", "peft")).lower()
     name = "dora" if any(options.use_dora for options in recipe.cohort()) else "lora"
-    return f"q{name}" if recipe.load_in_4bit or recipe.load_in_8bit else name
+    return name if storage is None else f"q{name}"
 
 
-def _converts(recipe: Recipe, config: Any, path: Path, dtype: Choice) -> bool:
+def _converts(
+    recipe: Recipe, config: Any, path: Path, dtype: Choice, storage: Storage | None
+) -> bool:
     """Whether weights change their format when they are read."""
     trains_all = recipe.method == "full" and recipe.last_layers is None
     target = "float32" if trains_all else dtype.value
-    if recipe.load_in_4bit or recipe.load_in_8bit:
+    if storage is not None:
         return path.is_dir() and stored_as(path) is None
     return str(_stored(config)).removeprefix("torch.") != target
 
@@ -243,7 +231,7 @@ def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str
     return choices
 
 
-def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
+def _outside(recipe: Recipe, config: Any, device: Device, storage: Storage | None) -> Iterator[str]:
     """In what way a question is outside of what was compared with measurements."""
     if device.kind != "cpu" and device.name not in TESTED_GPUS:
         yield f"of GPUs {', '.join(TESTED_GPUS)} has been compared, not {device.name}"
@@ -253,9 +241,7 @@ def _outside(recipe: Recipe, config: Any, device: Device) -> Iterator[str]:
         yield "tensors lie in glibc's heap here, without an arena, and that has not been compared"
     if (kind := getattr(config, "model_type", "")) not in TESTED:
         yield f"architecture {kind} has not been compared; {', '.join(TESTED)} have"
-    if getattr(config, "quantization_config", None) and not (
-        recipe.load_in_4bit or recipe.load_in_8bit
-    ):
+    if getattr(config, "quantization_config", None) and storage is None:
         yield "its files are quantised, and its weights are counted as if they were dense"
     if recipe.torch_compile is True:
         yield "layers are traced as they are, but torch_compile fuses what they do"

@@ -117,7 +117,7 @@ def _measure_folder(job: dict[str, Any], rows: Sequence[EvaluationRow]) -> dict[
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lighten.models.quantized import on_processor
+    from lighten.models.stored import on_processor
 
     tokenizer = AutoTokenizer.from_pretrained(job["folder"], local_files_only=True)
     load_code(job["folder"])

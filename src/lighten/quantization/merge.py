@@ -30,8 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from lighten import safetensors_stream
 from lighten.errors import UserError
 from lighten.machine.disk import require_room
-from lighten.models import quantized
 from lighten.models.configuration import build_empty, read_config
+from lighten.models.stored import stored_as
 from lighten.peft_config import more_than_low_rank
 from lighten.peft_config import read_config as read_adapter_config
 from lighten.quantization.gguf_source import Weight, read_weights
@@ -87,7 +87,7 @@ def merge(
         Unmergeable: It has to be merged in memory.
     """
     config = read_adapter_config(adapter)
-    if (stored := quantized.stored_as(base)) is not None:
+    if (stored := stored_as(base)) is not None:
         raise Unmergeable(f"the base's files are quantised ({stored.get('quant_method')})")
     if not streamable(config):
         kind = more_than_low_rank(config) or f"LoRA adapter with bias {config.get('bias')}"
@@ -117,7 +117,7 @@ def merged_shapes(
         Unmergeable: It has to be merged in memory.
     """
     config = read_adapter_config(adapter)
-    if quantized.stored_as(base) is not None or not streamable(config):
+    if stored_as(base) is not None or not streamable(config):
         raise Unmergeable("it is merged in memory")
     plan = _Plan(base, adapter, dtype, None, words)
     plan.write_config(folder)

@@ -119,7 +119,7 @@ def _dense_weights(base: Path, folder: Path) -> dict[str, Weight]:
         folder: With its configuration, which becomes that of the dense model.
     """
     from lighten.models.describe import skeleton
-    from lighten.models.quantized import stored_as
+    from lighten.models.stored import stored_as
 
     if stored_as(base) is None:
         return read_weights(base)

@@ -154,7 +154,7 @@ class InTransformers:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from lighten.models.quantized import bring_into_format, on_processor, stored_as
+        from lighten.models.stored import bring_into_format, on_processor, stored_as
         from lighten.models.vocabulary import grow
         from lighten.quantization.dense import dense_base
 

@@ -22,7 +22,7 @@ from lighten.adapters.fake_quant import (
 from lighten.adapters.layers import CohortLinear
 from lighten.errors import UserError, require_package
 from lighten.models.describe import skeleton
-from lighten.models.quantized import stored_as
+from lighten.models.stored import stored_as
 from lighten.recipe import Recipe
 from lighten.wording import first_line
 

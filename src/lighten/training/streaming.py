@@ -17,7 +17,8 @@ from lighten.adapters.targets import saved_paths
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.models.load import Build, locate
-from lighten.models.quantized import Storage, stored_as
+from lighten.models.quantized import Storage
+from lighten.models.stored import stored_as
 from lighten.parallel.streamed.build import Setting, build
 from lighten.recipe import Recipe
 from lighten.recipe.spread import gathers

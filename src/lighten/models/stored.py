@@ -1,0 +1,135 @@
+"""A model folder whose files hold quantised weights already, as its configuration says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from lighten.errors import UserError
+from lighten.models.quantized import THEIR_LAYERS, Storage, require_bitsandbytes
+
+
+def stored_as(folder: Path) -> dict[str, Any] | None:
+    """What a model folder's configuration says of weights that are quantised already."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    quantization: dict[str, Any] | None = config.get("quantization_config")
+    return quantization
+
+
+def on_processor(folder: Path) -> dict[str, Any]:
+    """What transformers has to be told so that the model of a folder stays on the processor.
+
+    Of bitsandbytes' formats it takes a model to a GPU where there is one and nothing is said.
+    """
+    stored = stored_as(folder)
+    by_bitsandbytes = stored is not None and stored.get("quant_method") == "bitsandbytes"
+    return {"device_map": {"": "cpu"}} if by_bitsandbytes else {}
+
+
+def held_as(name: str, stored: Mapping[str, Any] | None, asked: Storage | None) -> Storage | None:
+    """How the linear layers of a folder's model are stored once it is loaded.
+
+    Args:
+        name: Of the model, for errors.
+        stored: What its configuration says of quantised weights; None: they are dense.
+        asked: What the settings ask for; None: the weights as they are.
+
+    Returns:
+        None where bitsandbytes has no part in it.
+
+    Raises:
+        UserError: The files' weights are quantised in another way than is asked for.
+        MissingExtra: bitsandbytes wrote them and is not installed.
+    """
+    if stored is None:
+        return asked
+    if stored.get("quant_method") == "bitsandbytes":
+        require_bitsandbytes()
+        eight = bool(stored.get("load_in_8bit"))
+        if asked is None or eight == (asked.kind == "int8"):
+            kind = "int8" if eight else stored.get("bnb_4bit_quant_type") or "fp4"
+            return Storage(kind, bool(not eight and stored.get("bnb_4bit_use_double_quant")))
+    elif asked is None:
+        return None
+    raise UserError(
+        f"{name} is quantised already ({stored.get('quant_method', 'unknown method')}) and cannot "
+        f"be stored as {asked.kind}; remove load_in_4bit and load_in_8bit, or take the model it "
+        "was made from"
+    )
+
+
+def remaining_storage(name: str, folder: Path, storage: Storage | None) -> Storage | None:
+    """What is left to quantise of a folder's model: nothing if its files are so already.
+
+    Raises:
+        UserError: They are quantised in another way.
+        MissingExtra: bitsandbytes wrote them and is not installed.
+    """
+    stored = stored_as(folder)
+    held = held_as(name, stored, storage)
+    return held if stored is None else None
+
+
+def packed_paths(model: PreTrainedModel, stored: Mapping[str, Any] | None) -> list[str]:
+    """Paths of the linear layers that bitsandbytes' formats hold.
+
+    Args:
+        model: Its layers are dense; they may be on the meta device.
+        stored: What the configuration of its folder says, where its files are quantised already:
+            transformers leaves layers dense that are named there, and the head only if it is named
+            or none is. None: all but the head are quantised as they are read.
+    """
+    linear = {p: m for p, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
+    if stored is None:
+        head = model.get_output_embeddings()
+        return [path for path, module in linear.items() if module is not head]
+    dense = HfQuantizer.get_modules_to_not_convert(
+        model, stored.get("llm_int8_skip_modules"), list(model._keep_in_fp32_modules or ())
+    )
+    return [path for path in linear if should_convert_module(path, dense)]
+
+
+def bring_into_format(model: PreTrainedModel, folder: Path, compute: torch.dtype) -> None:
+    """Bring what transformers leaves in the format of a quantised folder's files into the wanted.
+
+    Of bitsandbytes' folders that is each dense `weight`, those of norms and embeddings too; of
+    torchao's the scales of 4 bits that activations of 8 bits are multiplied with (transformers
+    5.24). In two formats they make no product.
+
+    Args:
+        model: As transformers loaded it.
+        folder: From where.
+        compute: The format that it was asked for.
+    """
+    method = (stored_as(folder) or {}).get("quant_method")
+    if method == "torchao":
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if hasattr(parameter, "tensor_data_names"):
+                    module.compute_dtype = compute  # type: ignore[assignment]
+                dynamic = type(parameter.data).__name__ == "IntxUnpackedToInt8Tensor"
+                if dynamic and parameter.dtype != compute:
+                    setattr(module, name, nn.Parameter(parameter.to(compute), requires_grad=False))
+    if method != "bitsandbytes":
+        return
+    kept = [name.replace("*", ".*") for name in model._get_dtype_plan(compute)]  # in float32
+    packed = {
+        id(module.weight) for module in model.modules() if type(module).__name__ in THEIR_LAYERS
+    }
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in packed and parameter.is_floating_point():
+            in_float32 = any(re.search(pattern, name) for pattern in kept)
+            parameter.data = parameter.data.to(torch.float32 if in_float32 else compute)
