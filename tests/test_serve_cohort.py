@@ -24,6 +24,7 @@ from lighten.generation.engine import Engine, Request
 from lighten.generation.sampling import Chosen, Sampler
 from lighten.generation.segments import Factors, Segments, Update
 from lighten.generation.settings import Sampling
+from lighten.models.quantized import Storage, finish
 from tests.tiny import VOCAB, tiny_model
 
 SERVED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "opt")
@@ -357,9 +358,10 @@ def test_a_kept_prefix_is_that_of_the_same_adapter_alone(engine: Engine, tmp_pat
     assert finished(ask(engine, prompt, "c")).tokens == anew
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", [None, Storage("nf4"), Storage("int8")], ids=str)
+@FORMATS
 def test_an_answer_is_bit_for_bit_the_adapters_alone(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, storage: Storage | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random adapters, prompts that begin alike, warm caches, adapters loaded anew meanwhile."""
     if kernels.library() is None:
@@ -382,7 +384,9 @@ def test_an_answer_is_bit_for_bit_the_adapters_alone(
 
     def answers(**settings: Any) -> Engine:
         torch.manual_seed(0)
-        return Engine(tiny_model("llama").to(dtype), max_tokens=96, **settings)
+        model = tiny_model("llama").to(dtype)
+        finish(model, storage, dtype, "cpu")
+        return Engine(model, max_tokens=96, **settings)
 
     lone = answers(max_sequences=1, prefill_tokens=512, prefix_caching=False)
     alone = {}

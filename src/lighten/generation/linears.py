@@ -60,16 +60,26 @@ class Weights:
     def product(self, x: Tensor) -> Tensor:
         """X Wᵀ + b: [N, I] → [N, O]."""
         if self._packed is not None:
-            # A lone row is added up in another order than each of many; two rows are not.
-            single = len(x) == 1
-            output: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x.expand(2, -1).contiguous() if single else x,
-                self._packed, self._bias, "none", [], "",
-            )  # fmt: skip
-            return output[:1] if single else output
+            return _by_onednn(x, self._packed, self._bias)
         if self._weight is not None:
             return F.linear(x, self._weight, self._bias)
-        return torch.cat([F.linear(x, weight_of(layer), layer.bias) for layer in self._layers], -1)  # type: ignore[arg-type]
+        parts = []
+        for layer in self._layers:
+            weight, bias = weight_of(layer), layer.bias
+            # PyTorch's own product of float32 rounds a row as the number of rows says.
+            by = _by_onednn if packs(weight) else F.linear
+            parts.append(by(x, weight.contiguous(), bias))  # type: ignore[arg-type]
+        return torch.cat(parts, -1)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X Wᵀ + b of a weight in its own layout or a plain one: each row is rounded alike."""
+    # A lone row is added up in another order than each of many; two rows are not.
+    single = len(x) == 1
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x.expand(2, -1).contiguous() if single else x, weight, bias, "none", [], ""
+    )
+    return output[:1] if single else output
 
 
 def packs(weight: Tensor) -> bool:
