@@ -48,36 +48,48 @@ class SlotCache:
     Args:
         slots: Sequences held at once.
         most_tokens: Of one sequence.
+
+    Attributes:
+        capacity: Tokens that each slot has room for now.
     """
 
     def __init__(self, slots: int, most_tokens: int) -> None:
         self.slots, self.most_tokens = slots, most_tokens
-        self._capacity = 0
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self.capacity = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values
 
     @property
     def size_bytes(self) -> int:
         """Memory that keys and values take now."""
-        return sum(x.nbytes for tensors in (self._keys, self._values) for x in tensors.values())
+        return sum(x.nbytes for kept in self._layers.values() for x in kept)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for sequences of this many tokens."""
-        if tokens <= self._capacity:
-            return
-        self._capacity = max(tokens, min(grown(self._capacity, tokens), self.most_tokens))
-        for tensors in (self._keys, self._values):
-            for layer, x in tensors.items():
-                tensors[layer] = self._room(x)
-                tensors[layer][:, :, : x.shape[2]] = x
+        """Make room for sequences of this many tokens.
 
-    def _room(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self.slots, like.shape[1], self._capacity, like.shape[3])
+        Raises:
+            RuntimeError: There is no memory for it; the room that there was stays.
+        """
+        if tokens <= self.capacity:
+            return
+        capacity = max(tokens, min(grown(self.capacity, tokens), self.most_tokens))
+        for layer in list(self._layers):
+            keys, values = self._layers[layer]
+            if keys.shape[2] < capacity:  # others had grown before memory ran out
+                self._layers[layer] = self._wider(keys, capacity), self._wider(values, capacity)
+        self.capacity = capacity  # not before all have it
+
+    def _wider(self, x: Tensor, capacity: int) -> Tensor:
+        wider = self._room(x, capacity)
+        wider[:, :, : x.shape[2]] = x
+        return wider
+
+    def _room(self, like: Tensor, capacity: int) -> Tensor:
+        return like.new_zeros(self.slots, like.shape[1], capacity, like.shape[3])
 
     def repeat(self, tokens: int) -> None:
         """Copy the first slot's first tokens into all others."""
-        for tensors in (self._keys, self._values):
-            for x in tensors.values():
+        for kept in self._layers.values():
+            for x in kept:
                 x[1:, :, :tokens] = x[:1, :, :tokens]
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,9 +100,10 @@ class SlotCache:
             key: New ones of the layer, [1, K, N, D].
             value: The same.
         """
-        if index not in self._keys:
-            self._keys[index], self._values[index] = self._room(key), self._room(value)
-        return self._keys[index], self._values[index]
+        if index not in self._layers:
+            room = self._room(key, self.capacity), self._room(value, self.capacity)
+            self._layers[index] = room
+        return self._layers[index]
 
 
 @dataclass(frozen=True)

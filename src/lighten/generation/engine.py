@@ -341,7 +341,7 @@ class Engine:
         for sequence in [running for running in self._running if running.cancelled]:
             self._end(sequence, "cancelled")
         parts = self._parts()
-        if not parts:
+        if not parts or not self._have_room(parts):
             return
         ids: list[int] = []
         slots: list[int] = []
@@ -363,7 +363,6 @@ class Engine:
                 last_rows.append(len(ids) - 1)
                 complete.append(sequence)
         device = self._model.device
-        self._cache.reserve(max(positions) + 1)
         batch = Batch(
             self._cache, torch.tensor(slots, device=device),
             torch.tensor(positions, device=device), decode_rows, prefills, self._block,
@@ -381,6 +380,25 @@ class Engine:
             sequence.cached += count
         if complete:
             self._choose(complete, logits)
+
+    def _have_room(self, parts: Sequence[tuple[_Sequence, int]]) -> bool:
+        """Room for a step's tokens; where memory has none, the answers that want it end."""
+        wanted = {sequence.slot: sequence.cached + count for sequence, count in parts}
+        try:
+            self._cache.reserve(max(wanted.values()))
+        except RuntimeError as error:  # PyTorch's, of a processor's memory and of a GPU's
+            for sequence, _ in parts:
+                tokens = wanted[sequence.slot]
+                if tokens > self._cache.capacity:
+                    failure = MemoryError(
+                        f"there is no memory for keys and values of {tokens} tokens in each of "
+                        f"{self._cache.slots} answers; start the server with a smaller "
+                        "--max-num-seqs or --max-model-len"
+                    )
+                    failure.__cause__ = error.with_traceback(None)
+                    self._end(sequence, failure)
+            return False
+        return True
 
     def _parts(self) -> list[tuple[_Sequence, int]]:
         """Sequences of the next step and how many of their tokens, sorted by adapter."""
