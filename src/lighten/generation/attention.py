@@ -92,6 +92,12 @@ class SlotCache:
             for x in kept:
                 x[1:, :, :tokens] = x[:1, :, :tokens]
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy a slot's first tokens into another."""
+        for kept in self._layers.values():
+            for x in kept:
+                x[target, :, :tokens] = x[source, :, :tokens]
+
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values.
 

@@ -29,6 +29,7 @@ from lighten.generation.linears import install
 from lighten.generation.sampling import Chosen, Grammar, Sampler
 from lighten.generation.segments import Segments
 from lighten.generation.settings import Sampling
+from lighten.generation.slots import Slots
 
 # Of prompts, read in one step.
 PREFILL_TOKENS = 512
@@ -89,18 +90,6 @@ class _Sequence:
         return bool(self.answer)
 
 
-@dataclass
-class _Slot:
-    """What a free slot still holds: keys and values of these tokens under this adapter.
-
-    Whole blocks of a prompt alone, whose numbers are the same wherever they are computed: an
-    answer does not depend on what a cache held.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    adapter: LoadedAdapter | None = None
-
-
 class Engine:
     """A base in memory, adapters on it, and a thread that answers.
 
@@ -109,7 +98,7 @@ class Engine:
         max_sequences: Answers under way at once; more requests wait.
         max_tokens: Of prompt and answer together.
         prefill_tokens: Of prompts, read in one step: fewer keep answers under way fluent.
-        prefix_caching: Whether what a free slot holds serves prompts with the same beginning.
+        prefix_caching: Whether what a slot holds serves prompts with the same beginning.
     """
 
     def __init__(
@@ -128,11 +117,10 @@ class Engine:
         self._step, self._groups = install(model)
         self._each_group = tuple(dict.fromkeys(self._groups.values()))
         self._cache = SlotCache(max_sequences, max_tokens)
-        self._slots = [_Slot() for _ in range(max_sequences)]
-        self._free = set(range(max_sequences))
         self.max_tokens = max_tokens
-        self._prefill_tokens, self._prefix_caching = prefill_tokens, prefix_caching
+        self._prefill_tokens = prefill_tokens
         self._block = min(attention.BLOCK, prefill_tokens)
+        self._slots = Slots(self._cache, self._block, reuse=prefix_caching)
         self._adapters: dict[str, LoadedAdapter] = {}
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
@@ -267,9 +255,7 @@ class Engine:
         self._plans.clear()
         for group in self._each_group:
             group.forget(adapter)
-        for slot in self._slots:
-            if slot.adapter is adapter:
-                slot.tokens, slot.adapter = [], None
+        self._slots.forget(adapter)
 
     def _work(self) -> None:
         stopping = False
@@ -298,39 +284,22 @@ class Engine:
         for sequence in list(self._running):
             self._end(sequence, error)
 
+    @torch.inference_mode()
     def _admit(self) -> None:
         for sequence in [queued for queued in self._waiting if queued.cancelled]:
             self._waiting.remove(sequence)
             sequence.request.on_end("cancelled")
             if sequence.adapter is not None:
                 self._forget(sequence.adapter)
-        while self._waiting and self._free:
+        while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
-            slot = max(self._free, key=lambda free: (self._shared(sequence, free), -free))
-            sequence.cached = self._shared(sequence, slot)
-            sequence.request.on_begin(sequence.cached)
-            self._free.remove(slot)
-            sequence.slot = slot
+            sequence.slot, sequence.cached = self._slots.take(sequence.tokens, sequence.adapter)
             self._running.append(sequence)
-
-    def _shared(self, sequence: _Sequence, slot: int) -> int:
-        """Tokens of the prompt whose keys and values a free slot holds; its last is computed."""
-        content = self._slots[slot]
-        if content.adapter is not sequence.adapter or not self._prefix_caching:
-            return 0
-        pairs = zip(sequence.tokens[:-1], content.tokens, strict=False)
-        matching = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return matching - matching % self._block
+            sequence.request.on_begin(sequence.cached)
 
     def _end(self, sequence: _Sequence, reason: str | BaseException) -> None:
         self._running.remove(sequence)
-        content = self._slots[sequence.slot]
-        prompt_tokens = min(sequence.cached, len(sequence.request.prompt))
-        reusable = (
-            0 if isinstance(reason, BaseException) else prompt_tokens - prompt_tokens % self._block
-        )
-        content.tokens, content.adapter = sequence.tokens[:reusable], sequence.adapter
-        self._free.add(sequence.slot)
+        self._slots.give_back(sequence.slot, broken=isinstance(reason, BaseException))
         sequence.request.on_end(reason)
         if sequence.adapter is not None:
             self._forget(sequence.adapter)
@@ -378,6 +347,7 @@ class Engine:
             ).logits[0]
         for sequence, count in parts:
             sequence.cached += count
+            self._slots.computed(sequence.slot, sequence.cached)
         if complete:
             self._choose(complete, logits)
 

@@ -1,0 +1,100 @@
+"""What our engine keeps of prompts: answers are those of a cold engine, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from lighten.generation.engine import Engine
+from tests.test_serve_cohort import Answer, adapter, ask, finished
+from tests.tiny import VOCAB, tiny_model
+
+BLOCK = 16
+
+
+def words(count: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(5, VOCAB), k=count)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: adapter(tiny_model("llama"), root / name, seed) for seed, name in enumerate("ab")}
+
+
+def opened(folders: dict[str, Path], slots: int, *, reuse: bool = True) -> Engine:
+    torch.manual_seed(0)
+    engine = Engine(
+        tiny_model("llama"), max_sequences=slots, max_tokens=128, prefill_tokens=BLOCK,
+        prefix_caching=reuse,
+    )  # fmt: skip
+    for name, folder in folders.items():
+        engine.load_adapter(name, folder)
+    return engine
+
+
+@pytest.fixture
+def engine(folders: dict[str, Path]) -> Iterator[Engine]:
+    warm = opened(folders, 4)
+    yield warm
+    warm.close(10)
+
+
+def cold(folders: dict[str, Path], prompt: Sequence[int], name: str | None) -> Answer:
+    alone = opened(folders, 1, reuse=False)
+    answer = finished(ask(alone, prompt, name))
+    alone.close(10)
+    return answer
+
+
+def test_who_asks_in_turn_finds_what_was_read_before(engine: Engine) -> None:
+    """One client, two adapters and the base, and slots to spare: none takes another's place."""
+    prompt = words(40, 1)
+    for place in range(3):
+        for name in ("a", "b", None):
+            assert finished(ask(engine, prompt, name)).cached == (32 if place else 0)
+
+
+def test_a_beginning_that_many_share_ends_nobodys_prompt(
+    engine: Engine, folders: dict[str, Path]
+) -> None:
+    """Conversations with one system message, each longer than it."""
+    system = words(BLOCK, 2)
+    talks = [[*system, *words(40, seed)] for seed in (3, 4, 5)]
+    first = [finished(ask(engine, talk, "a")) for talk in talks]
+    assert [answer.cached for answer in first] == [0, BLOCK, BLOCK]
+    again = [finished(ask(engine, talk, "a")) for talk in talks]
+    assert [answer.cached for answer in again] == [48, 48, 48]
+    for talk, *answers in zip(talks, first, again, strict=True):
+        alone = cold(folders, talk, "a")
+        for answer in answers:
+            assert (answer.tokens, answer.logprobs) == (alone.tokens, alone.logprobs)
+
+
+def test_what_an_answer_under_way_has_read_is_taken_over(
+    engine: Engine, folders: dict[str, Path]
+) -> None:
+    begin = words(3 * BLOCK, 6)
+    first = ask(engine, [*begin, 7], "b", count=70)
+    while not first.tokens:
+        assert not first.done.wait(0.001)
+    others = {name: ask(engine, [*begin, 8], name) for name in ("b", "a")}
+    assert finished(others["b"]).cached == 3 * BLOCK
+    assert finished(others["a"]).cached == 0
+    assert len(finished(first).tokens) == 70
+    for name, answer in others.items():
+        alone = cold(folders, [*begin, 8], name)
+        assert (answer.tokens, answer.logprobs) == (alone.tokens, alone.logprobs)
+
+
+def test_where_all_slots_are_full_the_one_used_longest_ago_is_overwritten(engine: Engine) -> None:
+    prompts = [words(20, seed) for seed in range(10, 15)]
+    for prompt in (*prompts[:4], prompts[0], prompts[4]):
+        finished(ask(engine, prompt, None))
+    cached = [finished(ask(engine, prompt, None)).cached for prompt in (prompts[0], *prompts[2:])]
+    assert cached == [BLOCK] * 4
+    assert finished(ask(engine, prompts[1], None)).cached == 0
