@@ -41,6 +41,7 @@ TEXTS = [
     "🦙 llamas \U0001f469\u200d\U0001f469\u200d\U0001f467", "e\u0301 vs \u00e9",
     "<s>the answer</s> after", "word<|im_end|>word", "x.append(1).sort() ->\r\n#include <a.h>",
     "混合12345文字ひらがなカタカナ、漢字。 한글abc +=<>€ ½ ٣", ".Name _id #tag\n\n\t;;  \n end",
+    "Ωμέγα ὝΔΩΡ \u0561\u0562 \u10d0\u10d1 \U00010400\U00010428 ７，８！ “quoted”\u30001　22。 x  ",
 ]  # fmt: skip
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_end|>"]
 
