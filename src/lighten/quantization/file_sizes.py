@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lighten.quantization.calibrated import quantised_layers
 from lighten.quantization.int4 import group_size
-from lighten.quantization.shapes import dense_in_nf4, require_groups
+from lighten.quantization.shapes import dense_in_nf4, linear_layers, require_groups
 from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
 
 _WIDTH = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
@@ -117,7 +117,7 @@ def _torchao(file: _File, model: PreTrainedModel) -> None:
 
 
 def _bitsandbytes(file: _File, model: PreTrainedModel, *, four: bool) -> None:
-    dense = {f"{path}.weight" for path in dense_in_nf4(model)} if four else set()
+    dense = {f"{path}.weight" for path in dense_in_nf4(linear_layers(model))} if four else set()
     for name, rounded, shape in _parameters(model, head=False, conv=True):
         if rounded is None or name in dense:
             file.add(name, "BF16", *shape)

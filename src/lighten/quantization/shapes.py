@@ -35,13 +35,12 @@ def linear_layers(model: PreTrainedModel, *, conv: bool = True) -> dict[str, tup
     return shapes
 
 
-def dense_in_nf4(model: PreTrainedModel) -> list[str]:
-    """Paths of linear layers that an NF4 folder keeps in 16 bits; the head always is.
+def dense_in_nf4(shapes: dict[str, tuple[int, int]]) -> list[str]:
+    """Paths of those `linear_layers` that an NF4 folder keeps in 16 bits; the head always is.
 
     Raises:
         UserError: They are all.
     """
-    shapes = linear_layers(model)
     dense = [path for path, shape in shapes.items() if shape[1] % BLOCK or shape[0] % OUTPUTS]
     if len(dense) == len(shapes):
         raise UserError(
@@ -57,8 +56,8 @@ def about_nf4(model: PreTrainedModel) -> str:
     Raises:
         UserError: They all would.
     """
-    dense, shapes = dense_in_nf4(model), linear_layers(model)
-    if not dense:
+    shapes = linear_layers(model)
+    if not (dense := dense_in_nf4(shapes)):
         return ""
     sizes = {path: outputs * inputs for path, (outputs, inputs) in shapes.items()}
     share = sum(sizes[path] for path in dense) / sum(sizes.values())

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from lighten.adapters.fake_quant import scheme
 from lighten.models.describe import skeleton
 from lighten.quantization import int4
-from lighten.quantization.shapes import dense_in_nf4, require_groups
+from lighten.quantization.shapes import dense_in_nf4, linear_layers, require_groups
 from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
 
 
@@ -71,7 +71,7 @@ def make(
 
 def _dense(model: PreTrainedModel) -> list[str] | None:
     """Layers to leave dense, the head among them; None: the head alone, as is usual."""
-    dense = dense_in_nf4(model)
+    dense = dense_in_nf4(linear_layers(model))
     head = model.get_output_embeddings()
     return [*dense, *(p for p, m in model.named_modules() if m is head)] if dense else None
 
