@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+from lighten import models
 from lighten.serving.options import Options
 from tests.serving import client_of, save_adapters
 
@@ -119,3 +120,28 @@ def test_what_the_cache_held_is_told_however_an_answer_ends(
         cached[how] = usage["prompt_tokens_details"]["cached_tokens"]
         assert cached[how] <= usage["prompt_tokens"]
     assert cached["stop"] == cached["length"] >= 64 * prompts
+
+
+def test_a_special_token_that_is_a_stop_ends_the_answer(
+    client: httpx.Client, tiny_folder: Path
+) -> None:
+    """The text holds none, so that no text would be found in it."""
+    token = models.load_tokenizer(str(tiny_folder)).convert_tokens_to_ids("<|im_start|>")
+    settings = {"prompt": "a", "logit_bias": {str(token): 100}, "max_tokens": 4}
+    for stop, finish, tokens in ((["x<|"], "length", 4), (["x<|", "<|im_start|>"], "stop", 1)):
+        answer = complete(client, stop=stop, **settings)
+        assert answer["choices"][0]["text"] == ""
+        assert answer["choices"][0]["finish_reason"] == finish
+        assert answer["usage"]["completion_tokens"] == tokens
+
+
+def test_an_answer_that_ends_at_its_limit_keeps_its_last_character(client: httpx.Client) -> None:
+    """One that stands for what is no character, too; a part of one is not shown."""
+    for most, text in (
+        (4, '"a'),
+        (5, '"a\N{REPLACEMENT CHARACTER}'),
+        (9, '"a\N{REPLACEMENT CHARACTER}b서'),
+    ):
+        settings = {"prompt": "a", "max_tokens": most}
+        answer = complete(client, **settings, **writing("a\N{REPLACEMENT CHARACTER}b서c"))
+        assert answer["choices"][0]["text"] == text

@@ -12,6 +12,12 @@ import pytest
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 import lighten.api
 from lighten import data, models
 from lighten.errors import UserError
@@ -155,3 +161,19 @@ def test_characters_of_several_tokens_are_shown_whole_and_end_an_answer_as_one()
     assert [piece for piece in pieces if piece] == ["가", "나", "🙂", "다"]
     assert "".join(map(stops.take, pieces)) == "가나"
     assert stops.stopped
+
+
+def test_a_token_that_ends_a_character_and_begins_another_shows_the_first_at_the_end() -> None:
+    """Large vocabularies have such, of Cyrillic letters for one."""
+    letters = bytes_to_unicode()
+    *begin, end = (letters[byte] for byte in "жб".encode())
+    core = Tokenizer(WordLevel({"a": 0, "".join(begin): 1, end: 2}, "a"))
+    core.decoder = ByteLevel()
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=core))
+    for tokens, shown, rest in (
+        ((0, 1, 2, 0), "aжбa", ""), ((0, 1), "a", "ж"), ((1, 2), "жб", ""), ((1, 2, 1), "жб", "ж"),
+        ((1, 0), "ж\N{REPLACEMENT CHARACTER}a", ""), ((0, 2), "a", "\N{REPLACEMENT CHARACTER}"),
+    ):  # fmt: skip
+        stream = texts.stream(())
+        assert "".join(stream.text(token) for token in tokens) == shown
+        assert stream.rest() == rest

@@ -157,7 +157,8 @@ class CohortEngine:
                 if event == "cancelled":
                     raise EngineFailed("the answer was cancelled")
                 finish: Finish = "length" if event == "length" else "stop"
-                yield Piece("", finish=finish, tokens=tokens + (event == "stop"), cached=cached)
+                count = tokens + (event == "stop")
+                yield Piece(stream.rest(), finish=finish, tokens=count, cached=cached)
         finally:
             if not ended:
                 cancel()

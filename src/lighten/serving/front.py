@@ -348,7 +348,7 @@ def _generation(
         None if model.adapter is None else model.adapter.key,
         most or room,
         parsed.sampling(front.registry.vocabulary, number),
-        model.asking.stop_ids,
+        model.asking.ends(parsed.stops),
         model.asking.shown,
         parsed.alternatives,
         None if response_format is None else response_format.schema_wanted(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,12 @@ class Asking:
         return data.question_ids(
             messages, self.tokenizer, self.handling, self.learnt, thinking=self.learnt.thinks
         )
+
+    def ends(self, stops: Iterable[str]) -> frozenset[int]:
+        """Tokens that end an answer, with special ones that a client names: no text holds them."""
+        special = special_tokens(self.tokenizer).texts
+        named = [stop for stop in stops if stop in special]
+        return self.stop_ids | frozenset(self.tokenizer.convert_tokens_to_ids(named))
 
     def text(self, prompt: str) -> list[int]:
         """Token ids of a plain text, with the beginning that the tokenizer gives to texts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,7 @@ class Texts:
             shown: Special tokens that are part of its text.
         """
         hidden = self._special - set(self._tokenizer.convert_tokens_to_ids(list(shown)))
-        return Stream(self._tokenizer.backend_tokenizer, hidden)
+        return Stream(self, self._tokenizer.backend_tokenizer, hidden)
 
     def token_logprob(
         self, token: int, logprob: float, top: Sequence[tuple[int, float]]
@@ -66,12 +67,29 @@ class Texts:
 class Stream:
     """The text of an answer, whole characters at a time."""
 
-    def __init__(self, core: Any, hidden: set[int]) -> None:
-        self._core, self._hidden = core, hidden
+    def __init__(self, texts: Texts, core: Any, hidden: set[int]) -> None:
+        self._texts, self._core, self._hidden = texts, core, hidden
         self._decoder = DecodeStream(skip_special_tokens=False)
+        self._held: list[int] = []
 
     def text(self, token: int) -> str:
         """What one more token adds; nothing while a character is not whole."""
         if token in self._hidden:
             return ""
-        return self._decoder.step(self._core, token) or ""
+        text = self._decoder.step(self._core, token)
+        if text is None:
+            self._held.append(token)
+            return ""
+        self._held.clear()
+        return text
+
+    def rest(self) -> str:
+        """What was held back at the end of an answer, but for the beginning of a character.
+
+        A token may end a character and begin the next, and may be the sign for what is none.
+        """
+        held, self._held = self._held, []
+        if not str(self._core.decode(held, False)).endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""  # tokens that write nothing
+        data = b"".join(self._texts.bytes_of(token) for token in held)
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)

@@ -196,6 +196,8 @@ class Vllm:
                 logprobs.append(
                     self._token_logprob(choice["logprobs"], place, token, generation.logprobs)
                 )
+        if finish is not None:
+            text += stream.rest()
         tokens = tokens_before + len(ids)
         return Piece(text, tuple(logprobs), finish, tokens), tokens
 
