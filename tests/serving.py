@@ -33,10 +33,12 @@ from lighten.serving.running import prepare
 ADMIN = "admin-key-of-tests"
 
 
-def save_adapter(base: Path, folder: Path, *, seed: int, r: int = 4, std: float = 0.3) -> Path:
+def save_adapter(
+    base: Path, folder: Path, *, seed: int, r: int = 4, std: float = 0.3, **settings: Any
+) -> Path:
     """An adapter with random factors in PEFT's format."""
     loaded = models.load(str(base))
-    cohort = adapters.attach(loaded.model, [AdapterSpec(name="own", r=r, alpha=2 * r)])
+    cohort = adapters.attach(loaded.model, [AdapterSpec(name="own", r=r, alpha=2 * r, **settings)])
     torch.manual_seed(seed)
     for parameter in cohort.parameters("own").values():
         parameter.data.normal_(std=std)

@@ -23,7 +23,9 @@ from lighten import data, models
 from lighten.errors import UserError
 from lighten.models.same import names_another
 from lighten.peft_config import CONFIG
+from lighten.quantization.gguf_adapter import write_gguf_adapter
 from lighten.serving import adapters
+from lighten.serving.engine import Adapter
 from lighten.serving.stopping import StopTexts
 from lighten.serving.texts import Texts
 from tests.serving import save_adapter, save_adapters
@@ -177,3 +179,31 @@ def test_a_token_that_ends_a_character_and_begins_another_shows_the_first_at_the
         stream = texts.stream(())
         assert "".join(stream.text(token) for token in tokens) == shown
         assert stream.rest() == rest
+
+
+def test_an_adapters_file_for_llama_cpp_is_that_of_the_base_that_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers fit a base with other heads as well, whose rows are in another order there."""
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    heads = {"four": (4, 2), "two": (2, 1)}
+    bases = {
+        name: adapters.open_base(
+            str(save_tiny(tmp_path / name, num_attention_heads=query, num_key_value_heads=key))
+        )
+        for name, (query, key) in heads.items()
+    }
+    folder = save_adapter(bases["four"].folder, tmp_path / "it", seed=1)
+    adapter = Adapter(adapters.fingerprint(folder), folder)
+    for name in ("four", "two", "four"):
+        written = adapters.adapter_as_gguf(adapter, bases[name])
+        write_gguf_adapter(folder, bases[name].config, tmp_path / "expected.gguf")
+        assert written.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+    tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    of_head = save_adapter(
+        bases["four"].folder, tmp_path / "head", seed=1, target_modules=("lm_head",)
+    )
+    head = Adapter(adapters.fingerprint(of_head), of_head)
+    adapters.adapter_as_gguf(head, bases["four"])
+    with pytest.raises(UserError, match="shares with its word embeddings"):
+        adapters.adapter_as_gguf(head, adapters.open_base(str(tied)))

@@ -27,11 +27,14 @@ from lighten.serving.engine import Adapter
 from lighten.serving.prompts import Asking, asking
 
 log = logging.getLogger(__name__)
+# Raised when what is converted for llama.cpp changes, so that an old copy is not taken for it.
+LAYOUT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _TEMPLATE = "chat_template.jinja"
+_READ = ("*.json", "*.jinja", "*.model")  # of a base, beside its weights
 # Beside the weights and settings, what decides how an adapter is asked.
-_FILES = (CONFIG, WEIGHTS, _TEMPLATE, "tokenizer.json", "tokenizer_config.json",
-          "generation_config.json")  # fmt: skip
+_FILES = (CONFIG, WEIGHTS, _TEMPLATE, "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+          "special_tokens_map.json", "generation_config.json")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,7 @@ class Base:
         if self.checksum is None:
             self.checksum = checksum(weight_files(self.folder))
         digest = hashlib.sha256(str(self.checksum).encode())
-        for file in sorted(self.folder.glob("*.json")) + sorted(self.folder.glob("*.jinja")):
+        for file in (file for kind in _READ for file in sorted(self.folder.glob(kind))):
             digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()
 
@@ -255,13 +258,22 @@ def adapter_as_gguf(adapter: Adapter, base: Base) -> Path:
     Raises:
         UserError: It cannot be served unmerged; says why, and how to merge it.
     """
-    folder = cache_folder() / "serve" / f"{adapter.key}-{base.config.model_type}"
+    folder = cache_folder() / "serve" / f"{adapter.key}-{_shape(base.config)}-{LAYOUT}"
     target = folder / "adapter.gguf"
     if not target.is_file():
         with whole_folder(folder) as partial:
             write_gguf_adapter(adapter.folder, base.config, partial / "adapter.gguf")
             require_unchanged(adapter)
     return target
+
+
+def _shape(config: Any) -> str:
+    """A base's kind and a digest of its settings: an adapter's file depends on its heads, too."""
+    settings = config.get_text_config().to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return f"{config.model_type}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def require_unchanged(adapter: Adapter) -> None:

@@ -209,7 +209,7 @@ def base_as_gguf(base: Base, storage: str) -> tuple[Path, str]:
             "weights: serve it by --engine lighten, or a GGUF file of the model it was made from"
         )
     key = base.contents()
-    target = cache_folder() / "serve" / "bases" / f"{key[:32]}-{storage}.gguf"
+    target = cache_folder() / "serve" / "bases" / f"{key[:32]}-{storage}-{adapters.LAYOUT}.gguf"
     if target.is_file():
         return target, f"{storage}, converted before"
     target.parent.mkdir(parents=True, exist_ok=True)
