@@ -45,8 +45,12 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All weights; embedding and head are two."""
-        layer = sum(a * b for a, b in self.linears) + 2 * self.hidden
-        return self.layers * layer + 2 * self.vocabulary * self.hidden + self.hidden
+        return self.in_layers + 2 * self.vocabulary * self.hidden + self.hidden
+
+    @property
+    def in_layers(self) -> int:
+        """Weights of the decoder layers."""
+        return self.layers * (sum(a * b for a, b in self.linears) + 2 * self.hidden)
 
     @property
     def adapter(self) -> int:
@@ -65,9 +69,11 @@ def states_of(shape: Shape, method: str) -> States:
     """What a training holds: float32 of what learns, with AdamW, over a base in bfloat16."""
     if method == "full":
         size = 4.0 * shape.parameters
-        return States(0.0, size, size, 2 * size)
+        return States(0.0, size, size, 2 * size, layers=4.0 * shape.in_layers)
     size = 4.0 * shape.adapter
-    return States(2.0 * shape.parameters, size, size, 2 * size)
+    return States(
+        2.0 * shape.parameters, size, size, 2 * size, adapters=size, layers=2.0 * shape.in_layers
+    )
 
 
 def memory_table() -> str:
@@ -83,7 +89,8 @@ def memory_table() -> str:
                     states_per_rank(states, strategy, gpus).total / GIB for strategy in TRAINED
                 ]
                 sent = [
-                    volume_per_rank(states, strategy, gpus).network / GB for strategy in TRAINED
+                    volume_per_rank(states, strategy, gpus, layers=shape.layers).network / GB
+                    for strategy in TRAINED
                 ]
                 rows.append([shape.name, method, f"{gpus:,}",
                              *(f"{value:,.2f}" for value in states_gib),
@@ -104,7 +111,7 @@ def hidden_table() -> str:
             # Forward and backward by the inputs, and by the weights where they learn.
             per_token = (6.0 if method == "full" else 4.0) * shape.parameters
             for strategy in ("zero2", "zero3"):
-                sent = volume_per_rank(states, strategy, 4096).network
+                sent = volume_per_rank(states, strategy, 4096, layers=shape.layers).network
                 tokens = [sent / link * flops / per_token
                           for link in (device.peer_link, device.node_link)]  # fmt: skip
                 rows.append([shape.name, method, strategy, *(f"{count:,.0f}" for count in tokens)])

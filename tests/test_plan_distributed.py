@@ -65,23 +65,61 @@ def test_ring_collectives_by_hand() -> None:
 
 
 def test_section_7_of_the_zero_paper() -> None:
-    """Volume over many ranks: 2 Psi for DDP, ZeRO 1 and 2, and 3 Psi for ZeRO 3."""
+    """Volume over many ranks: 2 Psi for DDP and ZeRO 2, and 3 Psi for ZeRO 3.
+
+    ZeRO 1 is 2 Psi there; `parallel/` sums whole gradients before it hands rows out. On processors
+    gloo scatters by reducing all.
+    """
     parameters, ranks = 1e9, 10_000
     psi = 2 * parameters
-    for strategy, times in (("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 3)):
-        volume = volume_per_rank(mixed(parameters), strategy, ranks)  # type: ignore[arg-type]
-        assert volume.network / psi == pytest.approx(times, rel=1e-3), strategy
+    for strategy, times, on_processors in (
+        ("ddp", 2, 2), ("zero1", 3, 3), ("zero2", 2, 3), ("zero3", 3, 4), ("fsdp", 3, 4)
+    ):  # fmt: skip
+        for gloo, expected in ((False, times), (True, on_processors)):
+            volume = volume_per_rank(mixed(parameters), strategy, ranks, gloo=gloo)  # type: ignore[arg-type]
+            assert volume.network / psi == pytest.approx(expected, rel=1e-3), strategy
+
+
+def test_whole_gradients_are_summed_once_per_step_and_layers_come_with_each_micro_batch() -> None:
+    three = {"ranks": 8, "micro_batches": 3}
+    base = mixed(1e9)
+    adapters = States(frozen=2e9, trained=8e6, gradients=8e6, optimiser=16e6, adapters=8e6)
+    for strategy, of_base, of_adapters in (
+        ("ddp", (0, 2), (0, 2)), ("zero1", (1, 2), (1, 2)), ("zero2", (3, 3), (1, 1)),
+    ):  # fmt: skip
+        for states, times in ((base, of_base), (adapters, of_adapters)):
+            volume = volume_per_rank(states, strategy, **three)  # type: ignore[arg-type]
+            sent = [part / (states.gradients * 7 / 8) for part in (volume.gather, volume.reduce)]
+            assert sent == pytest.approx(times), strategy
+
+
+def test_what_learns_outside_of_layers_is_gathered_once() -> None:
+    """A quarter of the weights is embedding and head; there are four layers."""
+    share = 7 / 8
+    full = States(0.0, 4e9, 4e9, 8e9, layers=3e9)
+    assert volume_per_rank(full, "zero3", 8, layers=4).gather == pytest.approx(7e9 * share)
+    # Two layers learn; of the two below them one is gathered for nothing.
+    last = States(2.5e9, 1.5e9, 1.5e9, 3e9, layers=3e9)
+    gathered = 2 * 1.5e9 + 1.5e9 + 0.75e9
+    assert volume_per_rank(last, "zero3", 8, layers=4).gather == pytest.approx(gathered * share)
+    assert states_per_rank(last, "zero3", 8).frozen == pytest.approx(1e9 + 1.5e9 / 8)
+    # Two of four packed layers are still there at each turn.
+    packed = States(2e9, 8e6, 8e6, 16e6, packed=1e9, adapters=8e6, layers=1.1e9)
+    assert volume_per_rank(packed, "zero3", 8, layers=4).gather == pytest.approx(1e9 * share)
 
 
 def test_frozen_weights_are_gathered_but_never_reduced() -> None:
-    states = States(frozen=16e9, trained=40e6, gradients=40e6, optimiser=80e6)
+    states = States(
+        frozen=18e9, trained=40e6, gradients=40e6, optimiser=80e6, adapters=40e6, layers=16e9
+    )
     assert volume_per_rank(states, "ddp", 8).network == pytest.approx(2 * 40e6 * 7 / 8)
     volume = volume_per_rank(states, "zero3", 8, micro_batches=4)
-    assert volume.gather == pytest.approx(4 * 2 * (16e9 + 40e6) * 7 / 8)
-    assert volume.reduce == pytest.approx(4 * 40e6 * 7 / 8)
-    # ZeRO 1 and 2 leave a frozen base whole on every rank.
-    assert states_per_rank(states, "zero2", 8).frozen == 16e9
-    assert states_per_rank(states, "zero3", 8).frozen == 2e9
+    assert volume.gather == pytest.approx(4 * 2 * 16e9 * 7 / 8)
+    assert volume.reduce == pytest.approx(2 * 40e6 * 7 / 8)
+    # ZeRO 1 and 2 leave a frozen base whole on every rank, ZeRO 3 embedding, head and adapters.
+    assert states_per_rank(states, "zero2", 8).frozen == 18e9
+    of_rank = states_per_rank(states, "zero3", 8)
+    assert (of_rank.frozen, of_rank.total) == (4e9, 4e9 + 160e6)
 
 
 def test_hybrid_sharding_stays_inside_a_node() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -197,14 +198,23 @@ def plan_spread(
     from lighten.machine import devices
     from lighten.planning import offloaded, predict
     from lighten.planning.distributed import TRAINED, cheapest, of_recipe, on_ranks, spread
+    from lighten.recipe import spread as spread_rules
 
     where = devices.named(device if processes is None else "cpu")
     ranks = gpus * nodes if processes is None else processes
-    alone = predict.plan(chosen, where, changes=False, ranks=ranks)
+    full = chosen.method == "full"
     offload = offload or offloaded.places(chosen, where.kind)
     layers = predict.layers_of(chosen)
 
+    @functools.cache
+    def alone_of(cut: str) -> Plan:
+        recipe = chosen.model_copy(update={"strategy": cut})
+        return predict.plan(recipe, where, changes=False, ranks=ranks)
+
     def spread_by(name: Strategy) -> Distributed:
+        # Where layers are gathered, micro-batches hold rows of all adapters.
+        gathers = name == "fsdp_hybrid" or spread_rules.gathers(name, full=full)
+        alone = alone_of("fsdp" if gathers else "ddp")
         if processes is not None:
             return on_ranks(alone, where, name, ranks=processes, local=processes, layers=layers,
                             offload=tuple(offload))  # fmt: skip

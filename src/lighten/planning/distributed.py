@@ -1,11 +1,12 @@
 """Memory, communication and its time per rank for DDP, ZeRO 1, 2, 3 and FSDP, from formulas.
 
 Sources: ZeRO (Rajbhandari et al., arXiv 1910.02054): model states per rank in section 3 and figure
-1, communication volume in section 7. Ring collectives (Patarasuk and Yuan, J. Parallel Distrib.
-Comput. 69, 2009): of n ranks each sends (n-1)/n of the data in a reduce-scatter or an all-gather,
-and twice that in an all-reduce, which is both. FSDP with full sharding is ZeRO 3, with sharding
-inside a node (`HYBRID_SHARD`) ZeRO 3 there and an all-reduce between nodes (Zhao et al., arXiv
-2304.11277, section 3.2). Offload: ZeRO-Offload (Ren et al., arXiv 2101.06840, section 4).
+1, communication volume in section 7; where `parallel/` sends something else, that is counted. Ring
+collectives (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009): of n ranks each sends
+(n-1)/n of the data in a reduce-scatter or an all-gather, and twice that in an all-reduce, which is
+both. FSDP with full sharding is ZeRO 3, with sharding inside a node (`HYBRID_SHARD`) ZeRO 3 there
+and an all-reduce between nodes (Zhao et al., arXiv 2304.11277, section 3.2). Offload: ZeRO-Offload
+(Ren et al., arXiv 2101.06840, section 4).
 
 Left out: the latency of each hop (which counts for thousands of ranks and small messages),
 trees in place of rings, links that ranks share, overlap with computing (both ends of it are given),
@@ -128,8 +129,9 @@ def states_per_rank(
 ) -> States:
     """The states that stay on one rank (arXiv 1910.02054, figure 1).
 
-    A frozen weight has neither gradient nor moments, so only ZeRO 3 and FSDP make it smaller. Of a
-    base in few bits its packed layers alone are spread, as `parallel/gathered.py` does it.
+    A frozen weight has neither gradient nor moments, so only ZeRO 3 and FSDP make it smaller. They
+    leave adapters whole, and what is frozen outside of decoder layers; of a base in few bits its
+    packed layers alone are spread.
 
     Args:
         states: On one device alone.
@@ -138,21 +140,22 @@ def states_per_rank(
         ranks_per_node: Needed for hybrid sharding, which shards inside a node.
     """
     group = ranks_per_node if strategy == "fsdp_hybrid" and ranks_per_node else ranks
-    if _gathers_packed(states, strategy):
-        left = states.packed / ranks
-        return replace(states, frozen=states.frozen - states.packed + left, packed=left)
     sharded = _SHARDED[strategy]
-    weights = group if "weights" in sharded else 1
+    if "weights" in sharded:
+        frozen, trained = states.spread
+        away = 1.0 - 1.0 / group  # of what is spread
+        learns = away if trained else 0.0
+        return States(
+            states.frozen - away * frozen, states.trained - away * trained,
+            states.gradients * (1.0 - learns), states.optimiser * (1.0 - learns),
+            states.packed / group,
+        )  # fmt: skip
     return States(
-        states.frozen / weights,
-        states.trained / weights,
-        states.gradients / (group if "gradients" in sharded else 1),
-        states.optimiser / (group if "optimiser" in sharded else 1),
+        states.frozen,
+        states.trained,
+        states.gradients / (ranks if "gradients" in sharded else 1),
+        states.optimiser / (ranks if "optimiser" in sharded else 1),
     )
-
-
-def _gathers_packed(states: States, strategy: Strategy) -> bool:
-    return states.packed > 0 and strategy in ("zero3", "fsdp")
 
 
 def volume_per_rank(
@@ -162,13 +165,18 @@ def volume_per_rank(
     *,
     ranks_per_node: int | None = None,
     micro_batches: int = 1,
+    layers: int | None = None,
+    gloo: bool = False,
 ) -> Volume:
-    """Bytes that each rank sends per optimiser step (arXiv 1910.02054, section 7).
+    """Bytes that each rank sends per optimiser step, as `parallel/` sends them.
 
-    Per micro-batch ZeRO 3 gathers all weights for the forward pass and again for the backward
-    pass; a layer that is recomputed there stays gathered until its backward is done, so that costs
-    no third time. ZeRO 2 and 3 scatter the gradients of each micro-batch, since no rank keeps them
-    whole. DDP and ZeRO 1 reduce once per step, and so does what learns on packed layers.
+    Gradients of adapters, and those of DDP and ZeRO 1, are summed once per step. ZeRO 1 sums them
+    whole and hands its rows out after that: half as much again as in arXiv 1910.02054, section 7.
+    Of weights of the base ZeRO 2 gathers the layers and scatters the gradients of each micro-batch.
+    ZeRO 3 gathers layers for the forward pass and again for the backward pass; one that is
+    recomputed there stays gathered until its backward is done, so that costs no third time. What
+    learns outside of the layers is gathered once for both passes. Below the first layer that learns
+    there is no backward pass, and one layer is gathered for it all the same.
 
     Args:
         states: On one device alone.
@@ -176,32 +184,38 @@ def volume_per_rank(
         ranks: In all.
         ranks_per_node: For hybrid sharding.
         micro_batches: Per optimiser step.
+        layers: Decoder layers; None: so many that two more or fewer do not count.
+        gloo: On processors, where a reduce-scatter sends as much as an all-reduce.
     """
-    weights = states.frozen + states.trained
     if ranks == 1:
         return Volume(0.0, 0.0)
+    scatter = all_reduce if gloo else reduce_scatter
+    whole = all_reduce(states.gradients, ranks)
+    learns_base = states.trained > states.adapters
     if strategy == "ddp":
-        return Volume(0.0, all_reduce(states.gradients, ranks))
+        return Volume(0.0, whole)
     if strategy == "zero1":
-        return Volume(all_gather(states.trained, ranks), reduce_scatter(states.gradients, ranks))
+        return Volume(all_gather(states.trained, ranks), whole)
     if strategy == "zero2":
+        times = micro_batches if learns_base else 1
         return Volume(
-            all_gather(states.trained, ranks),
-            micro_batches * reduce_scatter(states.gradients, ranks),
-        )
-    if _gathers_packed(states, strategy):
-        return Volume(
-            2 * micro_batches * all_gather(states.packed, ranks),
-            all_reduce(states.gradients, ranks),
+            times * all_gather(states.trained, ranks), times * scatter(states.gradients, ranks)
         )
     group = ranks_per_node if strategy == "fsdp_hybrid" and ranks_per_node else ranks
+    frozen, trained = states.spread
+    if not learns_base:
+        # Two packed layers are still there at each turn, up and down.
+        kept = min(1.0, GATHERED_LAYERS / layers) if states.packed and layers else 0.0
+        return Volume(2 * micro_batches * all_gather(frozen, group) * (1.0 - kept), whole)
+    ahead = (frozen + trained) / layers if frozen and layers else 0.0
+    once = states.outside + frozen + ahead
     across = 0.0
     if group < ranks:
         # Each rank's shard is summed with the same shard of the other nodes.
         across = micro_batches * all_reduce(states.gradients / group, ranks // group)
     return Volume(
-        2 * micro_batches * all_gather(weights, group),
-        micro_batches * reduce_scatter(states.gradients, group),
+        micro_batches * all_gather(2 * (trained - states.outside) + once, group),
+        micro_batches * scatter(states.gradients, group),
         across,
     )
 
@@ -276,7 +290,10 @@ def spread(
     states = plan.states if plan.states is not None else _of_parts(plan, parts)
     of_rank = states_per_rank(states, strategy, ranks, ranks_per_node=gpus)
     micro = plan.shape.micro_batches
-    volume = volume_per_rank(states, strategy, ranks, ranks_per_node=gpus, micro_batches=micro)
+    volume = volume_per_rank(
+        states, strategy, ranks, ranks_per_node=gpus, micro_batches=micro, layers=layers,
+        gloo=device.kind == "cpu",
+    )  # fmt: skip
     device_states, host, link = offloaded(of_rank, offload, micro_batches=micro)
     if device.kind == "cpu" and offload:
         # A process computes in main memory: what is in a file is read and written back. Weights
@@ -286,23 +303,21 @@ def spread(
             weights = of_rank.frozen + of_rank.trained
             host, link = host + weights, link + 2 * (micro + 1) * weights
     volume = Volume(volume.gather, volume.reduce, volume.across, link)
-    gathered = 0.0
+    gathered, learns_base = 0.0, states.trained > states.adapters
     if ("weights" in _SHARDED[strategy] and ranks > 1) or "param" in offload:
-        gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * (states.frozen + states.trained)
-    packed = _gathers_packed(states, strategy)
-    if strategy == "ddp" and ranks > 1:
-        gathered = states.gradients  # the flat copy that is reduced
-    if packed and ranks > 1:
-        slots = min(1.0, GATHERED_LAYERS / max(1, layers)) * states.packed
-        gathered = slots + states.gradients
-    if strategy == "zero2" and ranks > 1 and plan.method in ("full", "last_layers"):
+        in_layers = sum(states.spread) - states.outside
+        gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * in_layers + states.outside
+    if ranks > 1 and (strategy in ("ddp", "zero1") or not learns_base):
+        gathered += states.gradients  # the flat copy that is summed
+        device_states = replace(device_states, gradients=states.gradients)
+    if strategy == "zero2" and ranks > 1 and learns_base:
         gathered = states.trained / ranks  # the rows that whole layers are gathered from
         if micro == 1:
             # A layer's gradients come as its whole weights go, and are as many or fewer: the most
             # is there before the first of them.
             device_states = replace(device_states, gradients=0.0)
     peak = _peak(plan, parts, states, device_states) + gathered
-    if device.kind == "cpu" and not packed:
+    if device.kind == "cpu" and not (states.packed and "weights" in _SHARDED[strategy]):
         peak = max(peak, _read_whole(plan, states, strategy) + _always(parts))
     below, above = (
         min(abs(plan.memory.expected - bound), MOST_DOUBT * peak)
@@ -363,7 +378,10 @@ def on_ranks(
     )  # fmt: skip
     if device.kind != "cpu" or spread_states.capacity is None:
         return spread_states
-    mapped = 0.0 if "weights" in _SHARDED[strategy] else spread_states.states.frozen
+    states = spread_states.states
+    mapped = states.frozen
+    if "weights" in _SHARDED[strategy]:  # what stands outside of the layers
+        mapped = 0.0 if states.packed else states.frozen - states.spread[0]
     return replace(
         spread_states, capacity=int((spread_states.capacity + (local - 1) * mapped) / local)
     )
@@ -415,4 +433,5 @@ def _of_parts(plan: Plan, parts: Mapping[str, float]) -> States:
     base = parts.get("base weights", 0.0) + parts.get("quantisation constants", 0.0)
     # Weights of the base that learn are float32, as their gradients are.
     learning = min(base, gradients) if plan.method in ("full", "last_layers") else 0.0
-    return States(base - learning, learning + adapters, gradients, parts.get("optimiser", 0.0))
+    optimiser = parts.get("optimiser", 0.0)
+    return States(base - learning, learning + adapters, gradients, optimiser, adapters=adapters)

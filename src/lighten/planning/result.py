@@ -100,6 +100,8 @@ class States:
         optimiser: Moments, and float32 copies of the weights where there are any.
         packed: Of the frozen ones those of decoder layers in few bits, which alone are spread of a
             base that has any.
+        adapters: Of those that learn what stands beside the base: it stays whole on every rank.
+        layers: Of the base's those of decoder layers, learning or not; None: all of them.
     """
 
     frozen: float
@@ -107,11 +109,30 @@ class States:
     gradients: float
     optimiser: float
     packed: float = 0.0
+    adapters: float = 0.0
+    layers: float | None = None
 
     @property
     def total(self) -> float:
         """All of them."""
         return self.frozen + self.trained + self.gradients + self.optimiser
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """What ZeRO 3 and FSDP spread of the weights: frozen ones, and those that learn.
+
+        Decoder layers, and all else of the base that learns (embedding, head, norms).
+        """
+        learns = self.trained - self.adapters
+        if self.packed:
+            return self.packed, 0.0
+        return (self.frozen if self.layers is None else max(0.0, self.layers - learns)), learns
+
+    @property
+    def outside(self) -> float:
+        """Of the base's weights that learn those outside of decoder layers: gathered together."""
+        learns = self.trained - self.adapters
+        return 0.0 if self.layers is None else max(0.0, learns - self.layers)
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,6 @@ class OneRank:
     def __init__(self, kind: str = "cpu") -> None:
         self.device = torch.device(kind)
 
-    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
-        """Of one rank: the tensor."""
-        del reduction
-        return tensor
-
 
 @dataclass
 class Traced:
@@ -86,6 +81,7 @@ class Traced:
         largest: Bytes of its largest weight.
         frozen: Bytes of its weights and constants that do not learn.
         packed: Of these what ranks can share of its decoder layers in few bits.
+        in_layers: Bytes of the weights of its decoder layers, learning or not; None: it has none.
     """
 
     timeline: Timeline
@@ -98,6 +94,7 @@ class Traced:
     largest: int
     frozen: int
     packed: int
+    in_layers: int | None
 
     def tokens(self, place: int) -> int:
         """Tokens of a micro-batch, padding included."""
@@ -244,7 +241,7 @@ def follow_recipe(
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, all_layers)
         _mark_learning(setup, layers, repetition, tracker)
-        frozen, packed = _frozen(setup), _packed(layers)
+        frozen, packed, in_layers = _frozen(setup), _packed(layers), _in_layers(setup, layers)
         units = _shrink(base.model, layers, repetition)
     setup.objective.workspace = lambda: FewChunks(tracker.timeline)
     cut, lengths = largest_step(setup, rows_tokens)
@@ -267,10 +264,8 @@ def follow_recipe(
                 rows_tokens=rows_tokens, supervised=supervised, all_layers=True,
                 capability=capability, ranks=ranks,
             )  # fmt: skip
-    return Traced(
-        timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes), frozen,
-        packed,
-    )  # fmt: skip
+    return Traced(timeline, setup, cut, places, lengths, first_run, sum(sizes), max(sizes), frozen,
+                  packed, in_layers)  # fmt: skip
 
 
 def _require_traceable(cut: list[list[Item]], lengths: Sequence[int]) -> None:
@@ -429,6 +424,14 @@ def _packed(layers: Sequence[nn.Module]) -> int:
             eight = weight.dtype == torch.int8
             total += weight.nbytes + (weight.SCB if eight else weight.quant_state.absmax).nbytes
     return total
+
+
+def _in_layers(setup: Setup, layers: Sequence[nn.Module]) -> int | None:
+    """Bytes of the base's own weights in decoder layers."""
+    adapters = [] if setup.recipe.method == "full" else setup.adapters
+    beside = {id(p) for adapter in adapters for p in adapter.parameters.values()}
+    weights = [p for layer in layers for p in layer.parameters() if id(p) not in beside]
+    return sum(_storages(weights).values()) if layers else None
 
 
 def _frozen(setup: Setup) -> int:

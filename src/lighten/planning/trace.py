@@ -151,12 +151,15 @@ def _states_of(traced: Traced) -> States:
     learning = [p for adapter in traced.setup.adapters for p in adapter.parameters.values()]
     timeline = traced.timeline
     alive = timeline.alive_at(len(timeline.events) - 1)  # after the last optimiser's step
+    trained = sum(p.numel() * p.element_size() for p in learning)
     return States(
         frozen=traced.frozen,
-        trained=sum(p.numel() * p.element_size() for p in learning),
+        trained=trained,
         gradients=sum(4 * p.numel() for p in learning),  # float32, as the weights that learn
         optimiser=alive.get("optimiser", 0),
         packed=traced.packed,
+        adapters=0 if traced.setup.recipe.method == "full" else trained,
+        layers=traced.in_layers,
     )
 
 
