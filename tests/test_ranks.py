@@ -130,6 +130,12 @@ def test_only_a_run_that_goes_on_has_to_be_seen_by_all_ranks(
     started = ranks(settings, folders=machines)
     assert wait_for_exit(started) == [0, 0], [process.communicate() for process in started]
     assert not list(machines[1].iterdir())
+    # Where nothing is left to train, the rank that sees it tells the other one.
+    started = ranks(settings, "--resume", folders=machines)
+    assert wait_for_exit(started) == [0, 0], [process.communicate() for process in started]
+    said = [process.communicate()[0].count("nothing is left to train") for process in started]
+    assert said == [1, 0]
+    assert not list(machines[1].iterdir())
     cut_short(Run(machines[0] / "run"), machines[0] / "cut", keep=slice(1))
     started = ranks({**settings, "output_dir": "cut"}, "--resume", folders=machines)
     assert wait_for_exit(started) == [2, 2]

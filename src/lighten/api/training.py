@@ -55,8 +55,8 @@ def train(
     count = launch.rank_count(place, processes=processes, gpus=gpus)
     chosen = _as_configured(recipe_of(recipe, **overrides), place)
     spread.require_ranks(chosen, max(count, place.world_size))
-    done = path_checks.finished(chosen, resume=resume, announce=progress)
-    if done is not None:
+    done = path_checks.finished(chosen, resume=resume, announce=progress and place.main)
+    if done is not None and place.world_size == 1:
         return done
     if count > 1:
         return _train_as_ranks(
@@ -67,7 +67,8 @@ def train(
     from lighten.training.run import train as run_training
 
     with launch.one_process_on(processes, gpus):
-        if not planned or os.environ.get("LIGHTEN_PLAN") == "off":
+        # A finished run is seen by the first rank, and perhaps by no other: they agree on it.
+        if done is not None or not planned or os.environ.get("LIGHTEN_PLAN") == "off":
             return run_training(chosen, resume=resume, progress=progress)
         from lighten.planning.preflight import plan_first, remember
 

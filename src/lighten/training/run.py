@@ -22,8 +22,9 @@ from lighten.errors import DiskFull, UserError
 from lighten.folders import resume_command
 from lighten.machine import hardware
 from lighten.parallel import launch, ranks
+from lighten.paths import exists
 from lighten.recipe import Recipe, spread
-from lighten.runs import PLAN, Run, now, write_json
+from lighten.runs import PLAN, RECIPE, Run, now, write_json
 from lighten.training import checkpoints, offloaded, quantization_aware, streaming, trackers
 from lighten.training.base import load_base, require_trainable, tokenizer_of
 from lighten.training.checkpoints import TrainerState
@@ -83,6 +84,9 @@ def train(
         log_with=list(recipe.report_to) or None,
         project_config=trackers.places(recipe.run_folder),
     )
+    if resume and ranks.of_main(accelerator, place.main and _is_finished(recipe)):
+        accelerator.end_training()
+        return Run(recipe.run_folder, begun_elsewhere=True)
     streaming.require_possible(recipe, accelerator.device.type)
     offloaded.require_possible(recipe, accelerator.device.type)
     run = _open(recipe, accelerator, resume=resume)
@@ -142,6 +146,10 @@ def _warn_of_slow_format(recipe: Recipe, device: str, progress: TrainingProgress
     formats = hardware.formats(device)
     if (slow := hardware.slow_format(recipe.compute_dtype, formats, name, device_type)) is not None:
         progress.note(f"warning: {slow}")
+
+
+def _is_finished(recipe: Recipe) -> bool:
+    return exists(recipe.run_folder / RECIPE) and Run(recipe.run_folder).is_finished()
 
 
 def _came_to_nothing(run: Run, error: BaseException) -> bool:
