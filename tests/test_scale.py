@@ -257,7 +257,7 @@ def test_a_deepspeed_configuration_is_read(
     ({"deepspeed": {"train_batch_size": 8, "gradient_accumulation_steps": 4,
                     "gradient_clipping": 1.0}}, "train_batch_size depends"),
     ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "stage 4 is none of 0, 1, 2, 3"),
-    ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler has no equal here"),
+    ({"deepspeed": {"curriculum_learning": {}}}, "curriculum_learning has no equal here"),
     ({"deepspeed": {"optimizer": {"type": "Lamb"}}}, "optimizer Lamb has no equal"),
     ({"deepspeed": {"train_batch_size": 64}}, "depends on the number of ranks"),
     ({"deepspeed": {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}},

@@ -50,8 +50,8 @@ _BITS = ("quantization_bit", "quant_bits", "quantization")
 _BACKENDS = ("quant_method", "quantization_method")
 SPECIAL = (
     "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
-    "deepspeed", "fsdp", "adapter", "finetuning_type", "freeze_trainable_layers", *_BITS,
-    *_BACKENDS,
+    "deepspeed", "fsdp", "fsdp_config", "adapter", "finetuning_type", "freeze_trainable_layers",
+    *_BITS, *_BACKENDS,
 )  # fmt: skip
 # Of these, what are switches, and how people write one.
 _SWITCHES = ("train_on_inputs", "lora_target_linear", "bf16", "fp16")
@@ -145,13 +145,22 @@ def translate(
         elif key in ("deepspeed", "fsdp"):
             try:
                 converted = (
-                    foreign.deepspeed(value, folder) if key == "deepspeed" else foreign.fsdp(value)
+                    foreign.deepspeed(value, folder, values.get("max_steps"))
+                    if key == "deepspeed"
+                    else foreign.fsdp(value, values.get("fsdp_config"), folder)
                 )
             except ValueError as error:
                 problems.append(f"{key}: {error}")
             else:
                 for name, setting in converted.items():
                     put(key, name, setting)
+                if "lr_scheduler_type" in converted:
+                    notices.append("DeepSpeed's first two steps have no rate: its warm-up begins "
+                                   "two steps earlier here")  # fmt: skip
+        elif key == "fsdp_config":
+            if value and not values.get("fsdp"):
+                problems.append("fsdp_config has no effect without fsdp; add fsdp: true, or remove "
+                                "it")  # fmt: skip
         elif key == "flash_attn":
             flash = _FLASH.get(str(value).lower())
             if flash is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lighten.recipe.places import within
 
+_TRUE, _FALSE = ("true", "yes", "on", "1", "y", "t"), ("false", "no", "off", "0", "n", "f")
 STAGES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
 # Words of transformers' `fsdp` and of accelerate's sharding strategies.
 SHARDING = {
@@ -60,14 +61,40 @@ _OPTIMIZER = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "wei
 # What is AdamW here as there only if it says so; which of DeepSpeed's kernels moves is passed over.
 _ADAMW = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
 _KERNELS = {"torch_adam", "fused", "foreach", "set_grad_none", "fp32_optimizer_states"}
+# DeepSpeed's schedulers (runtime/lr_schedules.py of 0.19.8), with a warm-up that is linear.
+_SCHEDULERS = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear",
+               "WarmupCosineLR": "cosine"}  # fmt: skip
+# Where they begin and end. Ours begin at 0 and end there, which two of these have by themselves.
+_FROM_ZERO = {"warmup_min_lr": 0, "warmup_min_ratio": 0, "cos_min_ratio": 0.0001}
+_WARMUP_STEPS, _DECAYS_FROM = 1000, 0.001  # where nobody says how long, and from which rate
+# What transformers' `fsdp_config` says of order and loading alone.
+_FSDP_MOVING = {"cpu_ram_efficient_loading", "sync_module_states", "backward_prefetch",
+                "forward_prefetch", "use_orig_params", "limit_all_gathers"}  # fmt: skip
+# What means nothing here unless it is off.
+_FSDP_OFF = {
+    "cpu_offload": "offload_params: nvme is what moves weights, on processors",
+    "xla": "there is no training on TPUs", "xla_fsdp_v2": "there is no training on TPUs",
+    "xla_fsdp_grad_ckpt": "there is no training on TPUs",
+    "xla_fsdp_settings": "there is no training on TPUs",
+    "min_num_params": "ranks gather decoder layers, whatever their size",
+}  # fmt: skip
+# What means the same as here with these words alone.
+_FSDP_SAME = {
+    "version": ("1", "2"), "state_dict_type": ("FULL_STATE_DICT",),
+    "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
+}  # fmt: skip
+_LAYER_CLASSES = ("DecoderLayer", "Block", "Layer")  # how models' decoder layers are called
 
 
-def deepspeed(source: Any, folder: Path | None = None) -> dict[str, Any]:
+def deepspeed(
+    source: Any, folder: Path | None = None, max_steps: Any = None
+) -> dict[str, Any]:  # fmt: skip
     """Our settings for a DeepSpeed configuration.
 
     Args:
         source: Its values, the path of its file, or a short name (`zero2`).
         folder: That holds the recipe's file.
+        max_steps: Of the recipe, if it says how many.
 
     Raises:
         ValueError: It cannot be read, or asks for what is not the same here; says what to change.
@@ -76,7 +103,7 @@ def deepspeed(source: Any, folder: Path | None = None) -> dict[str, Any]:
         return {"strategy": source}
     if isinstance(source, str) and source in _SHORT_OFFLOAD:
         return dict(_SHORT_OFFLOAD[source])
-    config = source if isinstance(source, Mapping) else _read(str(source), folder)
+    config = source if isinstance(source, Mapping) else _read("deepspeed", str(source), folder)
     zero = _section(config, "zero_optimization")
     if (stage := zero.get("stage", 0)) not in [*STAGES]:
         raise ValueError(f"stage {stage!r} is none of 0, 1, 2, 3")
@@ -102,21 +129,26 @@ def deepspeed(source: Any, folder: Path | None = None) -> dict[str, Any]:
                 raise ValueError("bf16 and fp16 are both enabled; keep one")
             settings["dtype"] = dtype
     settings |= _optimizer(_section(config, "optimizer"))
-    supported = {*_EQUIVALENT, *_QUIET, "zero_optimization", "bf16", "fp16", "optimizer"}
+    settings |= _scheduler(_section(config, "scheduler"), max_steps)
+    supported = {*_EQUIVALENT, *_QUIET, "zero_optimization", "bf16", "fp16", "optimizer",
+                 "scheduler"}  # fmt: skip
     if unknown := sorted(key for key in config if key not in supported and config[key] != "auto"):
         raise ValueError(f"{unknown[0]} has no equal here; set it in the recipe, or remove it")
     return settings
 
 
-def fsdp(value: Any) -> dict[str, Any]:
-    """Our settings for the words of transformers' `fsdp`, such as `full_shard auto_wrap`.
+def fsdp(value: Any, config: Any = None, folder: Path | None = None) -> dict[str, Any]:
+    """Our settings for transformers' `fsdp`, such as `full_shard auto_wrap`, and `fsdp_config`.
+
+    Args:
+        value: Of `fsdp`.
+        config: Of `fsdp_config`: its values, or the path of its file.
+        folder: That holds the recipe's file.
 
     Raises:
         ValueError: A word asks for what is not the same here, or two contradict each other.
     """
-    if value is True:  # transformers', since its version 5
-        return {"strategy": "fsdp"}
-    words = value if isinstance(value, list) else str(value or "").split()
+    words = value if isinstance(value, list) else [] if value is True else str(value or "").split()
     named: dict[str, str] = {}  # the word by strategy
     for word in words:
         if str(word) in SHARDING:
@@ -125,9 +157,62 @@ def fsdp(value: Any) -> dict[str, Any]:
             raise ValueError(
                 f"{word!r} is not built; use full_shard, shard_grad_op or no_shard, with auto_wrap"
             )
+    strategy, settings = _fsdp_config(config, folder)
+    if strategy is not None:
+        named.setdefault(strategy, "fsdp_config: reshard_after_forward")
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named.values())} contradict each other; keep one")
-    return {"strategy": next(iter(named))} if named else {}
+    if value and not named:  # as transformers has it since its version 5
+        named["fsdp"] = str(value)
+    return ({"strategy": next(iter(named))} if named else {}) | settings
+
+
+def _fsdp_config(source: Any, folder: Path | None) -> tuple[str | None, dict[str, Any]]:
+    """The strategy that `reshard_after_forward` asks for, if it is there, and other settings."""
+    if source is None:
+        return None, {}
+    config = source if isinstance(source, Mapping) else _read("fsdp_config", str(source), folder)
+    values = {str(key).removeprefix("fsdp_"): value for key, value in config.items()}
+    for key, value in values.items():
+        word = str(value)
+        if key in _FSDP_OFF and value and word.lower() not in _FALSE:
+            raise ValueError(f"fsdp_config: {key}: {value!r} has no equal here "
+                             f"({_FSDP_OFF[key]}); remove it")  # fmt: skip
+        if key in _FSDP_SAME and word not in _FSDP_SAME[key]:
+            raise ValueError(f"fsdp_config: {key}: {value!r} has no equal here; use "
+                             f"{_FSDP_SAME[key][-1]}, or remove it")  # fmt: skip
+    names = values.get("transformer_layer_cls_to_wrap") or []
+    for name in names if isinstance(names, list) else [names]:
+        if not str(name).endswith(_LAYER_CLASSES):
+            raise ValueError(f"fsdp_config: transformer_layer_cls_to_wrap: {name} is no class of "
+                             "decoder layers, which are what ranks gather; remove it")  # fmt: skip
+    read = {"transformer_layer_cls_to_wrap", "activation_checkpointing", "reshard_after_forward"}
+    if unknown := sorted(
+        values.keys() - read - _FSDP_MOVING - _FSDP_OFF.keys() - _FSDP_SAME.keys()
+    ):
+        raise ValueError(f"fsdp_config has no {unknown[0]}; correct it, or remove it")
+    recomputes = _switch(values, "activation_checkpointing", default=False)
+    strategy = None
+    if "reshard_after_forward" in values:
+        if str(values.get("version", "2")) == "1":
+            strategy = SHARDING.get(str(values["reshard_after_forward"]).lower())
+            if strategy is None:
+                raise ValueError(
+                    f"fsdp_config: reshard_after_forward: {values['reshard_after_forward']!r} of "
+                    "FSDP 1 is not built; use full_shard, shard_grad_op or no_shard"
+                )
+        else:
+            reshards = _switch(values, "reshard_after_forward", default=True)
+            strategy = "fsdp" if reshards else "zero2"
+    return strategy, {"gradient_checkpointing": True} if recomputes else {}
+
+
+def _switch(values: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    """A switch of `fsdp_config`, which may be a word."""
+    word = str(values.get(key, default)).lower()
+    if word not in (*_TRUE, *_FALSE):
+        raise ValueError(f"fsdp_config: {key}: {values[key]!r} does not do; use true or false")
+    return word in _TRUE
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -191,9 +276,55 @@ def _optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _read(path: str, folder: Path | None) -> Mapping[str, Any]:
+def _scheduler(section: Mapping[str, Any], max_steps: Any) -> dict[str, Any]:
+    """The schedule of the learning rate, where its course is that of one of ours.
+
+    DeepSpeed makes its first two steps at the rate that the warm-up begins with, 0, and here it
+    begins at once: a step of the warm-up has the rate of two steps later there.
+    """
+    if not section:
+        return {}
+    name = str(section.get("type"))
+    if name not in _SCHEDULERS:
+        raise ValueError(f"scheduler {name} has no equal here; set lr_scheduler_type in the recipe")
+    ours = _SCHEDULERS[name]
+    values = {key: value for key, value in _section(section, "params").items() if value != "auto"}
+    own = f"lr_scheduler_type: {ours} and warmup_steps in the recipe"
+    if (kind := values.pop("warmup_type", "log")) != "linear":
+        raise ValueError(
+            f"scheduler: {name} warms up by the step's logarithm where its warmup_type is {kind}, "
+            f"and lr_scheduler_type: {ours} linearly; add warmup_type: linear to it, or set {own}"
+        )
+    decays = name != "WarmupLR"
+    known = {"warmup_num_steps", *({"total_num_steps"} if decays else ()),
+             *(("warmup_min_ratio", "cos_min_ratio") if name == "WarmupCosineLR"
+               else ("warmup_min_lr", "warmup_max_lr"))}  # fmt: skip
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"scheduler: {name} has no {unknown[0]}; correct it, or remove it")
+    for key in sorted(known & _FROM_ZERO.keys()):
+        if (value := values.get(key, _FROM_ZERO[key])) != 0:
+            raise ValueError(f"scheduler: {key} is {value}, and lr_scheduler_type: {ours} begins "
+                             f"and ends at 0; set it to 0, or set {own}")  # fmt: skip
+    settings: dict[str, Any] = {"lr_scheduler_type": ours}
+    if str(values.get("total_num_steps", max_steps)) != str(max_steps):
+        raise ValueError(
+            f"scheduler: total_num_steps is {values['total_num_steps']}, and the learning rate "
+            "ends with the run here; set it to auto, or max_steps in the recipe to the same"
+        )
+    params = _section(section, "params")
+    if "warmup_num_steps" not in params or "warmup_num_steps" in values:
+        count = values.get("warmup_num_steps", _WARMUP_STEPS)
+        settings["warmup_steps"] = max(2, count) if isinstance(count, int) else count
+    if name == "WarmupDecayLR" and "warmup_max_lr" not in params:
+        values["warmup_max_lr"] = _DECAYS_FROM
+    if values.get("warmup_max_lr") is not None:
+        settings["learning_rate"] = values["warmup_max_lr"]
+    return settings
+
+
+def _read(setting: str, path: str, folder: Path | None) -> Mapping[str, Any]:
     if folder is not None:
-        path = within("deepspeed", path, folder)
+        path = within(setting, path, folder)
     try:
         config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
@@ -201,5 +332,5 @@ def _read(path: str, folder: Path | None) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(config, Mapping):
-        raise ValueError(f"{path} holds no DeepSpeed configuration")
+        raise ValueError(f"{path} holds no settings by name")
     return config
