@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,8 @@ from lighten.serving import adapters
 from lighten.serving.adapters import Base, Model
 from lighten.serving.engine import Adapter, Engine
 from lighten.serving.requests import Refused
+
+log = logging.getLogger(__name__)
 
 
 class Registry:
@@ -33,6 +37,7 @@ class Registry:
         # Models as long as somebody holds one: a request that was taken under a name is answered
         # by what had the name then, even if it is loaded anew before the engine hears of it.
         self._in_use: weakref.WeakSet[Model] = weakref.WeakSet()
+        self._settling: set[asyncio.Task[None]] = set()
 
     def open(self, folders: Mapping[str, Path]) -> None:
         """Take the adapters that are there from the start."""
@@ -111,6 +116,7 @@ class Registry:
             message = f"{name} is loaded" if previous is None else f"{name} is loaded anew"
             del previous  # the engine forgets it now, unless an answer takes it
             await engine.set_adapters(self.adapters)
+            self._forget_with_their_answers(engine)
             return message
 
     async def unload(self, name: str, engine: Engine) -> str:
@@ -125,7 +131,35 @@ class Registry:
                               "model_not_found")  # fmt: skip
             self.models = {key: model for key, model in self.models.items() if key != name}
             await engine.set_adapters(self.adapters)
+            self._forget_with_their_answers(engine)
             return f"{name} is unloaded"
+
+    def _forget_with_their_answers(self, engine: Engine) -> None:
+        """Let the engine give up what answers alone still take, when the last of them has ended."""
+        loop, served = asyncio.get_running_loop(), set(self.models.values())
+
+        def ended() -> None:  # in whichever thread let go of it
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(self._settle, engine)
+
+        for model in list(self._in_use):
+            if model not in served:
+                weakref.finalize(model, ended).atexit = False
+
+    def _settle(self, engine: Engine) -> None:
+        async def settle() -> None:
+            async with self._changing:
+                if engine.obstacle() is None:
+                    await engine.set_adapters(self.adapters)
+
+        task = asyncio.create_task(settle())
+        self._settling.add(task)
+        task.add_done_callback(self._settled)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._settling.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("an adapter that nothing takes any more stays in memory: %s", error)
 
     def _inside(self, path: str) -> Path:
         """A folder below the root, links followed."""
