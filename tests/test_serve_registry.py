@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+from lighten.serving.answering import Front
+from lighten.serving.front import application
 from lighten.serving.options import Options
 from lighten.serving.running import prepare
 from tests.serving import save_adapter, save_adapters
@@ -50,3 +57,49 @@ def test_memory_of_an_adapter_is_given_back_with_its_last_answer(
         await engine.stop()
 
     asyncio.run(held_after_answers())
+
+
+def refused_as(**fields: Any) -> dict[str, Any]:
+    """A schema that the engine does not follow."""
+    schema = {"name": "it", "schema": {"type": "nonsense"}}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}, **fields}
+
+
+def test_what_was_asked_is_let_go_of_with_its_answer(tiny_folder: Path, tmp_path: Path) -> None:
+    """An error that holds its own frame would hold the adapter until garbage is looked for."""
+    pytest.importorskip("llguidance")
+    options = Options(engine="lighten", storage="f32", slots=2, threads=1, context=64)
+    body = {"model": "it", "messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
+    requests: list[tuple[int, dict[str, Any]]] = [
+        (200, {}), (200, {"n": 2, "stream": True}), (400, {"no_such": 1}),
+        (400, {"max_tokens": 99}),
+        *((400, refused_as(n=n, stream=stream)) for n in (1, 2) for stream in (False, True)),
+    ]  # fmt: skip
+
+    async def held() -> list[dict[str, Any]]:
+        registry, engine = prepare(str(tiny_folder), options, lambda _: None)
+        front = Front(registry, engine)
+        await engine.start(registry.adapters)
+        await front.warm_up()
+        still_there = []
+        transport = httpx.ASGITransport(application(front))
+        async with httpx.AsyncClient(transport=transport, base_url="http://it") as http:
+            for status, fields in requests:
+                base = registry.models[registry.name]
+                registry.models = {**registry.models, "it": dataclasses.replace(base, name="it")}
+                model = weakref.ref(registry.models["it"])
+                answer = await http.post("/v1/chat/completions", json={**body, **fields})
+                assert answer.status_code == status, answer.text
+                registry.models.pop("it")
+                await asyncio.sleep(0.05)
+                if model() is not None:
+                    still_there.append(fields)
+        await engine.stop()
+        return still_there
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(held()) == []
+    finally:
+        gc.enable()

@@ -109,6 +109,7 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
             future.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await task
+        del task, future, disconnect  # its error holds this frame
 
 
 async def _wait_for_disconnect(request: Request) -> None:
@@ -154,9 +155,15 @@ class Answering:
     async def collect(self) -> list[Choice]:
         """All answers, when all are made."""
         choices = [Choice() for _ in self._generations]
-        async with self._counted(choices), asyncio.TaskGroup() as group:
-            for generation, choice in zip(self._generations, choices, strict=True):
-                group.create_task(self._fill(generation, choice))
+        async with self._counted(choices):
+            tasks = [
+                asyncio.create_task(self._fill(*pair))
+                for pair in zip(self._generations, choices, strict=True)
+            ]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                await _ended(tasks)
         self._tell_end()
         return choices
 
@@ -187,7 +194,10 @@ class Answering:
                         continue
                     if isinstance(part, BaseException):
                         if not begun:
-                            raise part
+                            try:
+                                raise part
+                            finally:
+                                del part
                         error = self._refused(part)
                         refused = error if isinstance(error, Refused) else Refused(500, str(error))
                         yield failure_event(refused.body())
@@ -205,9 +215,9 @@ class Answering:
                 yield "data: [DONE]\n\n"
                 self._tell_end()
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await _ended(tasks)
+                while not parts.empty():
+                    parts.get_nowait()  # an error among them would hold what holds it
 
     async def _fill(self, generation: Generation, choice: Choice) -> None:
         async for _ in self._pieces(generation, choice):
@@ -255,9 +265,11 @@ class Answering:
         try:
             yield
         except Exception as error:
-            cause = _cause(error)
-            refused = self._refused(cause)
-            raise refused from (None if refused is cause else error)
+            refused = self._refused(error)
+            try:
+                raise refused from (None if refused is error else error)
+            finally:
+                del refused  # an error that its own frame holds keeps all of the request
         finally:
             self._front.answering -= len(self._generations)
             if generated := sum(choice.tokens for choice in choices):
@@ -287,11 +299,12 @@ def _placed(piece: Piece, begin: int) -> tuple[TokenLogprob, ...]:
     return tuple(placed)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The first error of those that the answers of one request ended with."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+async def _ended(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel what is not complete, wait for its end and let go of all of it."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()
 
 
 # Fields that an engine may refuse.
