@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lighten
+from lighten import api
 from lighten.errors import UserError
 from lighten.quantization import table
 from lighten.quantization.int4 import group_size
@@ -250,7 +251,7 @@ def test_layers_that_blocks_of_four_bits_do_not_fit_stay_dense(tmp_path: Path) -
     model = tiny_model("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=96)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    (planned,) = lighten.api.plan_formats(str(folder), "nf4").formats
+    (planned,) = api.plan_formats(str(folder), "nf4").formats
     table = lighten.quantize(str(folder), "nf4", output_dir=tmp_path / "out")
     assert table.format("nf4")["file_bytes"] == pytest.approx(planned.file_bytes, rel=0.01)
     assert "2 linear layers of 14, 20% of their weights, stay in 16 bits" in planned.note
