@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lighten
 from lighten.errors import UserError
+from lighten.evaluation import model_alone
 from lighten.runs import Run
 from tests.processes import call
 from tests.tiny import save_tiny
@@ -137,10 +142,112 @@ def test_a_model_that_cannot_be_measured_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_adapter_by_itself_is_told_how_it_is_measured(run: Run, chat_file: Path) -> None:
+def test_an_adapter_alone_has_the_figures_that_it_has_in_its_run(
+    run: Run, chat_file: Path, tmp_path: Path
+) -> None:
+    """Where it lies there, and copied to elsewhere: its tokens and template lie beside it."""
+    ((name, folder),) = run.adapters().items()
+    beside = run.evaluation()
+    assert beside is not None
+    shutil.copytree(folder, tmp_path / "copied")
+    for adapter in (folder, tmp_path / "copied"):
+        alone = tmp_path / f"of {adapter.name}"
+        evaluation = measured(adapter, chat_file, alone)
+        base, trained = evaluation.models
+        assert trained["name"] == adapter.name
+        assert base["losses"] == beside["models"][0]["losses"]
+        assert trained["losses"] == beside["models"][1]["losses"]
+        (row,) = (d for d in evaluation.differences if d["metric"] == "loss")
+        assert row["adapter"] == adapter.name
+        assert evaluation.dataset["shared_prompts"] is None
+        assert any("training data is not known" in note for note in evaluation.dataset["notes"])
+    assert name == folder.name
+    again = lighten.evaluate(alone, **MEASURED)
+    assert again.models[1]["losses"] == trained["losses"]
+    page = lighten.report(alone).read_text(encoding="utf-8")
+    assert "held-out perplexity" in page.lower()
+    assert "nothing was trained" not in page
+    with pytest.raises(UserError, match="has the figures of"):
+        measured(folder, chat_file, alone)
+    shutil.rmtree(tmp_path / "copied")
+    with pytest.raises(UserError, match=r"no longer in .*copied"):
+        lighten.evaluate(alone, **MEASURED)
+    assert lighten.report(alone).is_file()
+
+
+@pytest.mark.parametrize("by", ["the base", "the adapter"])
+def test_an_adapter_of_any_kind_is_measured_over_a_base_that_is_named(
+    by: str, tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """DoRA, which PEFT's own modules carry out: as the model that PEFT merges it into."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    config = LoraConfig(use_dora=True, target_modules="all-linear", init_lora_weights=False)
+    wrapped = get_peft_model(model, config)
+    wrapped.save_pretrained(tmp_path / "dora")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for path in tiny_folder.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "merged")
+    shutil.copy(tiny_folder / "chat_template.jinja", tmp_path / "merged")
+    settings = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "somebody/another-model"
+    (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(settings))
+
+    merged = measured(tmp_path / "merged", chat_file, tmp_path / "of merged").models[0]["metrics"]
+    adapter, base = str(tmp_path / "dora"), str(tiny_folder)
+    if by == "the base":
+        subject, named = base, {"adapter_name_or_path": adapter}
+    else:
+        subject, named = adapter, {"base_model": base}
+    evaluation = measured(subject, chat_file, tmp_path / "of dora", **named)
+    untouched, trained = evaluation.models
+    assert trained["name"] == "dora"
+    assert trained["metrics"]["loss"]["value"] == pytest.approx(merged["loss"]["value"], rel=1e-4)
+    assert trained["metrics"]["loss"]["value"] != pytest.approx(
+        untouched["metrics"]["loss"]["value"], rel=1e-3
+    )
+
+
+def test_tokens_and_template_that_lie_beside_an_adapter_are_taken(
+    run: Run, chat_file: Path, tmp_path: Path
+) -> None:
     (folder,) = run.adapters().values()
-    with pytest.raises(UserError, match="evaluate the run that trained it"):
-        lighten.evaluate(folder, dataset=str(chat_file))
+    shutil.copytree(folder, tmp_path / "copied")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<call>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "copied")
+    recipe, adapter, _ = model_alone.recipe_of(
+        str(tmp_path / "copied"), {"dataset": str(chat_file)}
+    )
+    assert adapter is not None
+    assert recipe.added_tokens == ["<call>"]
+    assert recipe.chat_template == str(tmp_path / "copied" / "chat_template.jinja")
+    assert recipe.run_folder == Path("runs") / f"copied-{chat_file.stem}-as-it-is"
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        (None, {"dataset": "data"}, "does not name its base"),
+        ("nowhere", {"dataset": "data"}, "nowhere"),
+        ("base", {}, "to measure it as an adapter, name the data"),
+        ("base", {"dataset": "data", "adapter_name_or_path": "other"}, "name one"),
+    ],
+)
+def test_an_adapter_that_cannot_be_measured_leaves_nothing(
+    base: str | None, options: dict[str, Any], message: str, run: Run, tiny_folder: Path,
+    chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (folder,) = run.adapters().values()
+    shutil.copytree(folder, tmp_path / "copied")
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = {"base": str(tiny_folder)}.get(str(base), base)
+    (tmp_path / "copied" / "adapter_config.json").write_text(json.dumps(settings))
+    given = {key: str(chat_file) if key == "dataset" else value for key, value in options.items()}
+    with pytest.raises(UserError, match=message):
+        lighten.evaluate("copied", **given)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command_takes_a_model(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:

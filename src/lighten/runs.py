@@ -139,6 +139,11 @@ class Run:
         """Whether it measures a model as it is, and trains nothing."""
         return self.info().get("status") == MODEL_ALONE
 
+    def adapter_alone(self) -> Path | None:
+        """Folder of the adapter from elsewhere that it measures over its base, if it does."""
+        folder = (self.info().get("adapter") or {}).get("folder")
+        return None if folder is None else Path(folder)
+
     def _require_same(self, recipe: Recipe) -> None:
         free = {"output_dir", "report_to", "logging_steps", "save_every", "save_total_limit",
                 "evaluate", "quantize", "sweep",
@@ -222,9 +227,12 @@ class Run:
         return self._json(PLAN)
 
     def adapters(self) -> dict[str, Path]:
-        """Folder of each saved adapter by name, in the recipe's order."""
-        names = [spec.name for spec in self.recipe().cohort()]
-        folders = {name: self.folder / "adapters" / name for name in names}
+        """Folder of each saved adapter by name, in the recipe's order; or of the one measured."""
+        if (measured := self.adapter_alone()) is not None:
+            folders = {"adapter" if measured.name == "base" else measured.name: measured}
+        else:
+            names = [spec.name for spec in self.recipe().cohort()]
+            folders = {name: self.folder / "adapters" / name for name in names}
         return {
             name: path
             for name, path in folders.items()
@@ -253,29 +261,34 @@ def now() -> str:
 
 
 @contextmanager
-def model_alone(recipe: Recipe) -> Iterator[Run]:
+def model_alone(recipe: Recipe, adapter: Path | None = None) -> Iterator[Run]:
     """A run's folder in which a model is measured and nothing trained; none where that fails.
+
+    Args:
+        recipe: What is measured on what.
+        adapter: Folder of one over it.
 
     Raises:
         UserError: The folder is somebody's, or a run that trains or another model's is in it.
     """
-    folder = recipe.run_folder
+    folder, subject = recipe.run_folder, str(adapter or recipe.model_name_or_path)
     if (folder / RECIPE).is_file() and not Run(folder).is_model_alone():
         raise UserError(
             f"{folder} holds a run that trains; choose another --output_dir for measuring "
-            f"{recipe.model_name_or_path}, or measure the run: lighten evaluate {folder}"
+            f"{subject}, or measure the run: lighten evaluate {folder}"
         )
     if (folder / RECIPE).is_file():
-        measured = Run(folder).recipe().model_name_or_path
-        if measured != recipe.model_name_or_path:
+        before = Run(folder)
+        measured = str(before.adapter_alone() or before.recipe().model_name_or_path)
+        if measured != subject:
             raise UserError(
-                f"{folder} has the figures of {measured}; choose another --output_dir for "
-                f"{recipe.model_name_or_path}"
+                f"{folder} has the figures of {measured}; choose another --output_dir for {subject}"
             )
     claim = folders.claim(folder, recipe.to_yaml(), aside=False)
     try:
         run = Run(folder)
-        run.update(status=MODEL_ALONE)
+        of_adapter = {} if adapter is None else {"adapter": {"folder": str(adapter)}}
+        run.update(status=MODEL_ALONE, **of_adapter)
         yield run
     except BaseException:
         claim.undo()

@@ -24,16 +24,17 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Measure base and adapters on the same held-out examples; writes `evaluation.json`.
 
-    A model is measured as it is, on the examples that a run on the same data holds out; its
-    `evaluation.json` is in a run's folder of its own, with which others can be compared.
+    A model is measured as it is, on the examples that a run on the same data holds out, and an
+    adapter's folder beside the base that it names; `evaluation.json` is in a run's folder of its
+    own, with which others can be compared.
 
     Args:
-        run: The run, or a model as a recipe names one.
+        run: The run, a model as a recipe names one, or an adapter's folder.
         against: Another run, evaluated already: its models are compared with those of this one,
             paired over the examples (`comparisons`).
         progress: Log what is being done, how far it is, and of how much.
-        options: Settings of the recipe's `evaluate` section; of a model any of a recipe's too,
-            `dataset` or `eval_dataset` among them.
+        options: Settings of the recipe's `evaluate` section; of a model or an adapter any of a
+            recipe's too, `dataset` or `eval_dataset` among them.
 
     Raises:
         UserError: No held-out examples, no adapter in the run, or `against` was measured
@@ -45,17 +46,12 @@ def evaluate(
         from lighten.evaluation.evaluation import evaluate_run
 
         return evaluate_run(run_of(source), against=other, progress=progress, **options)
-    if (Path(source).expanduser() / "adapter_config.json").is_file():
-        raise UserError(
-            f"{source} is an adapter: evaluate the run that trained it, or the model that it makes "
-            "(lighten export --as merged)"
-        )
     from lighten.evaluation import model_alone
 
-    recipe, settings = model_alone.recipe_of(source, options)
+    recipe, adapter, settings = model_alone.recipe_of(source, options)
     from lighten.evaluation.evaluation import evaluate_run
 
-    with model_alone.run_of(recipe) as measured:
+    with model_alone.run_of(recipe, adapter) as measured:
         return evaluate_run(measured, against=other, progress=progress, **settings)
 
 

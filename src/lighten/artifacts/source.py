@@ -77,8 +77,9 @@ class Artefact:
 
 
 def open_source(
-    source: str | os.PathLike[str] | runs.Run, *, adapter: str | None = None
-) -> Artefact:
+    source: str | os.PathLike[str] | runs.Run, *, adapter: str | None = None,
+    base: str | None = None,
+) -> Artefact:  # fmt: skip
     """What a run, an adapter's folder, a model's folder or a base's name ships.
 
     An adapter's folder in a run is that run's adapter, with all that the run knows of its base.
@@ -86,6 +87,7 @@ def open_source(
     Args:
         source: Which.
         adapter: Of a run with several, whose.
+        base: Of an adapter's folder, in place of the one that it names.
 
     Raises:
         UserError: There is nothing of that name, nothing was trained yet, or the run holds
@@ -102,17 +104,17 @@ def open_source(
         raise UserError(f"{source} is no run, so it holds no adapter called {adapter!r}")
     if (path / CONFIG).is_file():
         trained_in = path.resolve().parent.parent
-        if (trained_in / runs.RECIPE).is_file():
+        if base is None and (trained_in / runs.RECIPE).is_file():
             run = runs.Run(trained_in)
             if run.adapters().get(path.name, Path()).resolve() == path.resolve():
                 return _of_run(run, path.name)
         config = read_config(path)
-        base = config.get("base_model_name_or_path")
+        revision = None if base else config.get("revision")
+        base = base or config.get("base_model_name_or_path")
         if not base:
             raise UserError(
                 f"{path / CONFIG} does not name its base; set base_model_name_or_path in it"
             )
-        revision = config.get("revision")
         folder = _folder(str(base), revision)
         companions = path if (path / "tokenizer_config.json").is_file() else folder
         facts = {"license": license_of(str(base), revision)}

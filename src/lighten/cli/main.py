@@ -228,13 +228,13 @@ def sweep(
 
 @app.command(context_settings=OPEN)
 def evaluate(
-    ctx: typer.Context, run: Annotated[str, typer.Argument(metavar="RUN | MODEL")],
+    ctx: typer.Context, run: Annotated[str, typer.Argument(metavar="RUN | MODEL | ADAPTER")],
     against: Annotated[
         str | None, typer.Option(help="Another evaluated run: compare with its models too.")
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure the base and what a run trained, or a model, on the same held-out examples."""
+    """Measure the base and what a run trained, a model, or an adapter, on held-out examples."""
     from lighten import api
 
     with progress_bar() as progress:

@@ -63,8 +63,8 @@ def evaluate_run(
     theirs = None if against is None else comparing.read(against)
     if theirs is not None:
         comparing.require_same_settings(settings, theirs)
-    judge, alone = _judge_of(settings), run.is_model_alone()
-    if judge is not None and alone:
+    judge, alone, adapter = _judge_of(settings), run.is_model_alone(), run.adapter_alone()
+    if judge is not None and alone and adapter is None:
         raise UserError("a judge compares answers with the base's, and here is one model alone")
     if judge is not None:
         judge.check()
@@ -75,9 +75,12 @@ def evaluate_run(
     if not models.names and not alone:
         what = "model" if recipe.method == "full" else "adapter"
         raise UserError(f"{run.folder} has no trained {what} yet; train it first")
+    if adapter is not None and not models.names:
+        raise UserError(f"the adapter that {run.folder} measures is no longer in {adapter}")
     raw_data = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
     if alone:
-        raw_data = replace(raw_data, trained_prompts=frozenset())
+        # What an adapter of elsewhere was asked in its training is not known.
+        raw_data = replace(raw_data, trained_prompts=None if models.names else frozenset())
     template, base = models.open(None).template, models.open(None).base
     tokenizer, limits = base.tokenizer, limits_of(base.model)
     if alone:

@@ -1,66 +1,154 @@
-"""A model that is measured as it is: a run's folder in which nothing is trained."""
+"""A model that is measured as it is, or an adapter: a run's folder in which nothing is trained."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lighten import runs
+from lighten.artifacts.source import Artefact, new_tokens, open_source
 from lighten.errors import UserError
 from lighten.machine import hardware
-from lighten.recipe import EvaluateOptions, Recipe, aliases
+from lighten.models.load import tokenizer_in
+from lighten.models.same import names_another
+from lighten.paths import split_limit
+from lighten.peft_config import CONFIG, read_config
+from lighten.recipe import EvaluateOptions, Recipe, aliases, start
 from lighten.runs import Run
 
+log = logging.getLogger(__name__)
+# Of the run that trained an adapter, what decides how its base is loaded and how it is asked.
+_OF_RUN = (
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype", "dtype", "trust_remote_code", "chat_template", "added_tokens",
+    "system_role", "thinking", "qat", "qat_group_size",
+)  # fmt: skip
+_TEMPLATE = "chat_template.jinja"
 
-def recipe_of(model: str, options: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+
+def recipe_of(
+    model: str, options: Mapping[str, Any]
+) -> tuple[Recipe, Artefact | None, dict[str, Any]]:
     """What a model is measured on.
 
     Args:
-        model: As in a recipe.
+        model: As in a recipe, or an adapter's folder.
         options: Settings of a recipe, `dataset` or `eval_dataset` among them, and of its `evaluate`
-            section, by name.
+            section, by name. `model_name_or_path` is another base than the adapter names, and
+            `adapter_name_or_path` an adapter over the model.
 
     Returns:
-        The recipe, and the settings of its `evaluate` section.
+        The recipe, whose model is the base; the adapter, if there is one; and the settings of its
+        `evaluate` section.
 
     Raises:
-        UserError: No data are named, or a setting is none.
+        UserError: No data are named, a setting is none, or the adapter's base cannot be had.
     """
     evaluate, others = dict[str, Any](), dict[str, Any]()
     for key, value in options.items():
         name = key.removeprefix("evaluate.")
         (evaluate if name in EvaluateOptions.model_fields else others)[key] = value
     named, _, _ = aliases.translate(others)
+    folder, base = _adapter_of(model, named)
     if not {"dataset", "eval_dataset"} & set(named):
+        what = "a model" if folder is None else "an adapter"
         raise UserError(
-            f"{model} is not a run (see: lighten runs list); to measure it as a model, name the "
+            f"{model} is not a run (see: lighten runs list); to measure it as {what}, name the "
             "data: --dataset FILE_OR_FOLDER (what a training would hold out of it) or "
             "--eval_dataset FILE_OR_FOLDER (all of it)"
         )
     others.setdefault("dataset", named.get("dataset", named.get("eval_dataset")))
-    recipe = Recipe.from_values({"model_name_or_path": model}, others)
+    values, adapter = dict[str, Any](model_name_or_path=model), None
+    if folder is not None:
+        others = {
+            key: value for key, value in others.items()
+            if not {start.MODEL, start.START} & set(aliases.translate({key: value})[0])
+        }  # fmt: skip
+        adapter = open_source(folder, base=base)
+        values = _settings_of(adapter)
+    recipe = Recipe.from_values(values, others)
     if recipe.output_dir is None:
-        folder = Path("runs") / f"{recipe.name}-as-it-is"
-        recipe = Recipe.from_values(
-            {"model_name_or_path": model}, {**others, "output_dir": str(folder)}
-        )
-    return recipe, evaluate
+        name = recipe.name
+        if adapter is not None:
+            name = f"{adapter.name}-{split_limit(recipe.dataset)[0].stem}"
+        run_folder = str(Path("runs") / f"{name}-as-it-is")
+        recipe = Recipe.from_values(values, {**others, "output_dir": run_folder})
+    return recipe, adapter, evaluate
+
+
+def _adapter_of(model: str, named: Mapping[str, Any]) -> tuple[Path | None, str | None]:
+    """The adapter that is measured, if one is, and its base, where that is named too.
+
+    Raises:
+        UserError: There is no such adapter, or two are named.
+    """
+    folder, other = Path(model).expanduser(), named.get(start.START)
+    is_adapter = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    if is_adapter and other is not None:
+        raise UserError(f"{model} is an adapter, and {start.START} is {other}; name one")
+    if is_adapter:
+        return folder.resolve(), named.get(start.MODEL)
+    return (None, None) if other is None else (start.find(str(other)).resolve(), model)
+
+
+def _settings_of(adapter: Artefact) -> dict[str, Any]:
+    """How an adapter's base is loaded, and how it is asked: as in the run that trained it.
+
+    Of one without its run that is what lies beside it: its tokens, and its chat template.
+    """
+    values = dict[str, Any](model_name_or_path=adapter.base, revision=adapter.revision)
+    if adapter.run is not None:
+        completed = adapter.run.recipe().completed()
+        return {**values, **{key: completed[key] for key in _OF_RUN}}
+    assert adapter.adapter is not None
+    recorded = read_config(adapter.adapter).get("base_model_name_or_path")
+    if names_another(recorded, adapter.base, adapter.base_folder):
+        log.warning(
+            "%s: %s names %s as its base, and %s is taken: it learnt on other weights",
+            adapter.adapter, CONFIG, recorded, adapter.base,
+        )  # fmt: skip
+    if adapter.companions == adapter.base_folder:
+        return values
+    if tokens := new_tokens(adapter):
+        values["added_tokens"] = tokens
+    own, bases = (
+        tokenizer_in(folder, adapter.name).chat_template
+        for folder in (adapter.companions, adapter.base_folder)
+    )
+    if own and own != bases:
+        file = adapter.companions / _TEMPLATE
+        if file.is_file():
+            values["chat_template"] = str(file)
+        else:
+            log.warning(
+                "%s has a chat template of its own in tokenizer_config.json, and its base's is "
+                "taken: write it to a file and name that with --chat_template", adapter.adapter,
+            )  # fmt: skip
+    return values
 
 
 @contextmanager
-def run_of(recipe: Recipe) -> Iterator[Run]:
+def run_of(recipe: Recipe, adapter: Artefact | None = None) -> Iterator[Run]:
     """The run's folder, while its model is measured; nothing is left of one where that fails.
+
+    Args:
+        recipe: Of `recipe_of`.
+        adapter: Over its model.
 
     Raises:
         UserError: The folder is somebody's, or a run that trains is in it.
     """
     commit, clean = hardware.commit()
-    with runs.model_alone(recipe) as run:
+    with runs.model_alone(recipe, None if adapter is None else adapter.adapter) as run:
         run.update(
             version=1, name=run.name, started=runs.now(), commit=commit, tree_clean=clean,
             machine=hardware.machine().to_dict(), versions=hardware.versions(),
         )  # fmt: skip
+        if adapter is not None and adapter.run is not None:
+            learnt = (adapter.run.info().get("data") or {}).get("answers")
+            run.update(data={"answers": learnt})  # what its answers end with
         yield run
         run.update(ended=runs.now())

@@ -25,7 +25,7 @@ def headline(info: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> l
                  "killed": "This run was killed", "running": "This run has not ended"}  # fmt: skip
         start = ended.get(str(info.get("status")), "This run is trained")
         return [f"{start}; it has not been evaluated yet (lighten evaluate)."]
-    if info.get("status") == MODEL_ALONE:
+    if info.get("status") == MODEL_ALONE and info.get("adapter") is None:
         return ["A model as it is: nothing was trained."]
     values = {model["name"]: model["metrics"] for model in evaluation["models"]}
     sentences = []

@@ -69,7 +69,7 @@ def shared_sentence(shared: int | None, count: int, name: str) -> list[str]:
     if shared is None:
         return [
             "it is not known whether held-out examples ask what was trained on: the training data "
-            "has changed or is gone"
+            "is not known, has changed or is gone"
         ]
     if not shared:
         return []
