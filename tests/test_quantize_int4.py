@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lighten import models
 from lighten.quantization import calibrated, gptq
+from lighten.quantization.verify import InTransformers
 from lighten.quantization.weights import make
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -161,3 +163,36 @@ def test_layers_of_several_kinds_get_their_own_masks() -> None:
             out = calibrated._first(decoder_layer(out, **calls[0][number]))
         expected = model.model(torch.arange(5, 40)[None]).last_hidden_state
         torch.testing.assert_close(model.model.norm(out), expected)
+
+
+@pytest.mark.parametrize("by", ["loading", "a receipt"])
+def test_a_folder_that_is_wanted_in_float32_is_computed_with_in_it(
+    by: str, model: Path, tmp_path: Path
+) -> None:
+    """auto-round makes float16 of it, in which weights above 65,504 are infinite."""
+    make("int4:rounded", model, tmp_path, [])
+    tiny_tokenizer().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7] *= 2**20
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    weights = {key: value.float() for key, value in tensors.items() if key.endswith(".weight")}
+    for key, words in tensors.items():
+        path, _, kind = key.rpartition(".")
+        if kind == "qweight":
+            nibbles = words[:, None] >> torch.arange(0, 32, 4)[None, :, None] & 15
+            integers = nibbles.flatten(0, 1).T - 8
+            weights[f"{path}.weight"] = dense(integers, tensors[f"{path}.scales"].float().T)
+    expected.load_state_dict(weights, strict=False)
+    if by == "loading":
+        base = models.load(str(tmp_path), dtype="float32")
+        assert base.dtype.value == "float32"
+        loaded: Any = base.model
+    else:
+        loaded = InTransformers(tmp_path).model
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    positions = loaded.model.rotary_emb.inv_freq
+    assert torch.equal(positions, expected.model.rotary_emb.inv_freq)
+    ids = torch.tensor([[5, 9, 7, 14, 200, 31, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-3)

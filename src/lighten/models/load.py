@@ -32,7 +32,7 @@ from lighten.models import gguf, known, links, packaged, quantized
 from lighten.models.attention_setting import require_attention, set_attention
 from lighten.models.configuration import FAULTS, check_json, read_config, reason
 from lighten.models.names import PACKAGED, Source, packaged_as, resolve
-from lighten.models.stored import bring_into_format, remaining_storage, stored_as
+from lighten.models.stored import bring_into_format, keep_float32, remaining_storage, stored_as
 from lighten.streams import download_bar, library_bars
 from lighten.wording import counted, first_line
 
@@ -214,6 +214,7 @@ def _pretrained(
         # Else transformers takes a GPU where there is one. It reads weights in threads of its own,
         # to which `cuda` is the first GPU, whichever this one computes on.
         options["device_map"] = {"": _by_number(device)}
+    keep_float32(path)
     try:
         # With `output_loading_info` it gives a pair, which its annotation does not know.
         with _without_report(), library_bars(), _without_adapter(path) as files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -102,12 +103,29 @@ def packed_paths(model: PreTrainedModel, stored: Mapping[str, Any] | None) -> li
     return [path for path in linear if should_convert_module(path, dense)]
 
 
+def keep_float32(folder: Path) -> None:
+    """Keep auto-round from making float16 of a folder's model that is asked for in float32.
+
+    Its own layers multiply in whatever format their input has, and its table names two of them
+    (0.16.1): of others it makes float16, dense weights and the constants of positions too.
+    """
+    by_auto_round = (stored_as(folder) or {}).get("quant_method") == "auto-round"
+    if not by_auto_round or importlib.util.find_spec("auto_round") is None:
+        return
+    from auto_round.inference.backend import BackendInfos
+
+    for name in ("auto_round:torch", "auto_round:torch_zp"):
+        if "float32" not in BackendInfos[name].compute_dtype:
+            BackendInfos[name].compute_dtype.append("float32")
+
+
 def bring_into_format(model: PreTrainedModel, folder: Path, compute: torch.dtype) -> None:
     """Bring what transformers leaves in the format of a quantised folder's files into the wanted.
 
     Of bitsandbytes' folders that is each dense `weight`, those of norms and embeddings too; of
     torchao's the scales of 4 bits that activations of 8 bits are multiplied with (transformers
-    5.24). In two formats they make no product.
+    5.24). In two formats they make no product. auto-round's scales round the weights that they
+    make to float16.
 
     Args:
         model: As transformers loaded it.
@@ -123,6 +141,10 @@ def bring_into_format(model: PreTrainedModel, folder: Path, compute: torch.dtype
                 dynamic = type(parameter.data).__name__ == "IntxUnpackedToInt8Tensor"
                 if dynamic and parameter.dtype != compute:
                     setattr(module, name, nn.Parameter(parameter.to(compute), requires_grad=False))
+    if method == "auto-round" and compute == torch.float32:
+        for module in model.modules():
+            if getattr(module, "QUANT_TYPE", None) == "torch":
+                module.scales = module.scales.float()
     if method != "bitsandbytes":
         return
     kept = [name.replace("*", ".*") for name in model._get_dtype_plan(compute)]  # in float32

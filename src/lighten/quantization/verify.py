@@ -154,7 +154,12 @@ class InTransformers:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from lighten.models.stored import bring_into_format, on_processor, stored_as
+        from lighten.models.stored import (
+            bring_into_format,
+            keep_float32,
+            on_processor,
+            stored_as,
+        )
         from lighten.models.vocabulary import grow
         from lighten.quantization.dense import dense_base
 
@@ -166,6 +171,7 @@ class InTransformers:
                 # As it learnt: bitsandbytes' own products are in 16 bits.
                 model = dense_base(folder)
             else:
+                keep_float32(folder)
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=torch.float32, local_files_only=True, **on_processor(folder)
                 )
