@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ def ranks(
             "train", *flags, *options, *(of_last if rank == count - 1 else ()),
             cwd=folders[rank] if folders else None, LIGHTEN_DEVICE="cpu", WORLD_SIZE=str(count),
             RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **environment,
+            MASTER_ADDR="127.0.0.1", **{"MASTER_PORT": port, **environment},
         )
         for rank in range(count)
     ]  # fmt: skip
@@ -141,6 +142,34 @@ def test_only_a_run_that_goes_on_has_to_be_seen_by_all_ranks(
     assert wait_for_exit(started) == [2, 2]
     checkpoint = machines[1] / "cut" / "checkpoints" / "checkpoint-1"
     assert f"error: rank 1 does not see {checkpoint}, from which" in started[1].communicate()[0]
+
+
+def test_a_best_state_that_a_rank_cannot_read_is_told_before_the_first_step(
+    settings: dict[str, Any], machines: tuple[Path, Path]
+) -> None:
+    del settings["lora_r"], settings["lora_dropout"]
+    settings |= {"output_dir": "run", "method": "full", "strategy": "fsdp", "max_steps": 2,
+                 "load_best_model_at_end": True, "eval_steps": 2, "save_steps": 2}  # fmt: skip
+    started = ranks(settings, folders=machines)
+    assert wait_for_exit(started) == [2, 2]
+    for process, folder in zip(started, machines, strict=True):
+        said = process.communicate()[0]
+        assert f"and rank 1 does not see {folder / 'run'}; put the run's folder where" in said
+        assert not (folder / "run").exists()
+
+
+def test_a_port_that_another_program_has_is_told_so(settings: dict[str, Any]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        first, *others = ranks(settings, MASTER_PORT=port)
+        for other in others:  # it waits for an answer of that program's
+            other.send_signal(signal.SIGKILL)
+        assert first.wait() == 2
+    said = first.communicate()[0]
+    assert f"error: port {port} of this machine, where rank 0 waits for the others" in said
+    assert "another rank has ended" not in said
 
 
 def test_ranks_with_other_data_are_told_so(

@@ -45,7 +45,7 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
 
     Raises:
         UserError: This rank has no device, is alone against the launcher's word, or has another
-            recipe than the first.
+            recipe than the first; or the port where they meet is another program's.
         PeerLost: A rank has ended meanwhile.
     """
     if device != "cpu" and launch.world_size > 1:
@@ -56,8 +56,17 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
     meeting = InitProcessGroupKwargs(backend=None, timeout=PATIENCE)
     threads = torch.get_num_threads()
-    with lost_peers(launch.rank, launch.world_size), set_aside(os.environ):
-        accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[meeting], **options)
+    try:
+        with lost_peers(launch.rank, launch.world_size), set_aside(os.environ):
+            accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[meeting], **options)
+    except PeerLost as error:
+        if "EADDRINUSE" not in str(error.__cause__):
+            raise
+        raise UserError(
+            f"port {os.environ.get('MASTER_PORT')} of this machine, where rank {launch.rank} waits "
+            "for the others, is another program's; start again"
+            + ("" if launch.launcher == "lighten" else " with MASTER_PORT set to another one")
+        ) from error
     # accelerate shares out the cores of the host, whatever a container or SLURM leaves of them.
     torch.set_num_threads(threads)
     if accelerator.device.type == "cpu":

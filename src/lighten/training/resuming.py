@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from lighten import models
 from lighten.errors import UserError
 from lighten.parallel import ranks
-from lighten.runs import Run
+from lighten.recipe import Recipe
+from lighten.runs import RECIPE, Run
 from lighten.training.rows import Rows
 
 
@@ -81,3 +82,26 @@ def require_same_on_ranks(accelerator: Accelerator, base: models.Base, rows: Row
                     f"{label} is another one on rank {rank} than on rank 0; give every machine the "
                     "same files"
                 )
+
+
+def require_folder_on_ranks(accelerator: Accelerator, recipe: Recipe, run: Run) -> None:
+    """Every rank sees the run's folder, where each of them reads the best checkpoint at the end.
+
+    Where weights are spread; otherwise the main rank puts them back alone.
+
+    Args:
+        accelerator: The ranks.
+        recipe: What is trained.
+        run: Its run.
+
+    Raises:
+        UserError: A rank does not see it.
+        PeerLost: A rank has ended.
+    """
+    for rank, sees in enumerate(ranks.gather(accelerator, (run.folder / RECIPE).is_file())):
+        if not sees:
+            raise UserError(
+                f"load_best_model_at_end: with strategy: {recipe.strategy} every rank reads the "
+                f"best checkpoint, and rank {rank} does not see {run.folder.absolute()}; put the "
+                "run's folder where every machine sees it, or set load_best_model_at_end to false"
+            )

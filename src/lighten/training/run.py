@@ -35,7 +35,11 @@ from lighten.training.out_of_memory import OutOfMemory, let_go
 from lighten.training.prediction import Prediction, compare
 from lighten.training.prepare import layers_later, prepare
 from lighten.training.progress import TrainingProgress
-from lighten.training.resuming import require_same_inputs, require_same_on_ranks
+from lighten.training.resuming import (
+    require_folder_on_ranks,
+    require_same_inputs,
+    require_same_on_ranks,
+)
 from lighten.training.rows import load_rows
 from lighten.training.setup import Setup
 from lighten.wording import counted, first_line
@@ -219,6 +223,8 @@ def _train(
     )
     setup = prepare(recipe, accelerator, base, rows, per_step, saved_state.total_steps or None)
     setup.choices["memory"] = pages
+    if recipe.load_best_model_at_end and any(map(_is_spread, setup.adapters)):
+        require_folder_on_ranks(accelerator, recipe, run)
     if recipe.qat is not None:
         tried_difference = quantization_aware.try_conversion(base.model)
     if not planned:  # what kept the plan from being made may have been told as an error by now
@@ -437,11 +443,14 @@ def _put_best_back(run: Run, setup: Setup) -> None:
         step = adapter.progress.best_step
         if step is None:  # it left before it was ever evaluated
             continue
-        spread = dtensors.any_spread(adapter.parameters.values())
-        if not (setup.accelerator.is_main_process or spread):
+        if not (setup.accelerator.is_main_process or _is_spread(adapter)):
             continue  # the main rank writes what it holds itself
         checkpoint = run.folder / "checkpoints" / f"checkpoint-{step}"
         checkpoints.restore_weights(checkpoint, setup.trained, adapter.name)
+
+
+def _is_spread(adapter: AdapterOptimizer) -> bool:
+    return dtensors.any_spread(adapter.parameters.values())
 
 
 def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float | None:
