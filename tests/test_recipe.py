@@ -184,6 +184,33 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"use_bnb_nested_quant": True, "load_in_4bit": True}, "bnb_4bit_use_double_quant", True),
     ({"double_quantization": True, "load_in_4bit": True}, "bnb_4bit_use_double_quant", True),
     ({"quantization_type": "fp4", "load_in_4bit": True}, "bnb_4bit_quant_type", "fp4"),
+    ({"model_revision": "main"}, "revision", "main"),
+    ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save", ["lm_head"]),
+    ({"additional_target": ["lm_head"]}, "modules_to_save", ["lm_head"]),
+    ({"activation_offloading": True}, "activation_offload", True),
+    ({"activation_checkpointing": True}, "gradient_checkpointing", True),
+    (
+        {
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+            "gradient_checkpointing": True,
+        },
+        "gradient_checkpointing_kwargs",
+        {"use_reentrant": False},
+    ),
+    ({"use_gradient_checkpointing": True}, "gradient_checkpointing", True),
+    ({"peft_use_dora": True}, "use_dora", True),
+    ({"peft_use_rslora": True}, "use_rslora", True),
+    ({"peft_init_lora_weights": "gaussian"}, "init_lora_weights", "gaussian"),
+    ({"chat_template_path": "chatml"}, "chat_template", "chatml"),
+    ({"chat_template_jinja": "chatml"}, "chat_template", "chatml"),
+    ({"train_on_prompt": True}, "completion_only_loss", False),
+    ({"flash_attention": True}, "attn_implementation", "flash_attention_2"),
+    ({"sdp_attention": True}, "attn_implementation", "sdpa"),
+    ({"eager_attention": "yes"}, "attn_implementation", "eager"),
+    ({"eval_strategy": False}, "val_size", 0),
+    ({"evaluation_strategy": "no"}, "val_size", 0),
+    ({"eval_strategy": "epoch"}, "eval_steps", None),
+    ({"save_strategy": "epoch"}, "save_steps", None),
 ]
 
 
@@ -192,7 +219,7 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
     [{"adapter": "lora"}, {"quantization": "none"}, {"bf16": "no"}, {"fp16": None},
      {"lora_target_linear": "off"}, {"train_on_inputs": None},
      {"adapter": "lora", "load_in_8bit": True},
-     {"adapter": "qlora", "load_in_4bit": True}],
+     {"adapter": "qlora", "load_in_4bit": True}, {"flash_attention": False}],
 )  # fmt: skip
 def test_what_says_nothing_new_changes_nothing(
     values: dict[str, Any], changes: dict[str, Any]

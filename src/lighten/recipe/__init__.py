@@ -12,7 +12,17 @@ from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
 from lighten.paths import exists, expanded, split_limit
-from lighten.recipe import aliases, bits, offloading, places, spread, start, swept, yaml_lines
+from lighten.recipe import (
+    aliases,
+    bits,
+    offloading,
+    other_tools,
+    places,
+    spread,
+    start,
+    swept,
+    yaml_lines,
+)
 from lighten.recipe.fields import (
     AdapterEntry,
     AdapterFields,
@@ -445,7 +455,11 @@ def _sentence(item: Mapping[str, Any], source: str, lines: Mapping[str, int]) ->
     key: str = item["key"]
     at = f"{source}:{lines[key]}" if key in lines and source != "command line" else source
     if item["type"] == "extra_forbidden":
-        pool = [*RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL]
+        if mend := other_tools.instead(key):
+            return f"{at}: {key} is not a setting; {mend}"
+        pool = [
+            *RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL, *other_tools.NAMES
+        ]  # fmt: skip
         if "." in key:
             pool = [
                 *EvaluateOptions.model_fields,

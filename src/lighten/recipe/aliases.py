@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from lighten.recipe import foreign
+from lighten.recipe import foreign, other_tools
 
 RENAMED = {
     "base_model": "model_name_or_path",
@@ -42,19 +42,36 @@ RENAMED = {
     "quantization_type": "bnb_4bit_quant_type",
     "val_set_size": "val_size",
     "val_split": "val_size",
+    "model_revision": "revision",
+    "lora_modules_to_save": "modules_to_save",
+    "additional_target": "modules_to_save",
+    "lora_model_dir": "adapter_name_or_path",
+    "activation_offloading": "activation_offload",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    "use_gradient_checkpointing": "gradient_checkpointing",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+    "peft_init_lora_weights": "init_lora_weights",
+    "chat_template_path": "chat_template",
+    "chat_template_jinja": "chat_template",
 }
 # Shown to a user who mistypes one of them; each is handled in `translate`.
 # LLaMA-Factory's, for `finetuning_type: freeze`.
 FROZEN_BELOW = 2
 _BITS = ("quantization_bit", "quant_bits", "quantization")
 _BACKENDS = ("quant_method", "quantization_method")
+# Axolotl's switches.
+_ATTENTIONS = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa",
+               "eager_attention": "eager"}  # fmt: skip
 SPECIAL = (
     "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
     "deepspeed", "fsdp", "fsdp_config", "adapter", "finetuning_type", "freeze_trainable_layers",
-    *_BITS, *_BACKENDS,
+    "train_on_prompt", *_ATTENTIONS, *_BITS, *_BACKENDS,
 )  # fmt: skip
 # Of these, what are switches, and how people write one.
-_SWITCHES = ("train_on_inputs", "lora_target_linear", "bf16", "fp16")
+_SWITCHES = ("train_on_inputs", "train_on_prompt", "lora_target_linear", "bf16", "fp16",
+             *_ATTENTIONS)  # fmt: skip
 _SWITCHED = {"true": True, "yes": True, "on": True, "1": True,
              "false": False, "no": False, "off": False, "0": False}  # fmt: skip
 _FLASH = {
@@ -79,6 +96,7 @@ def translate(
     notices: list[str] = []
     problems: list[str] = []
     came_from: dict[str, str] = {}
+    passed_over: list[str] = []
 
     def put(alias: str, name: str, value: Any) -> None:
         if name != alias and (name in values or name in out):
@@ -119,7 +137,7 @@ def translate(
                 problems.append("datasets must hold one entry with a path; use dataset: FILE")
         elif key == "max_steps" and str(value).strip() == "-1":
             notices.append("max_steps: -1 sets nothing: num_train_epochs says how many")
-        elif key == "train_on_inputs":
+        elif key in ("train_on_inputs", "train_on_prompt"):
             put(key, "assistant_only_loss", not value)
             put(key, "completion_only_loss", not value)
         elif key == "lora_target_linear":
@@ -161,6 +179,9 @@ def translate(
             if value and not values.get("fsdp"):
                 problems.append("fsdp_config has no effect without fsdp; add fsdp: true, or remove "
                                 "it")  # fmt: skip
+        elif key in _ATTENTIONS:
+            if value:
+                put(key, "attn_implementation", _ATTENTIONS[key])
         elif key == "flash_attn":
             flash = _FLASH.get(str(value).lower())
             if flash is None:
@@ -187,8 +208,18 @@ def translate(
                 problems.append(f"{key}: {value!r} does not do; only bitsandbytes is there")
             elif not {"load_in_4bit", "load_in_8bit", "adapter", *_BITS} & set(values):
                 problems.append(f"{key} says not how many bits; set load_in_4bit or load_in_8bit")
+        elif other_tools.is_rhythm(key):
+            try:
+                for name, setting in other_tools.rhythm(key, value, values).items():
+                    put(key, name, setting)
+            except ValueError as error:
+                problems.append(str(error))
+        elif other_tools.changes_nothing(key, value):
+            passed_over.append(key)
         else:
             out[key] = value
+    if passed_over:
+        notices.append(f"passed over, as they change nothing here: {', '.join(passed_over)}")
     return out, notices, problems
 
 

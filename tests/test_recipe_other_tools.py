@@ -1,0 +1,210 @@
+"""Recipes that come from other tools: they run, or each setting is answered with what to do."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+
+from lighten.recipe import Recipe, RecipeError, aliases, other_tools
+from lighten.recipe.fields import RecipeFields
+
+ROWS = '{"prompt": "a", "completion": "b"}\n'
+# TRL 1.7's SFTConfig, ModelConfig and ScriptArguments beside transformers' own.
+TRL = """
+    model_init_kwargs trust_remote_code router_aux_loss_coef chat_template_path dataset_text_field
+    dataset_kwargs dataset_num_proc eos_token max_length truncation_mode shuffle_dataset packing
+    packing_strategy padding_free pad_to_multiple_of eval_packing completion_only_loss
+    assistant_only_loss loss_type activation_offloading pad_token model_name_or_path model_revision
+    dtype attn_implementation use_peft lora_r lora_alpha lora_dropout lora_target_modules
+    lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit
+    load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage dataset_name
+    dataset_config dataset_train_split dataset_test_split dataset_streaming
+"""
+LLAMA_FACTORY = """\
+### model
+model_name_or_path: m
+trust_remote_code: true
+
+### method
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 16
+lora_target: all
+
+### dataset
+dataset: rows.jsonl
+cutoff_len: 512
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+
+### output
+output_dir: out
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: false
+save_only_model: false
+report_to: none
+
+### train
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+
+### eval
+val_size: 0.1
+per_device_eval_batch_size: 1
+eval_strategy: steps
+eval_steps: 500
+"""
+AXOLOTL = """\
+base_model: m
+datasets:
+  - path: rows.jsonl
+dataset_prepared_path: last_run_prepared
+val_set_size: 0.1
+output_dir: out
+adapter: qlora
+lora_model_dir:
+sequence_len: 512
+sample_packing: true
+eval_sample_packing: false
+pad_to_sequence_len: true
+lora_r: 16
+lora_alpha: 32
+lora_dropout: 0.05
+lora_target_linear: true
+wandb_project:
+wandb_entity:
+wandb_log_model:
+gradient_accumulation_steps: 8
+micro_batch_size: 1
+num_epochs: 3
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0001
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+resume_from_checkpoint:
+logging_steps: 10
+flash_attention: false
+warmup_ratio: 0.1
+evals_per_epoch: 1
+saves_per_epoch: 1
+weight_decay: 0.0
+special_tokens:
+"""
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    return {"model_name_or_path": "m", "dataset": str(tmp_path / "rows.jsonl")}
+
+
+def read(text: str, folder: Path) -> Recipe:
+    (folder / "rows.jsonl").write_text(ROWS)
+    (folder / "recipe.yaml").write_text(text)
+    return Recipe.from_file(folder / "recipe.yaml")
+
+
+def test_a_recipe_of_llama_factory_s_is_read_as_it_is(tmp_path: Path) -> None:
+    recipe = read(LLAMA_FACTORY, tmp_path)
+    assert (recipe.lora_r, recipe.lora_target_modules) == (16, "all-linear")
+    assert (recipe.max_length, recipe.dtype, recipe.eval_steps) == (512, "bfloat16", 500)
+    assert recipe.trust_remote_code
+    (notice,) = (notice for notice in recipe.notices if notice.startswith("passed over"))
+    assert notice == (
+        "passed over, as they change nothing here: stage, do_train, overwrite_cache, "
+        "preprocessing_num_workers, dataloader_num_workers, plot_loss, overwrite_output_dir, "
+        "save_only_model, ddp_timeout, resume_from_checkpoint"
+    )
+
+
+def test_a_recipe_of_axolotl_s_is_read_as_it_is(tmp_path: Path) -> None:
+    recipe = read(AXOLOTL, tmp_path)
+    assert (recipe.load_in_4bit, recipe.packing, recipe.dtype) == (True, True, "auto")
+    assert (recipe.optim, recipe.num_train_epochs) == ("adamw_bnb_8bit", 3)
+    assert recipe.attn_implementation == "sdpa"
+    assert recipe.adapter_name_or_path is None
+
+
+def test_every_setting_of_transformers_and_trl_has_an_answer() -> None:
+    known = {
+        *RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL, *other_tools.NAMES
+    }  # fmt: skip
+    theirs = {field.name for field in fields(TrainingArguments)} | set(TRL.split())
+    assert sorted(theirs - known) == []
+
+
+def test_what_is_a_setting_here_is_not_told_to_be_none() -> None:
+    ours = {*RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL}
+    assert not ours & set(other_tools.NAMES)
+    assert len(other_tools.NAMES) == len(set(other_tools.NAMES))
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"neftune_noise_alpha": 5}, "recipe: neftune_noise_alpha is not a setting; it is not "
+                                     "built, remove it"),
+        ({"stage": "dpo"}, "stage is not a setting; remove it; examples are what is learnt from"),
+        ({"metric_for_best_model": "rouge"}, "the best has the lowest validation loss"),
+        ({"resume_from_checkpoint": True}, "--resume goes on from the newest checkpoint"),
+        ({"do_train": False}, "do_train is not a setting; remove it; lighten train trains"),
+        ({"dataloader_drop_last": True}, "no row is left out"),
+        ({"evals_per_epoch": 4}, "set eval_steps, or remove it for one an epoch"),
+        ({"eval_strategy": "steps"}, "eval_strategy: steps needs eval_steps beside it; add it"),
+        ({"save_strategy": "epoch", "save_steps": 5}, "save_strategy: epoch and save_steps "
+                                                      "contradict each other; keep one"),
+        ({"save_strategy": False}, "a run resumes from its checkpoints"),
+        ({"save_strategy": "best"}, "load_best_model_at_end: the best"),
+        ({"logging_strategy": "epoch"}, "remove it: logging_steps says how often"),
+        ({"eval_strategy": "often"}, "use steps, epoch or no"),
+        ({"eval_strategy": "no", "eval_dataset": "rows"}, "'no' and an eval_dataset contradict"),
+        ({"eval_strategy": "no", "val_size": 0.1}, "both set the same thing"),
+        ({"sdp_attention": 7}, "sdp_attention: 7 does not do; use true or false"),
+    ],
+)  # fmt: skip
+def test_what_is_not_here_is_told_with_what_to_do(
+    values: dict[str, Any], changes: dict[str, Any], answer: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_values({**values, **changes})
+    assert answer in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric_for_best_model": "eval_loss", "greater_is_better": False},
+        {"push_to_hub": False, "hub_model_id": None, "hub_strategy": "every_save"},
+        {"eval_strategy": "steps", "eval_steps": 5}, {"logging_strategy": "steps"},
+        {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "tf32": "false"},
+        {"roles_to_train": ["assistant"], "train_on_eos": "turn"},
+    ],
+)  # fmt: skip
+def test_what_is_so_here_too_changes_nothing(
+    values: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    ours = {key: value for key, value in changes.items() if key == "eval_steps"}
+    changed = Recipe.from_values({**values, **changes}).completed()
+    assert changed == Recipe.from_values({**values, **ours}).completed()
+
+
+def test_a_mistyped_name_of_another_tool_is_recognised(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="did you mean dataloader_num_workers"):
+        Recipe.from_values({**values, "dataloader_num_worker": 2})
