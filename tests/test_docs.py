@@ -24,6 +24,8 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 # Enough to see that a command works; the figures are the demo's business.
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "1", "--max_eval_samples", "4",
          "--evaluate.max_examples", "4", "--evaluate.max_new_tokens", "4"]  # fmt: skip
+# What a search is for takes more trials than its command, which draws four at a time.
+FEW_TRIALS = ["--trials", "5"]
 # Options that need a package which the tests do without where it is not installed.
 NEEDS = {
     "lighten serve": "xllamacpp",
@@ -106,6 +108,7 @@ def run_all(commands: list[str], tmp_path: Path, servers: ExitStack, cache: Path
             url = servers.enter_context(running).url
             continue
         short = SHORT if words[0] in ("run", "train", "sweep") else []
+        short = [*short, *FEW_TRIALS] if "--trials" in words else short
         stdin = "hello\n/exit\n" if words[0] == "chat" else ""
         result = call(
             *words, *short, cwd=tmp_path, stdin=stdin, environment={"LIGHTEN_CACHE": str(cache)}

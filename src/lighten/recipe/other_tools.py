@@ -25,17 +25,20 @@ _PASSED_OVER = frozenset((
     "use_cache", "pad_to_multiple_of", "pad_to_sequence_len", "lora_mlp_kernel", "lora_qkv_kernel",
     "lora_o_kernel",
 ))  # fmt: skip
-# What is so here anyway if they have one of these values.
+# What is so here anyway if they have one of these values: where memory runs out, micro-batches are
+# halved; each epoch has an order of its own.
 _ALREADY = {
     "do_train": ("true",), "do_eval": ("true",), "stage": ("sft",), "use_peft": ("true",),
     "metric_for_best_model": ("loss", "eval_loss"), "greater_is_better": ("false",),
     "dataset_text_field": ("text",), "dataset_train_split": ("train",),
     "lora_task_type": ("causal_lm",), "task_type": ("causal_lm",), "bias": ("none",),
-    "lora_bias": ("none",), "save_safetensors": ("true",), "auto_find_batch_size": ("true",),
+    "lora_bias": ("none",), "save_safetensors": ("true",),
+    "auto_find_batch_size": ("true", "false"), "data_seed": (),
     "average_tokens_across_devices": ("true",), "loss_type": ("nll", "chunked_nll"),
     "evals_per_epoch": ("1",), "saves_per_epoch": ("1",), "roles_to_train": ("['assistant']",),
-    "train_on_eos": ("turn",), "shuffle_dataset": ("true",), "truncation_mode": ("keep_start",),
-    "hub_strategy": ("every_save",), "packing_strategy": ("bfd",),
+    "train_on_eos": ("turn",), "shuffle_dataset": ("true", "false"),
+    "truncation_mode": ("keep_start",), "hub_strategy": ("every_save",),
+    "packing_strategy": ("bfd",),
 }  # fmt: skip
 _OFF = ("none", "false", "no", "off", "0", "0.0", "", "[]", "{}")
 _UPLOAD = "remove it; upload what lighten export writes with: hf upload"
@@ -43,6 +46,18 @@ _TRACKER = "remove it; trackers read their environment variables, such as WANDB_
 _MODEL_SAYS = "remove it; the model's own files say it"
 _TEXT_ONLY = "remove it; models of text are what is trained here"
 _NOT_BUILT = "it is not built, remove it"
+_ROW_BY_ROW = "remove it; files are read row by row"
+_BOTH_PACKED = "remove it; packing is for training and evaluation"
+_SMALL_LOGITS = "remove it; the loss holds a part of the logits at a time here anyway"
+_BY_RESUME = "remove it; --resume goes on from the newest checkpoint"
+_LOWEST_LOSS = "remove it; the best has the lowest validation loss"
+_CHECKPOINT_WHOLE = "remove it; a checkpoint has what resuming needs"
+_IN_DTYPE = "remove it; evaluation computes in dtype"
+_COMPILED_LAYER = "remove it; torch_compile: true compiles a decoder layer"
+_BY_STRATEGY = "remove it; strategy says what ranks hold"
+_NEXT_TOKEN = "remove it; what is trained predicts the next token"
+_NO_BIAS = "remove it; biases are not trained beside LoRA"
+_BY_RAY = "remove it; sweep.executor: ray spreads a sweep"
 _OTHER_METHODS = (
     "remove it; examples are what is learnt from, by their columns (messages, prompt and "
     "completion, text): preferences and rewards are not built"
@@ -56,21 +71,21 @@ _INSTEAD = {
     "stage": _OTHER_METHODS, "rl": _OTHER_METHODS, "pref_loss": _OTHER_METHODS,
     "pref_beta": _OTHER_METHODS, "reward_model": _OTHER_METHODS,
     "overwrite_output_dir": "remove it; no run is written over: name another output_dir",
-    "resume_from_checkpoint": "remove it; --resume goes on from the newest checkpoint",
-    "auto_resume_from_checkpoints": "remove it; --resume goes on from the newest checkpoint",
+    "resume_from_checkpoint": _BY_RESUME,
+    "auto_resume_from_checkpoints": _BY_RESUME,
     "ignore_data_skip": "remove it; a resumed run goes on with the rows that it has not seen",
-    "metric_for_best_model": "remove it; the best has the lowest validation loss",
-    "greater_is_better": "remove it; the best has the lowest validation loss",
+    "metric_for_best_model": _LOWEST_LOSS,
+    "greater_is_better": _LOWEST_LOSS,
     "compute_accuracy": "remove it; lighten evaluate has exact_match and evaluate.extra_metrics",
     "include_for_metrics": "remove it; evaluate.extra_metrics takes metrics of yours",
     "eval_delay": "remove it; eval_steps says how often",
     "eval_on_start": "remove it; lighten evaluate compares with the base as it was",
     "evals_per_epoch": "set eval_steps, or remove it for one an epoch",
     "saves_per_epoch": "set save_steps, or remove it for one an epoch",
-    "save_only_model": "remove it; a checkpoint has what resuming needs",
+    "save_only_model": _CHECKPOINT_WHOLE,
     "save_safetensors": "remove it; tensors are written as safetensors alone",
     "enable_jit_checkpoint": "remove it; save_every writes checkpoints by time",
-    "restore_callback_states_from_checkpoint": "remove it; a checkpoint has what resuming needs",
+    "restore_callback_states_from_checkpoint": _CHECKPOINT_WHOLE,
     "push_to_hub": _UPLOAD, "hub_model_id": _UPLOAD, "hub_token": _UPLOAD,
     "hub_private_repo": _UPLOAD, "hub_strategy": _UPLOAD, "hub_always_push": _UPLOAD,
     "hub_revision": _UPLOAD, "export_hub_model_id": _UPLOAD,
@@ -86,8 +101,8 @@ _INSTEAD = {
     "no_cuda": "remove it, and set LIGHTEN_DEVICE=cpu in the environment",
     "use_mps_device": "remove it, and set LIGHTEN_DEVICE=mps in the environment",
     "tf32": "remove it; dtype: bfloat16 is the fast format",
-    "bf16_full_eval": "remove it; evaluation computes in dtype",
-    "fp16_full_eval": "remove it; evaluation computes in dtype",
+    "bf16_full_eval": _IN_DTYPE,
+    "fp16_full_eval": _IN_DTYPE,
     "pure_bf16": "set dtype: bfloat16",
     "upcast_layernorm": _NOT_BUILT, "upcast_lmhead_output": _NOT_BUILT,
     "lr_scheduler_kwargs": "remove it; the schedules here take none",
@@ -101,26 +116,22 @@ _INSTEAD = {
     "flex_attention": "set attn_implementation: sdpa", "plugins": _NOT_BUILT,
     "router_aux_loss_coef": _NOT_BUILT, "lora_target_parameters": _NOT_BUILT,
     "unfrozen_parameters": "set method: full with trainable_layers: last_N",
-    "use_liger_kernel": "remove it; the loss holds no more than a part of the logits here anyway",
-    "liger_kernel_config": "remove it; the loss holds no more than a part of the logits here "
-                           "anyway",
+    "use_liger_kernel": _SMALL_LOGITS, "liger_kernel_config": _SMALL_LOGITS,
     "use_unsloth": "remove it; what makes training light is built in",
-    "torch_compile_backend": "remove it; torch_compile: true compiles a decoder layer",
-    "torch_compile_mode": "remove it; torch_compile: true compiles a decoder layer",
-    "accelerator_config": "remove it; strategy says what ranks hold",
-    "parallelism_config": "remove it; strategy says what ranks hold",
+    "torch_compile_backend": _COMPILED_LAYER,
+    "torch_compile_mode": _COMPILED_LAYER,
+    "accelerator_config": _BY_STRATEGY,
+    "parallelism_config": _BY_STRATEGY,
     "train_sampling_strategy": "set group_by_length: true or false",
     "dataloader_drop_last": "remove it; no row is left out",
-    "shuffle_dataset": "remove it; every epoch has an order of its own, by seed",
     "average_tokens_across_devices": "remove it; every token of a step counts the same",
-    "auto_find_batch_size": "remove it; where memory runs out, micro-batches are halved",
     "debug": "remove it", "dataset_kwargs": "remove it; dataset_columns names columns",
     "dataset_text_field": "set dataset_columns: {text: NAME}",
     "dataset_config": "set dataset to the file or folder itself",
     "dataset_train_split": "set dataset to the file itself",
     "dataset_test_split": "set eval_dataset to the file itself",
-    "dataset_streaming": "remove it; files are read row by row", "streaming": "remove it; files "
-    "are read row by row", "buffer_size": "remove it; all rows are put in order by seed",
+    "dataset_streaming": _ROW_BY_ROW, "streaming": _ROW_BY_ROW,
+    "buffer_size": "remove it; all rows are put in order by seed",
     "dataset_dir": "remove it, and set dataset to the file itself",
     "max_samples": "set max_train_samples and max_eval_samples",
     "template": "remove it, for the model's own template is used; or set chat_template",
@@ -130,36 +141,37 @@ _INSTEAD = {
     "train_on_eos": "remove it; an assistant's turn is learnt with its end",
     "truncation_mode": "set truncation_strategy: truncate, drop or raise",
     "packing_strategy": "set packing: true; rows are packed so that none is cut",
-    "eval_packing": "remove it; packing is for both", "eval_sample_packing": "remove it; packing "
-    "is for both", "loss_type": "remove it; the loss is that of the next token",
+    "eval_packing": _BOTH_PACKED, "eval_sample_packing": _BOTH_PACKED,
+    "loss_type": "remove it; the loss is that of the next token",
     "eos_token": _MODEL_SAYS, "pad_token": _MODEL_SAYS, "model_type": _MODEL_SAYS,
     "tokenizer_type": _MODEL_SAYS, "special_tokens": "set added_tokens to what is new",
     "tokens": "set added_tokens", "new_special_tokens": "set added_tokens",
     "resize_vocab": "remove it; added_tokens makes room for what is new",
     "model_init_kwargs": "set dtype, attn_implementation or revision by their own names",
     "bnb_4bit_quant_storage": _NOT_BUILT, "use_peft": "set method: full",
-    "lora_task_type": "remove it; what is trained predicts the next token",
-    "task_type": "remove it; what is trained predicts the next token",
-    "bias": "remove it; biases are not trained beside LoRA",
-    "lora_bias": "remove it; biases are not trained beside LoRA",
+    "lora_task_type": _NEXT_TOKEN,
+    "task_type": _NEXT_TOKEN,
+    "bias": _NO_BIAS,
+    "lora_bias": _NO_BIAS,
     "fan_in_fan_out": _MODEL_SAYS, "lora_fan_in_fan_out": _MODEL_SAYS,
-    "pissa_init": "set init_lora_weights: pissa", "pissa_iter": "set init_lora_weights: "
-    "pissa_niter_N", "create_new_adapter": "remove it; lighten export merges the first one",
+    "pissa_init": "set init_lora_weights: pissa",
+    "pissa_iter": "set init_lora_weights: pissa_niter_N",
+    "create_new_adapter": "remove it; lighten export merges the first one",
     "export_dir": "remove it; lighten export writes artefacts",
     "export_quantization_bit": "remove it; lighten quantize RUN --to int4 is the command",
     "media_dir": _TEXT_ONLY, "image_max_pixels": _TEXT_ONLY, "video_max_pixels": _TEXT_ONLY,
     "freeze_vision_tower": _TEXT_ONLY, "freeze_multi_modal_projector": _TEXT_ONLY,
-    "ray_run_name": "remove it; sweep.executor: ray spreads a sweep",
-    "ray_num_workers": "remove it; sweep.executor: ray spreads a sweep",
+    "ray_run_name": _BY_RAY,
+    "ray_num_workers": _BY_RAY,
     "gpu_memory_limit": "remove it; lighten plan --memory says what fits",
     "strict": "remove it; every setting is checked",
 }  # fmt: skip
-# Which of our settings each says the rhythm of, and what none at all would mean.
+# Which of our settings each says the rhythm of.
 _RHYTHMS = {
     "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps",
     "save_strategy": "save_steps", "logging_strategy": "logging_steps",
 }  # fmt: skip
-NAMES = (*_RHYTHMS, *_PASSED_OVER, *_INSTEAD)
+NAMES = tuple(dict.fromkeys((*_RHYTHMS, *sorted(_PASSED_OVER), *_ALREADY, *_INSTEAD)))
 
 
 def instead(name: str) -> str | None:
@@ -172,7 +184,9 @@ def changes_nothing(name: str, value: Any) -> bool:
     word = str(value).strip().lower()
     if name in _PASSED_OVER or word in _ALREADY.get(name, ()):
         return True
-    return name in _INSTEAD and name not in _ALREADY and word in _OFF
+    if name in _ALREADY:
+        return value is None
+    return name in _INSTEAD and word in _OFF
 
 
 def is_rhythm(name: str) -> bool:
@@ -192,6 +206,8 @@ def rhythm(name: str, value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: It asks for what is not the same here; says what to change.
     """
     steps, word = _RHYTHMS[name], str(value).strip().lower()
+    if value is None:
+        return {}
     if word == "steps":
         if steps != "logging_steps" and values.get(steps) is None:
             raise ValueError(f"{name}: steps needs {steps} beside it; add it")
