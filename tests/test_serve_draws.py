@@ -58,11 +58,16 @@ def test_each_word_is_drawn_as_often_as_it_is_likely(how: dict[str, Any]) -> Non
         assert abs(drawn[word] / draws - expected) <= 5 * error
 
 
-@pytest.mark.parametrize("how", [{}, {"top_k": 40}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"top_k": 40}, {"top_p": 0.9}, {"frequency_penalty": 0.1}, {"presence_penalty": 0.1},
+     {"logit_bias": dict.fromkeys(range(1000), 1)}],
+    ids=lambda how: next(iter(how), "none"),
+)  # fmt: skip
 def test_a_draw_takes_less_time_than_sorting_the_vocabulary(how: dict[str, Any]) -> None:
-    """A step draws a token for each answer; many clients leave the temperature at 1."""
+    """A step draws a token for each answer, long ones too; many leave the temperature at 1."""
     logits = logits_of(VOCABULARY, 6.0)
-    sampler = Sampler(Sampling(seed=5, **how))
+    sampler, answer = Sampler(Sampling(seed=5, **how)), [*range(4000)]
 
     def seconds(work: Callable[[], Any]) -> float:
         times = []
@@ -73,4 +78,4 @@ def test_a_draw_takes_less_time_than_sorting_the_vocabulary(how: dict[str, Any])
         return min(times)
 
     sorting = seconds(lambda: logits.sort(descending=True, stable=True))
-    assert seconds(lambda: sampler.choose(logits, [1], [])) < sorting / 2
+    assert seconds(lambda: sampler.choose(logits, [1], answer)) < sorting / 2

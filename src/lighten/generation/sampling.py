@@ -5,7 +5,6 @@ Dimensions: V words.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -76,6 +75,10 @@ class Sampler:
     ) -> None:
         self.sampling, self._top, self._grammar = sampling, top_logprobs, grammar
         self.plain = is_plain(sampling) and top_logprobs is None and grammar is None
+        self._bias: tuple[Tensor, Tensor] | None = None
+        if bias := sampling.logit_bias:
+            added = torch.tensor(list(bias.values()), dtype=torch.float32)
+            self._bias = torch.tensor(list(bias)), added
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -114,16 +117,18 @@ class Sampler:
     def _adjust(self, logits: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         """Logits after biases and penalties, in place."""
         settings = self.sampling
-        for token, bias in settings.logit_bias.items():
-            logits[token] += bias
+        if self._bias is not None:
+            logits.index_add_(0, *self._bias)
         if settings.repetition_penalty != 1.0:
             # Source: https://arxiv.org/abs/1909.05858, section 4.1; prompt and answer count.
             token_ids = torch.tensor(sorted({*prompt, *answer}))
             values = logits[token_ids]
             factor = settings.repetition_penalty
             logits[token_ids] = torch.where(values > 0, values / factor, values * factor)
-        for token, times in Counter(answer).items():
-            logits[token] -= settings.presence_penalty + settings.frequency_penalty * times
+        if answer and (settings.presence_penalty or settings.frequency_penalty):
+            token_ids, times = torch.tensor(answer).unique(return_counts=True)
+            taken = settings.presence_penalty + settings.frequency_penalty * times.double()
+            logits[token_ids] -= taken.float()
         return logits
 
     def _draw(self, logits: Tensor) -> int:
