@@ -122,6 +122,14 @@ def test_what_the_cache_held_is_told_however_an_answer_ends(
     assert cached["stop"] == cached["length"] >= 64 * prompts
 
 
+def test_an_event_is_one_line_to_every_client(client: httpx.Client) -> None:
+    """Some end lines where Unicode does, as `httpx.Response.iter_lines`."""
+    text = "a\N{LINE SEPARATOR}서\N{PARAGRAPH SEPARATOR}\x85b"
+    body = {"model": "one", "prompt": "a", "max_tokens": 40, **writing(text)}
+    events = streamed(client, "/v1/completions", body)
+    assert "".join(event["choices"][0]["text"] for event in events) == f'"{text}"'
+
+
 def test_a_special_token_that_is_a_stop_ends_the_answer(
     client: httpx.Client, tiny_folder: Path
 ) -> None:

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 from lighten.serving.engine import Finish, Piece, TokenLogprob
 
+# Ends of lines to clients that read a stream as Python reads text, as httpx does; to no others.
+_LINE_ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}
+
 
 @dataclass
 class Choice:
@@ -67,7 +70,8 @@ class _BaseForm:
 
     def _event(self, choices: list[dict[str, Any]], **extra: Any) -> str:
         body = {**self._head, "object": self._chunk, "choices": choices, **extra}
-        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+        text = json.dumps(body, ensure_ascii=False).translate(_LINE_ENDS)
+        return f"data: {text}\n\n"
 
     def usage(self, usage: Usage) -> str:
         """See `Form`."""
