@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from lighten.generation.engine import Engine
-from tests.test_serve_cohort import Answer, adapter, ask, finished
+from lighten.generation.engine import Engine, Request
+from tests.test_serve_cohort import GREEDY, Answer, adapter, ask, finished
 from tests.tiny import VOCAB, tiny_model
 
 BLOCK = 16
@@ -98,3 +99,36 @@ def test_where_all_slots_are_full_the_one_used_longest_ago_is_overwritten(engine
     cached = [finished(ask(engine, prompt, None)).cached for prompt in (prompts[0], *prompts[2:])]
     assert cached == [BLOCK] * 4
     assert finished(ask(engine, prompts[1], None)).cached == 0
+
+
+def test_prompts_that_come_together_are_read_once(engine: Engine, folders: dict[str, Path]) -> None:
+    """Several answers to one, and others that begin so; what another adapter reads is another's."""
+    begin = words(2 * BLOCK, 20)
+    asked = [
+        ([*begin, 5], "a"), ([*begin, 5], "a"), ([*begin[:BLOCK], 6, *begin], "a"),
+        ([*begin, 5], None),
+    ]  # fmt: skip
+    taken = threading.Event()
+    engine._inbox.put(taken.wait)  # type: ignore[arg-type]
+    answers = [ask(engine, prompt, name) for prompt, name in asked]
+    taken.set()
+    assert [finished(answer).cached for answer in answers] == [0, 2 * BLOCK, BLOCK, 0]
+    for (prompt, name), answer in zip(asked, answers, strict=True):
+        alone = cold(folders, prompt, name)
+        assert (answer.tokens, answer.logprobs) == (alone.tokens, alone.logprobs)
+
+
+def test_who_waits_for_a_prompt_that_is_given_up_reads_it(engine: Engine) -> None:
+    prompt = words(100, 21)
+    taken = threading.Event()
+    engine._inbox.put(taken.wait)  # type: ignore[arg-type]
+    first, cancels = Answer(), list[Callable[[], None]]()
+    request = Request(
+        prompt, "a", 6, frozenset(), GREEDY, None, first.chosen, first.ended,
+        lambda _: cancels[0](),
+    )  # fmt: skip
+    cancels.append(engine.submit(request))
+    second = ask(engine, [*prompt, 9], "a")
+    taken.set()
+    assert finished(second).cached == BLOCK  # what was read of it until then
+    assert (first.how, len(second.tokens)) == ("cancelled", 6)

@@ -77,6 +77,7 @@ class _Sequence:
     tokens: list[int]
     cached: int = 0  # tokens whose keys and values the slot holds
     slot: int = -1
+    begun: bool = False
     cancelled: bool = False
     answer: list[int] = field(default_factory=list)
 
@@ -295,7 +296,6 @@ class Engine:
             sequence = self._waiting.popleft()
             sequence.slot, sequence.cached = self._slots.take(sequence.tokens, sequence.adapter)
             self._running.append(sequence)
-            sequence.request.on_begin(sequence.cached)
 
     def _end(self, sequence: _Sequence, reason: str | BaseException) -> None:
         self._running.remove(sequence)
@@ -374,7 +374,9 @@ class Engine:
         """Sequences of the next step and how many of their tokens, sorted by adapter."""
         room = self._prefill_tokens
         parts = []
-        for sequence in self._running:
+        for place, sequence in enumerate(self._running):
+            if not sequence.begun and not self._begins(sequence, self._running[:place]):
+                continue
             count = sequence.waiting_tokens
             if not sequence.decoding:
                 if count > room:  # whole blocks
@@ -382,7 +384,18 @@ class Engine:
                 room -= count
             if count:
                 parts.append((sequence, count))
+                if not sequence.begun:
+                    sequence.begun = True
+                    sequence.request.on_begin(sequence.cached)
         return sorted(parts, key=lambda part: id(part[0].adapter) if part[0].adapter else 0)
+
+    def _begins(self, sequence: _Sequence, earlier: Sequence[_Sequence]) -> bool:
+        """Whether a prompt is read now: what one before it is reading of it, it takes from that."""
+        sequence.cached = self._slots.catch_up(sequence.slot)
+        return all(
+            self._slots.alike(sequence.slot, other.slot) <= sequence.cached
+            for other in earlier if not other.decoding
+        )  # fmt: skip
 
     def _segments(self, parts: Sequence[tuple[_Sequence, int]], *, head: bool = False) -> Segments:
         names, starts, stops = [], [], []

@@ -64,6 +64,22 @@ class Slots:
         self._slots[place] = _Slot(tuple(prompt), most, adapter)
         return place, most
 
+    def alike(self, place: int, other: int) -> int:
+        """Tokens that two slots' prompts begin with alike under one adapter, read or not."""
+        slot, reader = self._slots[place], self._slots[other]
+        if not self._reuse or slot.adapter is not reader.adapter:
+            return 0
+        return self._alike(slot.prompt, reader.prompt, len(reader.prompt))
+
+    def catch_up(self, place: int) -> int:
+        """Copy what another slot holds more of a slot's prompt; how much it holds then."""
+        slot = self._slots[place]
+        shared = [self._shared(slot.prompt, slot.adapter, other) for other in self._slots]
+        if (most := max(shared)) > slot.held:
+            self._cache.copy(shared.index(most), place, most)
+            slot.held = most
+        return slot.held
+
     def computed(self, place: int, tokens: int) -> None:
         """A slot holds so many tokens of its answer, the prompt's first."""
         if self._reuse:
@@ -85,11 +101,15 @@ class Slots:
         """Tokens of a prompt whose keys and values a slot holds."""
         if slot.adapter is not adapter:
             return 0
-        most = min(slot.held, self._whole(len(prompt) - 1))
+        return self._alike(prompt, slot.prompt, slot.held)
+
+    def _alike(self, prompt: Sequence[int], other: tuple[int, ...], most: int) -> int:
+        """Tokens of whole blocks that a prompt, its last token apart, begins with as another."""
+        most = min(self._whole(most), self._whole(len(prompt) - 1))
         alike = 0
         while alike < most:
             end = alike + self._block
-            if tuple(prompt[alike:end]) != slot.prompt[alike:end]:
+            if tuple(prompt[alike:end]) != other[alike:end]:
                 break
             alike = end
         return alike
