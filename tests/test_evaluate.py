@@ -333,6 +333,21 @@ def test_chat_greedily_says_what_generate_says(run: Run, monkeypatch: pytest.Mon
     talk.close()
 
 
+def test_an_adapters_folder_talks_as_it_does_in_its_run(run: Run, tmp_path: Path) -> None:
+    """Where it lies there, and copied to elsewhere."""
+    folder = run.adapters()["r8"]
+    shutil.copytree(folder, tmp_path / "copied")
+    of_run = Conversation(str(run.folder), max_new_tokens=24)
+    for adapter in (folder, tmp_path / "copied"):
+        talk = Conversation(str(adapter), max_new_tokens=24)
+        assert talk.why_no_engine is None
+        assert talk.resolve(None) == adapter.name
+        for ours, theirs in ((adapter.name, "r8"), (None, None)):
+            assert list(talk.answer("hello", ours)) == list(of_run.answer("hello", theirs))
+        talk.close()
+    of_run.close()
+
+
 def test_chat_ends_where_the_model_does(tmp_path: Path) -> None:
     """A token that ends an answer is not shown, in our engine as in transformers."""
     folder = save_tiny(tmp_path / "model")

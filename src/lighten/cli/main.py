@@ -263,7 +263,7 @@ def report(
 
 @app.command()
 def chat(
-    target: Annotated[str | None, typer.Argument(metavar="RUN | MODEL")] = None,
+    target: Annotated[str | None, typer.Argument(metavar="RUN | MODEL | ADAPTER")] = None,
     url: Annotated[str | None, typer.Option(help="Talk to a server instead.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Which adapter of the run.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with base too.")] = False,

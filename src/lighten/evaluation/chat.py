@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Thread
 from typing import Any, TextIO
 
@@ -12,12 +13,14 @@ from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
 from lighten import data, models
+from lighten.artifacts.source import open_source
 from lighten.data import Message
 from lighten.data.asking import OPENED
 from lighten.dialogue import converse
 from lighten.errors import UserError
 from lighten.evaluation.generate import hidden_tokens, settings_alone, stop_tokens
-from lighten.evaluation.run_models import Models, Opened, open_model
+from lighten.evaluation.model_alone import adapter_folder
+from lighten.evaluation.run_models import Models, Opened, open_adapter, open_model
 from lighten.generation.engine import Request
 from lighten.generation.settings import Sampling
 from lighten.machine import hardware
@@ -52,7 +55,7 @@ class Conversation:
     """A base with what was trained on it, and the words said so far.
 
     Args:
-        target: A run folder, a run's name under `runs/`, or a model.
+        target: A run folder, a run's name under `runs/`, a model or an adapter's folder.
         system: System message.
         thinking: Whether answers begin with a thought; None: as those of the training did.
         max_new_tokens: Longest answer.
@@ -80,10 +83,21 @@ class Conversation:
         run = None if folder is None else Run(folder)
         self.names: tuple[str, ...] = ()
         self.learnt, self.handling = data.LearntAnswers(), data.Handling()
-        if run is None:
+        alone = adapter_folder(target) if run is None else None
+        if alone is not None:
+            artefact = open_source(alone)
+            first = open_adapter(artefact, device)
+            self.names = (alone.name,)
+            self._open: Callable[[str | None], Opened] = lambda name: replace(first, adapter=name)
+            self._close = first.close
+            if artefact.run is not None:
+                recipe = artefact.run.recipe()
+                self.learnt = data.LearntAnswers.of(artefact.run.info())
+                self.handling = data.Handling(recipe.system_role, recipe.thinking)
+        elif run is None:
             base = models.load(target, device=device)
             first = open_model(base, {}, data.choose_template(base.tokenizer, None).name)
-            self._open: Callable[[str | None], Opened] = lambda _: first
+            self._open = lambda _: first
             self._close = first.close
         else:
             run_models = Models(run, device, keep=True, talks=True)
@@ -243,7 +257,7 @@ def chat(
     """Converse until `/exit` or the end of the input.
 
     Args:
-        target: A run or a model.
+        target: A run, a model, or an adapter's folder.
         adapter: Which adapter of a run; default its first.
         compare: Answer with the base too.
         system: System message.

@@ -68,7 +68,7 @@ def recipe_of(
             if not {start.MODEL, start.START} & set(aliases.translate({key: value})[0])
         }  # fmt: skip
         adapter = open_source(folder, base=base)
-        values = _settings_of(adapter)
+        values = settings_of(adapter)
     recipe = Recipe.from_values(values, others)
     if recipe.output_dir is None:
         name = recipe.name
@@ -79,25 +79,40 @@ def recipe_of(
     return recipe, adapter, evaluate
 
 
+def adapter_folder(name: str) -> Path | None:
+    """The folder of an adapter that a name means; None where it means a model or a run."""
+    folder = Path(name).expanduser()
+    is_adapter = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    return folder.resolve() if is_adapter else None
+
+
 def _adapter_of(model: str, named: Mapping[str, Any]) -> tuple[Path | None, str | None]:
     """The adapter that is measured, if one is, and its base, where that is named too.
 
     Raises:
         UserError: There is no such adapter, or two are named.
     """
-    folder, other = Path(model).expanduser(), named.get(start.START)
-    is_adapter = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-    if is_adapter and other is not None:
+    folder, other = adapter_folder(model), named.get(start.START)
+    if folder is not None and other is not None:
         raise UserError(f"{model} is an adapter, and {start.START} is {other}; name one")
-    if is_adapter:
-        return folder.resolve(), named.get(start.MODEL)
+    if folder is not None:
+        return folder, named.get(start.MODEL)
     return (None, None) if other is None else (start.find(str(other)).resolve(), model)
 
 
-def _settings_of(adapter: Artefact) -> dict[str, Any]:
+def settings_of(adapter: Artefact) -> dict[str, Any]:
     """How an adapter's base is loaded, and how it is asked: as in the run that trained it.
 
     Of one without its run that is what lies beside it: its tokens, and its chat template.
+
+    Args:
+        adapter: In a folder of its own, or a run's.
+
+    Returns:
+        Settings of a recipe.
+
+    Raises:
+        UserError: A tokenizer cannot be read.
     """
     values = dict[str, Any](model_name_or_path=adapter.base, revision=adapter.revision)
     if adapter.run is not None:

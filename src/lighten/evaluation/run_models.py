@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from lighten import adapters, data, models
 from lighten.adapters import Trained
 from lighten.adapters.fake_quant import fake_quantise
+from lighten.artifacts.source import Artefact
 from lighten.errors import UserError
 from lighten.evaluation.engine import open_engine
+from lighten.evaluation.model_alone import settings_of
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training.base import load_base
@@ -73,6 +75,27 @@ def open_model(
         trained = adapters.load(base.model, folders, qat_group_size=qat_group_size)
         return Opened(base, trained, template, why_no_engine=str(error))
     return Opened(base, adapters.attach(base.model, []), template, engine=engine)
+
+
+def open_adapter(adapter: Artefact, device: str) -> Opened:
+    """An adapter of no run at hand, over its base, that answers token by token.
+
+    Args:
+        adapter: With its folder.
+        device: Where they go.
+
+    Raises:
+        UserError: Its base cannot be had, or it does not fit it.
+    """
+    assert adapter.adapter is not None
+    recipe = Recipe.from_values(
+        {**settings_of(adapter), "dataset": ""}
+    )  # of which no data are read
+    base = load_base(recipe, device)
+    template = data.choose_template(base.tokenizer, recipe.chat_template).name
+    name = adapter.adapter.name
+    opened = open_model(base, {name: adapter.adapter}, template, qat_group_size=recipe.qat_groups)
+    return replace(opened, adapter=name)
 
 
 class Models:
