@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lighten
 from lighten.engine.schedule import learning_rate_factor
@@ -17,6 +19,7 @@ from lighten.runs import Run
 from lighten.training import checkpoints, time_budget
 from lighten.training.time_budget import Pace, TimeBudget, steps_within
 from tests.cut_runs import cut_short, losses, weights
+from tests.processes import notes_of, runs_of_rank, start_ranks, wait_for
 from tests.test_train_runs import same_tensors
 
 
@@ -196,3 +199,24 @@ def test_every_arm_of_a_sweep_gets_the_steps_that_fit_its_time(settings: dict[st
     assert {arm["steps"] for arm in arms} == {plan["steps"]}
     assert plan["steps"] < plan["wanted_steps"]
     assert "per arm, 0.3s" in plan["note"]
+
+
+def train_with_other_threads(ports: str, file: str) -> None:
+    """In a rank: the second one has twice as many threads, and as many workers."""
+    torch.set_num_threads(1 + int(os.environ["RANK"]))
+    for run_settings, noted in runs_of_rank(ports, file):
+        run = lighten.train(progress=False, planned=False, **run_settings)
+        if os.environ["RANK"] == "0":
+            noted["status"] = run.info()["status"]
+
+
+def test_machines_with_other_numbers_of_cores_try_an_evaluation_of_the_same_rows(
+    settings: dict[str, Any], chat_file: Path, tmp_path: Path
+) -> None:
+    del settings["val_size"]
+    settings |= {
+        "max_time": "10m", "num_train_epochs": 1, "per_device_train_batch_size": 26,
+        "eval_dataset": str(chat_file), "per_device_eval_batch_size": 1, "max_train_samples": 13,
+    }  # fmt: skip
+    wait_for(start_ranks(train_with_other_threads, [settings], tmp_path / "runs.json"))
+    assert notes_of(tmp_path / "runs.json", 0)[0]["status"] == "finished"

@@ -215,7 +215,10 @@ class StepsInTime:
         if held_out is None:
             return 0.0
         side_by_side = setup.workers * setup.accelerator.num_processes
-        count = setup.recipe.per_device_eval_batch_size * side_by_side
+        # Of machines with other numbers of cores the workers differ; the rows may not.
+        count = ranks.of_main(
+            setup.accelerator, setup.recipe.per_device_eval_batch_size * side_by_side
+        )
         rows = [row for row in held_out.rows if any(row.supervised[1:])]
         lengths, began = lengths_of(rows), time.perf_counter()
         held_out_loss(setup.adapters[0], rows[:count])
