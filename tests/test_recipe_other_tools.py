@@ -13,7 +13,7 @@ from lighten.recipe import Recipe, RecipeError, aliases, other_tools
 from lighten.recipe.fields import RecipeFields
 
 ROWS = '{"prompt": "a", "completion": "b"}\n'
-# TRL 1.7's SFTConfig, ModelConfig and ScriptArguments beside transformers' own.
+# TRL 1.16's SFTConfig, ModelConfig and ScriptArguments beside transformers' own.
 TRL = """
     model_init_kwargs trust_remote_code router_aux_loss_coef chat_template_path dataset_text_field
     dataset_kwargs dataset_num_proc eos_token max_length truncation_mode shuffle_dataset packing
