@@ -121,8 +121,16 @@ def test_everything_that_a_run_and_its_tracker_leave_is_a_runs(
     assert Run(tmp_path / "r-1").evaluation() is not None
 
 
+def go_on(ports: str, file: str) -> None:
+    """A rank: notes what it is told of."""
+    for settings, notes in processes.runs_of_rank(ports, file):
+        told: dict[str, object] = {}
+        api.run(**settings, resume=True, done=told.__setitem__)
+        notes["told"] = list(told)
+
+
 def test_each_step_of_a_run_is_told_and_one_rank_alone_takes_those_after_the_training(
-    tiny_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:
     settings = {
         "model": str(tiny_folder), "dataset": str(chat_file), "output_dir": str(tmp_path / "r"),
@@ -130,12 +138,11 @@ def test_each_step_of_a_run_is_told_and_one_rank_alone_takes_those_after_the_tra
         "evaluate.max_examples": 2, "evaluate.max_new_tokens": 1,
     }  # fmt: skip
     finished = api.train(**settings)
+    assert finished.evaluation() is None
+    ranks = tmp_path / "ranks.json"
+    processes.wait_for(processes.start_ranks(go_on, [settings], ranks))
+    assert [notes["told"] for notes in processes.notes_of(ranks, 0)] == [["evaluate", "report"], []]
     told: dict[str, object] = {}
-    with monkeypatch.context() as as_second_rank:
-        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
-            as_second_rank.setenv(name, value)
-        api.run(**settings, resume=True, done=told.__setitem__)
-    assert (told, finished.evaluation()) == ({}, None)
     api.run(**settings, resume=True, done=told.__setitem__)
     assert list(told) == ["evaluate", "report"]
     assert told["evaluate"].to_dict() == finished.evaluation()  # type: ignore[attr-defined]

@@ -74,8 +74,11 @@ def test_a_linear_warm_up_and_what_follows_it_are_deepspeed_s(name: str, chat_fi
 
 
 @pytest.mark.parametrize("name", PARAMS)
-def test_deepspeed_itself_gives_these_rates(name: str, chat_file: Path) -> None:
+def test_deepspeed_itself_gives_these_rates(
+    name: str, chat_file: Path, request: pytest.FixtureRequest
+) -> None:
     logging.disable(logging.WARNING)
+    request.addfinalizer(lambda: logging.disable(logging.NOTSET))
     schedules = pytest.importorskip(
         "deepspeed.runtime.lr_schedules", reason="DeepSpeed is not installed: pip install deepspeed"
     )
@@ -88,7 +91,6 @@ def test_deepspeed_itself_gives_these_rates(name: str, chat_file: Path) -> None:
         theirs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    logging.disable(logging.NOTSET)
     assert theirs[1:] == pytest.approx([by_formula(name, step) for step in range(STEPS - 1)])
     require_same(name, rates(scheduled(chat_file, name)), theirs)
 

@@ -186,7 +186,7 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"quantization_type": "fp4", "load_in_4bit": True}, "bnb_4bit_quant_type", "fp4"),
     ({"model_revision": "main"}, "revision", "main"),
     ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save", ["lm_head"]),
-    ({"additional_target": ["lm_head"]}, "modules_to_save", ["lm_head"]),
+    ({"additional_target": "embed_tokens,lm_head"}, "modules_to_save", ["embed_tokens", "lm_head"]),
     ({"activation_offloading": True}, "activation_offload", True),
     ({"activation_checkpointing": True}, "gradient_checkpointing", True),
     (
@@ -202,7 +202,6 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"peft_use_rslora": True}, "use_rslora", True),
     ({"peft_init_lora_weights": "gaussian"}, "init_lora_weights", "gaussian"),
     ({"chat_template_path": "chatml"}, "chat_template", "chatml"),
-    ({"chat_template_jinja": "chatml"}, "chat_template", "chatml"),
     ({"train_on_prompt": True}, "completion_only_loss", False),
     ({"flash_attention": True}, "attn_implementation", "flash_attention_2"),
     ({"sdp_attention": True}, "attn_implementation", "sdpa"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ AXOLOTL = """\
 base_model: m
 datasets:
   - path: rows.jsonl
+    type: alpaca
+    split: train
+    train_on_eos: turn
 dataset_prepared_path: last_run_prepared
 val_set_size: 0.1
 output_dir: out
@@ -106,6 +110,10 @@ evals_per_epoch: 1
 saves_per_epoch: 1
 weight_decay: 0.0
 special_tokens:
+deepspeed:
+fsdp:
+fsdp_config:
+lora_target_modules:
 """
 
 
@@ -174,7 +182,8 @@ def test_what_is_a_setting_here_is_not_told_to_be_none() -> None:
         ({"save_strategy": "best"}, "load_best_model_at_end: the best"),
         ({"logging_strategy": "epoch"}, "remove it: logging_steps says how often"),
         ({"eval_strategy": "often"}, "use steps, epoch or no"),
-        ({"eval_strategy": "no", "eval_dataset": "rows"}, "'no' and an eval_dataset contradict"),
+        ({"eval_strategy": "no", "eval_dataset": "rows"}, "'no' and eval_dataset contradict"),
+        ({"eval_strategy": "no", "eval_steps": 5}, "'no' and eval_steps contradict each other"),
         ({"eval_strategy": "no", "val_size": 0.1}, "both set the same thing"),
         ({"sdp_attention": 7}, "sdp_attention: 7 does not do; use true or false"),
     ],
@@ -196,7 +205,8 @@ def test_what_is_not_here_is_told_with_what_to_do(
         {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "tf32": "false"},
         {"roles_to_train": ["assistant"], "train_on_eos": "turn"},
         {"eval_strategy": None, "metric_for_best_model": None, "data_seed": None},
-        {"auto_find_batch_size": False, "shuffle_dataset": False},
+        {"auto_find_batch_size": False, "shuffle_dataset": False, "lora_bias": False},
+        {"cutoff_len": None, "flash_attn": None, "quant_method": None, "datasets": None},
     ],
 )  # fmt: skip
 def test_what_is_so_here_too_changes_nothing(
@@ -205,6 +215,35 @@ def test_what_is_so_here_too_changes_nothing(
     ours = {key: value for key, value in changes.items() if key == "eval_steps"}
     changed = Recipe.from_values({**values, **changes}).completed()
     assert changed == Recipe.from_values({**values, **ours}).completed()
+
+
+def test_what_axolotl_s_datasets_ask_for_and_is_not_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read(
+            AXOLOTL.replace("split: train", "split: train[:10%]\n    roles_to_train: [user]"),
+            tmp_path,
+        )
+    assert "datasets: split is not read; remove it" in str(caught.value)
+    assert "datasets: roles_to_train is not read; remove it; the assistant's" in str(caught.value)
+
+
+def test_the_command_line_and_the_file_are_seen_together(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "fsdp.json").write_text('{"activation_checkpointing": true, "version": null}')
+    (tmp_path / "zero.json").write_text(json.dumps({"scheduler": {
+        "type": "WarmupDecayLR", "params": {"total_num_steps": 40, "warmup_type": "linear"},
+    }}))  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    for text, overrides, name, expected in (
+        ("eval_steps: 500", {"eval_strategy": "steps"}, "eval_steps", 500),
+        ("eval_strategy: steps", {"eval_steps": 100}, "eval_steps", 100),
+        ("save_steps: 5", {"save_strategy": "epoch"}, "save_steps", None),
+        ("fsdp: true", {"fsdp_config": str(tmp_path / "fsdp.json")},
+         "gradient_checkpointing", True),
+        ("max_steps: 40", {"deepspeed": str(tmp_path / "zero.json")}, "learning_rate", 0.001),
+    ):  # fmt: skip
+        path.write_text(f"model: m\ndataset: rows.jsonl\n{text}\n")
+        assert getattr(Recipe.from_file(path, overrides), name) == expected
 
 
 def test_a_mistyped_name_of_another_tool_is_recognised(values: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def logits_of(words: int, spread: float) -> torch.Tensor:
 @pytest.mark.parametrize("spread", [0.5, 2.0, 6.0], ids=["flat", "wide", "peaked"])
 @pytest.mark.parametrize("words", [3, 700, 20_000])
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.99])
-def test_anucleus_is_that_of_the_whole_vocabulary_in_order(
+def test_a_nucleus_is_that_of_the_whole_vocabulary_in_order(
     words: int, spread: float, top_p: float
 ) -> None:
     """However many of the likeliest were looked at."""

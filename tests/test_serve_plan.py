@@ -97,6 +97,25 @@ def test_our_engine_holds_as_much_as_was_planned(
     engine.close(10)
 
 
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_base_that_is_quantised_in_its_files_is_planned_as_it_is_loaded(
+    settings: dict[str, bool], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = models.load(str(save_tiny(tmp_path / "dense")), device="cpu", **settings)
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    loaded = models.load(str(tmp_path / "base"), dtype="float32", device="cpu")
+    weights = models.census(loaded.model).weight_bytes
+    sizes, memory = lighten.api.plan_server(str(tmp_path / "base"), engine="lighten", storage="f32")
+    assert sizes.storage == ("nf4" if "load_in_4bit" in settings else "int8")
+    # A table of the 16 numbers is shared by all layers.
+    tables = 64 * 7 * loaded.model.config.num_hidden_layers
+    assert 0 <= weights - memory.parts["base weights"] <= tables
+    planned = lighten.api.plan_serve(str(tmp_path / "base"), device="t4").parts["base weights"]
+    assert planned < memory.parts["base weights"]
+
+
 def test_the_engine_is_the_one_that_would_be_taken(
     tiny_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from lighten.serving.answering import Front
 from lighten.serving.front import application
 from lighten.serving.options import Options
 from lighten.serving.running import prepare
+from tests.processes import run_async
 from tests.serving import save_adapter, save_adapters
 
 
@@ -56,7 +57,7 @@ def test_memory_of_an_adapter_is_given_back_with_its_last_answer(
                 await asyncio.sleep(0.01)
         await engine.stop()
 
-    asyncio.run(held_after_answers())
+    run_async(held_after_answers())
 
 
 def refused_as(**fields: Any) -> dict[str, Any]:
@@ -100,6 +101,6 @@ def test_what_was_asked_is_let_go_of_with_its_answer(tiny_folder: Path, tmp_path
     gc.collect()
     gc.disable()
     try:
-        assert asyncio.run(held()) == []
+        assert run_async(held()) == []
     finally:
         gc.enable()

@@ -87,7 +87,8 @@ class Conversation:
         if alone is not None:
             artefact = open_source(alone)
             first = open_adapter(artefact, device)
-            self.names = (alone.name,)
+            assert first.adapter is not None
+            self.names = (first.adapter,)
             self._open: Callable[[str | None], Opened] = lambda name: replace(first, adapter=name)
             self._close = first.close
             if artefact.run is not None:

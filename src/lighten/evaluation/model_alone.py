@@ -6,18 +6,18 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lighten import runs
-from lighten.artifacts.source import Artefact, new_tokens, open_source
 from lighten.errors import UserError
 from lighten.machine import hardware
-from lighten.models.load import tokenizer_in
-from lighten.models.same import names_another
 from lighten.paths import split_limit
-from lighten.peft_config import CONFIG, read_config
+from lighten.peft_config import CONFIG, WEIGHTS, read_config
 from lighten.recipe import EvaluateOptions, Recipe, aliases, start
 from lighten.runs import Run
+
+if TYPE_CHECKING:
+    from lighten.artifacts.source import Artefact
 
 log = logging.getLogger(__name__)
 # Of the run that trained an adapter, what decides how its base is loaded and how it is asked.
@@ -67,6 +67,10 @@ def recipe_of(
             key: value for key, value in others.items()
             if not {start.MODEL, start.START} & set(aliases.translate({key: value})[0])
         }  # fmt: skip
+        from lighten.artifacts.source import open_source  # a mistyped name is told without PyTorch
+
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder} has no {WEIGHTS}; save it again with save_pretrained")
         adapter = open_source(folder, base=base)
         values = settings_of(adapter)
     recipe = Recipe.from_values(values, others)
@@ -90,13 +94,15 @@ def _adapter_of(model: str, named: Mapping[str, Any]) -> tuple[Path | None, str 
     """The adapter that is measured, if one is, and its base, where that is named too.
 
     Raises:
-        UserError: There is no such adapter, or two are named.
+        UserError: There is no such adapter, or two are named, or two bases.
     """
     folder, other = adapter_folder(model), named.get(start.START)
     if folder is not None and other is not None:
         raise UserError(f"{model} is an adapter, and {start.START} is {other}; name one")
     if folder is not None:
         return folder, named.get(start.MODEL)
+    if other is not None and start.MODEL in named:
+        raise UserError(f"{model} and {named[start.MODEL]} are both named as the base; name one")
     return (None, None) if other is None else (start.find(str(other)).resolve(), model)
 
 
@@ -114,6 +120,10 @@ def settings_of(adapter: Artefact) -> dict[str, Any]:
     Raises:
         UserError: A tokenizer cannot be read.
     """
+    from lighten.artifacts.source import new_tokens
+    from lighten.models.load import tokenizer_in
+    from lighten.models.same import names_another
+
     values = dict[str, Any](model_name_or_path=adapter.base, revision=adapter.revision)
     if adapter.run is not None:
         completed = adapter.run.recipe().completed()

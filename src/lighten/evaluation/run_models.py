@@ -78,7 +78,7 @@ def open_model(
 
 
 def open_adapter(adapter: Artefact, device: str) -> Opened:
-    """An adapter of no run at hand, over its base, that answers token by token.
+    """An adapter's folder, over its base, that answers token by token.
 
     Args:
         adapter: With its folder.
@@ -88,12 +88,12 @@ def open_adapter(adapter: Artefact, device: str) -> Opened:
         UserError: Its base cannot be had, or it does not fit it.
     """
     assert adapter.adapter is not None
-    recipe = Recipe.from_values(
-        {**settings_of(adapter), "dataset": ""}
-    )  # of which no data are read
+    # No data are read of it.
+    recipe = Recipe.from_values({**settings_of(adapter), "dataset": ""})
     base = load_base(recipe, device)
     template = data.choose_template(base.tokenizer, recipe.chat_template).name
-    name = adapter.adapter.name
+    # As in a run, `base` is the base.
+    name = "adapter" if adapter.adapter.name == "base" else adapter.adapter.name
     opened = open_model(base, {name: adapter.adapter}, template, qat_group_size=recipe.qat_groups)
     return replace(opened, adapter=name)
 

@@ -92,11 +92,11 @@ class SlotCache:
             for x in kept:
                 x[1:, :, :tokens] = x[:1, :, :tokens]
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy a slot's first tokens into another."""
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Copy a slot's tokens from one place to before another into another slot."""
         for kept in self._layers.values():
             for x in kept:
-                x[target, :, :tokens] = x[source, :, :tokens]
+                x[target, :, start:stop] = x[source, :, start:stop]
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values.

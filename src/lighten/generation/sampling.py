@@ -35,7 +35,7 @@ class Grammar(Protocol):
 def is_plain(sampling: Sampling) -> bool:
     """Whether the likeliest token is taken, with no word on how likely others were."""
     return (
-        sampling.temperature == 0.0
+        sampling.is_greedy
         and sampling.repetition_penalty == 1.0
         and not sampling.frequency_penalty
         and not sampling.presence_penalty
@@ -104,7 +104,7 @@ class Sampler:
         if self._grammar is not None:
             adjusted = adjusted.clone()
             self._grammar.restrict(adjusted)
-        token = int(adjusted.argmax()) if settings.temperature == 0.0 else self._draw(adjusted)
+        token = int(adjusted.argmax()) if settings.is_greedy else self._draw(adjusted)
         if self._grammar is not None:
             self._grammar.take(token)
         if self._top is None:

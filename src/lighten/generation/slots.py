@@ -59,7 +59,7 @@ class Slots:
         ]
         place = whole[0] if whole else oldest
         if shared[place] < most:
-            self._cache.copy(shared.index(most), place, most)
+            self._cache.copy(shared.index(most), place, 0, most)
         self.free.remove(place)
         self._slots[place] = _Slot(tuple(prompt), most, adapter)
         return place, most
@@ -76,7 +76,7 @@ class Slots:
         slot = self._slots[place]
         shared = [self._shared(slot.prompt, slot.adapter, other) for other in self._slots]
         if (most := max(shared)) > slot.held:
-            self._cache.copy(shared.index(most), place, most)
+            self._cache.copy(shared.index(most), place, slot.held, most)
             slot.held = most
         return slot.held
 

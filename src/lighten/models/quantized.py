@@ -34,6 +34,8 @@ from lighten.machine.hardware import Choice
 for _name in ("backends.cpu.ops", "autograd._functions"):
     logging.getLogger(f"bitsandbytes.{_name}").setLevel(logging.ERROR)
 THEIR_LAYERS = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
+BLOCK_OF_FOUR_BITS = 64  # numbers per scale, bitsandbytes' default
+BLOCK_OF_SCALES = 256  # scales per scale of their own, with double quantisation
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lighten.errors import UserError
-from lighten.models.quantized import THEIR_LAYERS, Storage, require_bitsandbytes
+from lighten.models.quantized import (
+    BLOCK_OF_FOUR_BITS,
+    BLOCK_OF_SCALES,
+    THEIR_LAYERS,
+    Storage,
+    require_bitsandbytes,
+)
 
 
 def stored_as(folder: Path) -> dict[str, Any] | None:
@@ -40,6 +46,16 @@ def on_processor(folder: Path) -> dict[str, Any]:
     return {"device_map": {"": "cpu"}} if by_bitsandbytes else {}
 
 
+def written_by_bitsandbytes(stored: Mapping[str, Any] | None) -> Storage | None:
+    """How a folder's linear layers are stored, by what its configuration says; None: otherwise."""
+    if stored is None or stored.get("quant_method") != "bitsandbytes":
+        return None
+    if stored.get("load_in_8bit"):
+        return Storage("int8")
+    kind = stored.get("bnb_4bit_quant_type") or "fp4"
+    return Storage(kind, bool(stored.get("bnb_4bit_use_double_quant")))
+
+
 def held_as(name: str, stored: Mapping[str, Any] | None, asked: Storage | None) -> Storage | None:
     """How the linear layers of a folder's model are stored once it is loaded.
 
@@ -57,12 +73,11 @@ def held_as(name: str, stored: Mapping[str, Any] | None, asked: Storage | None) 
     """
     if stored is None:
         return asked
-    if stored.get("quant_method") == "bitsandbytes":
+    written = written_by_bitsandbytes(stored)
+    if written is not None:
         require_bitsandbytes()
-        eight = bool(stored.get("load_in_8bit"))
-        if asked is None or eight == (asked.kind == "int8"):
-            kind = "int8" if eight else stored.get("bnb_4bit_quant_type") or "fp4"
-            return Storage(kind, bool(not eight and stored.get("bnb_4bit_use_double_quant")))
+        if asked is None or (written.kind == "int8") == (asked.kind == "int8"):
+            return written
     elif asked is None:
         return None
     raise UserError(
@@ -101,6 +116,35 @@ def packed_paths(model: PreTrainedModel, stored: Mapping[str, Any] | None) -> li
         model, stored.get("llm_int8_skip_modules"), list(model._keep_in_fp32_modules or ())
     )
     return [path for path in linear if should_convert_module(path, dense)]
+
+
+def loaded_bytes(model: PreTrainedModel, number_bytes: float) -> int:
+    """Bytes of a model's weights once they are loaded: as bitsandbytes wrote them, or dense.
+
+    Args:
+        model: Its layers are dense; they may be on the meta device.
+        number_bytes: Of a number that is dense once it is loaded.
+    """
+    stored: Mapping[str, Any] | None = getattr(model.config, "quantization_config", None)
+    held = written_by_bitsandbytes(stored)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    if held is None:
+        return round(dense * number_bytes)
+    embedding: Any = model.get_input_embeddings()
+    packed_bytes = 0
+    for path in packed_paths(model, stored):
+        module: Any = model.get_submodule(path)
+        numbers = module.weight.numel()
+        if module.weight is not embedding.weight:  # which stays dense beside a packed head
+            dense -= numbers
+        if held.kind == "int8":
+            rows = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+            packed_bytes += numbers + 4 * rows
+            continue
+        blocks = -(-numbers // BLOCK_OF_FOUR_BITS)
+        packed_bytes += -(-numbers // 2)
+        packed_bytes += blocks + 4 * -(-blocks // BLOCK_OF_SCALES) if held.double else 4 * blocks
+    return round(dense * number_bytes) + packed_bytes
 
 
 def keep_float32(folder: Path) -> None:

@@ -15,6 +15,7 @@ from lighten.generation.engine import PREFILL_TOKENS
 from lighten.generation.linears import packs
 from lighten.models import skeleton
 from lighten.models.load import locate
+from lighten.models.stored import loaded_bytes
 from lighten.planning import serving
 from lighten.planning.memory import TOKENIZER_FACTOR
 from lighten.planning.process_overhead import answer_context
@@ -56,9 +57,8 @@ def answer_peak(
     """
     shape = skeleton(model, revision=revision)
     config = shape.config.get_text_config()
-    sizes = sizes_of(shape)
     number = serving.BYTES_PER_WEIGHT[dtype]
-    weights: float = serving.weight_bytes(sizes.linear_numbers, sizes.rest, dtype, dtype)
+    weights: float = loaded_bytes(shape, number)
     caches, cached = serving.layer_caches(config.to_dict()), prompt_tokens + new_tokens
     cached_rows, read = rows, rows * prompt_tokens
     if slots is not None:

@@ -28,9 +28,6 @@ from lighten.planning import streamed
 from lighten.planning.storage_tracker import StorageTracker
 from lighten.recipe import Recipe
 
-BLOCK_OF_FOUR_BITS = 64  # numbers per scale, bitsandbytes' default
-BLOCK_OF_SCALES = 256  # scales per scale of their own, with double quantisation
-
 
 def config_of(recipe: Recipe) -> tuple[Any, str, Path]:
     """The base's configuration, where it came from and its folder or file.
@@ -150,20 +147,20 @@ def _packed(
         weight.SCB = torch.empty(shape[0])
         return weight
     code = shared.setdefault("code", torch.empty(16))
-    scales = -(-numbers // BLOCK_OF_FOUR_BITS)
+    scales = -(-numbers // quantized.BLOCK_OF_FOUR_BITS)
     absmax, nested, offset = torch.empty(scales), None, None
     if storage.double:
-        second = -(-scales // BLOCK_OF_SCALES)
+        second = -(-scales // quantized.BLOCK_OF_SCALES)
         nested = QuantState(
             absmax=torch.empty(second), code=shared.setdefault("code2", torch.empty(256)),
-            blocksize=BLOCK_OF_SCALES, dtype=torch.float32,
+            blocksize=quantized.BLOCK_OF_SCALES, dtype=torch.float32,
         )  # fmt: skip
         absmax, offset = torch.empty(scales, dtype=torch.uint8), torch.empty(())
     weight = nn.Parameter(
         torch.empty((numbers + 1) // 2, 1, dtype=torch.uint8), requires_grad=False
     )
     weight.quant_state = QuantState(
-        absmax=absmax, shape=shape, code=code, blocksize=BLOCK_OF_FOUR_BITS,
+        absmax=absmax, shape=shape, code=code, blocksize=quantized.BLOCK_OF_FOUR_BITS,
         quant_type=storage.kind, dtype=compute, offset=offset, state2=nested,
     )  # fmt: skip
     return weight

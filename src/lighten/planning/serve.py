@@ -17,6 +17,7 @@ from lighten.errors import UserError
 from lighten.machine.devices import Device
 from lighten.models import quantized, skeleton
 from lighten.models.load import locate, weight_files
+from lighten.models.stored import loaded_bytes
 from lighten.planning import serving
 from lighten.planning.serving import Serving
 
@@ -97,7 +98,8 @@ def serve(
         rank: Of the largest; engines pad the others to it.
         context: Tokens of a sequence, prompt and answer.
         concurrency: Sequences at once.
-        storage: One of `serving.BYTES_PER_WEIGHT`; default the device's own 16 bits.
+        storage: One of `serving.BYTES_PER_WEIGHT`; default as bitsandbytes wrote its files, else
+            the device's own 16 bits.
         cache_bytes: Of one number in the KV cache.
         weight_bytes: Of the base, where that is known; None: by `storage`.
         adapter_bytes: Of all adapters, where that is known; None: by `rank`.
@@ -125,7 +127,9 @@ def serve(
     if not windows:
         caches = [serving.LayerCache(layer.numbers) for layer in caches]
     number = serving.BYTES_PER_WEIGHT[compute]
-    if weight_bytes is None:
+    if weight_bytes is None and storage is None:
+        weight_bytes = loaded_bytes(shape, number)
+    elif weight_bytes is None:
         weight_bytes = serving.weight_bytes(sizes.linear_numbers, sizes.rest, chosen, compute)
     if adapter_bytes is None:
         adapter_bytes = adapters * serving.adapter_bytes(sizes.linear, rank, number_bytes=number)

@@ -126,10 +126,12 @@ class Recipe(RecipeFields):
         applied_adapter: str | None = None,
         folder: Path | None = None,
     ) -> Recipe:
-        settings, notices, problems = aliases.translate(values, folder)
+        settings, notices, problems = aliases.translate(values, folder, beside=overrides)
         if folder is not None:
             settings = places.beside(settings, folder)
-        over, override_notices, override_problems = aliases.translate(overrides or {})
+        over, override_notices, override_problems = aliases.translate(
+            overrides or {}, beside=values
+        )
         for key, value in over.items():
             section, _, name = key.partition(".")
             if name and isinstance(settings.get(section, {}), Mapping):

@@ -44,7 +44,6 @@ RENAMED = {
     "val_split": "val_size",
     "model_revision": "revision",
     "lora_modules_to_save": "modules_to_save",
-    "additional_target": "modules_to_save",
     "lora_model_dir": "adapter_name_or_path",
     "activation_offloading": "activation_offload",
     "activation_checkpointing": "gradient_checkpointing",
@@ -54,7 +53,6 @@ RENAMED = {
     "peft_use_rslora": "use_rslora",
     "peft_init_lora_weights": "init_lora_weights",
     "chat_template_path": "chat_template",
-    "chat_template_jinja": "chat_template",
 }
 # Shown to a user who mistypes one of them; each is handled in `translate`.
 # LLaMA-Factory's, for `finetuning_type: freeze`.
@@ -67,7 +65,7 @@ _ATTENTIONS = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa",
 SPECIAL = (
     "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
     "deepspeed", "fsdp", "fsdp_config", "adapter", "finetuning_type", "freeze_trainable_layers",
-    "train_on_prompt", *_ATTENTIONS, *_BITS, *_BACKENDS,
+    "train_on_prompt", "additional_target", *_ATTENTIONS, *_BITS, *_BACKENDS,
 )  # fmt: skip
 # Of these, what are switches, and how people write one.
 _SWITCHES = ("train_on_inputs", "train_on_prompt", "lora_target_linear", "bf16", "fp16",
@@ -81,13 +79,14 @@ _FLASH = {
 
 
 def translate(
-    values: Mapping[str, Any], folder: Path | None = None
+    values: Mapping[str, Any], folder: Path | None = None, beside: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Canonical names for aliased ones.
 
     Args:
         values: Settings by name.
         folder: That holds the recipe's file, where a file that they name may lie.
+        beside: What else is said: of a file's settings those of the command line, and the reverse.
 
     Returns:
         The settings, a notice per alias used, and a sentence per problem.
@@ -97,10 +96,12 @@ def translate(
     problems: list[str] = []
     came_from: dict[str, str] = {}
     passed_over: list[str] = []
+    everything = {**(beside or {}), **values}
 
     def put(alias: str, name: str, value: Any) -> None:
-        if name != alias and (name in values or name in out):
-            if values.get(name, out.get(name)) == value:
+        said = values.get(name, out.get(name))
+        if name != alias and said is not None:
+            if said == value:
                 return  # many recipes say it a second time
             problems.append(f"{alias} and {came_from.get(name, name)} both set the same thing; "
                             f"keep one, {name} by its own name")  # fmt: skip
@@ -110,6 +111,8 @@ def translate(
             notices.append(f"{alias} is called {name} here; read as {name}: {value}")
 
     for key, raw in values.items():
+        if raw is None and (key in SPECIAL or key in RENAMED):
+            continue  # left empty, it asks for nothing
         # Switches of other tools are often quoted.
         quoted = isinstance(raw, str) and key in SPECIAL
         value = {"true": True, "false": False}.get(raw.lower(), raw) if quoted else raw
@@ -117,8 +120,7 @@ def translate(
             value = _SWITCHED.get(str(raw).strip().lower(), raw)
         half = key in ("bf16", "fp16") and value == "auto"
         if key in _SWITCHES and not (isinstance(value, bool) or half):
-            if value is not None:  # else nothing would be false, and anything else true
-                problems.append(f"{key}: {raw!r} does not do; use true or false")
+            problems.append(f"{key}: {raw!r} does not do; use true or false")
         elif key in RENAMED and not (key == "data" and isinstance(value, Mapping)):
             put(key, RENAMED[key], value)
         elif key == "data":
@@ -133,6 +135,7 @@ def translate(
             paths = [v.get("path") if isinstance(v, Mapping) else v for v in entries]
             if len(paths) == 1 and isinstance(paths[0], str):
                 put("datasets", "dataset", paths[0])
+                problems += _unread(entries[0])
             else:
                 problems.append("datasets must hold one entry with a path; use dataset: FILE")
         elif key == "max_steps" and str(value).strip() == "-1":
@@ -140,6 +143,9 @@ def translate(
         elif key in ("train_on_inputs", "train_on_prompt"):
             put(key, "assistant_only_loss", not value)
             put(key, "completion_only_loss", not value)
+        elif key == "additional_target":
+            names = value.split(",") if isinstance(value, str) else value
+            put(key, "modules_to_save", [str(name).strip() for name in names])
         elif key == "lora_target_linear":
             if value:
                 put(key, "lora_target_modules", "all-linear")
@@ -163,9 +169,9 @@ def translate(
         elif key in ("deepspeed", "fsdp"):
             try:
                 converted = (
-                    foreign.deepspeed(value, folder, values.get("max_steps"))
+                    foreign.deepspeed(value, folder, everything.get("max_steps"))
                     if key == "deepspeed"
-                    else foreign.fsdp(value, values.get("fsdp_config"), folder)
+                    else foreign.fsdp(value, everything.get("fsdp_config"), folder)
                 )
             except ValueError as error:
                 problems.append(f"{key}: {error}")
@@ -176,7 +182,7 @@ def translate(
                     notices.append("DeepSpeed's first two steps have no rate: its warm-up begins "
                                    "two steps earlier here")  # fmt: skip
         elif key == "fsdp_config":
-            if value and not values.get("fsdp"):
+            if value and not everything.get("fsdp"):
                 problems.append("fsdp_config has no effect without fsdp; add fsdp: true, or remove "
                                 "it")  # fmt: skip
         elif key in _ATTENTIONS:
@@ -193,12 +199,12 @@ def translate(
             bits = {"4": "load_in_4bit", "8": "load_in_8bit"}.get(count)
             if bits is not None:
                 put(key, bits, True)
-            elif value not in (None, "none", False):
+            elif value not in ("none", False):
                 problems.append(f"{key}: {value!r} does not do; use 4 or 8")
         elif key == "adapter":
             if value == "qlora":
                 put(key, "load_in_4bit", True)
-            elif value not in ("lora", None):
+            elif value != "lora":
                 problems.append(
                     f"adapter: {value!r} does not do; use lora or qlora, use_dora: true, or "
                     "another method of PEFT's as peft: {peft_type: IA3}"
@@ -210,17 +216,31 @@ def translate(
                 problems.append(f"{key} says not how many bits; set load_in_4bit or load_in_8bit")
         elif other_tools.is_rhythm(key):
             try:
-                for name, setting in other_tools.rhythm(key, value, values).items():
+                for name, setting in other_tools.rhythm(key, value, values, everything).items():
                     put(key, name, setting)
             except ValueError as error:
                 problems.append(str(error))
         elif other_tools.changes_nothing(key, value):
             passed_over.append(key)
-        else:
+        elif value is not None or key not in came_from:
             out[key] = value
     if passed_over:
         notices.append(f"passed over, as they change nothing here: {', '.join(passed_over)}")
     return out, notices, problems
+
+
+def _unread(entry: Any) -> list[str]:
+    """A sentence for each key of Axolotl's `datasets` that asks for what is not read."""
+    if not isinstance(entry, Mapping):
+        return []
+    others = {key: entry[key] for key in entry if key not in ("path", "type", "ds_type")}
+    return [
+        f"datasets: {key} is not read; "
+        + (other_tools.instead(key) or "remove it (dataset_columns names columns called otherwise)")
+        for key, value in others.items()
+        if value is not None and not other_tools.changes_nothing(key, value)
+        and (key, value) != ("split", "train")
+    ]  # fmt: skip
 
 
 def keep_one_end(settings: MutableMapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:

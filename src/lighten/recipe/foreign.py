@@ -172,7 +172,9 @@ def _fsdp_config(source: Any, folder: Path | None) -> tuple[str | None, dict[str
     if source is None:
         return None, {}
     config = source if isinstance(source, Mapping) else _read("fsdp_config", str(source), folder)
-    values = {str(key).removeprefix("fsdp_"): value for key, value in config.items()}
+    values = {
+        str(key).removeprefix("fsdp_"): value for key, value in config.items() if value is not None
+    }
     for key, value in values.items():
         word = str(value)
         if key in _FSDP_OFF and value and word.lower() not in _FALSE:

@@ -21,7 +21,7 @@ _PASSED_OVER = frozenset((
     "skip_memory_metrics", "include_tokens_per_second", "include_num_input_tokens_seen",
     "include_effective_tokens_per_second", "torch_empty_cache_steps", "prediction_loss_only",
     "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
-    "batch_eval_metrics", "label_names", "length_column_name", "save_on_each_node", "plot_loss",
+    "batch_eval_metrics", "label_names", "length_column_name", "plot_loss",
     "use_cache", "pad_to_multiple_of", "pad_to_sequence_len", "lora_mlp_kernel", "lora_qkv_kernel",
     "lora_o_kernel",
 ))  # fmt: skip
@@ -32,8 +32,8 @@ _ALREADY = {
     "metric_for_best_model": ("loss", "eval_loss"), "greater_is_better": ("false",),
     "dataset_text_field": ("text",), "dataset_train_split": ("train",),
     "lora_task_type": ("causal_lm",), "task_type": ("causal_lm",), "bias": ("none",),
-    "lora_bias": ("none",), "save_safetensors": ("true",),
-    "auto_find_batch_size": ("true", "false"), "data_seed": (),
+    "lora_bias": ("none", "false"), "bnb_4bit_quant_storage": ("uint8",),
+    "save_safetensors": ("true",), "auto_find_batch_size": ("true", "false"), "data_seed": (),
     "average_tokens_across_devices": ("true",), "loss_type": ("nll", "chunked_nll"),
     "evals_per_epoch": ("1",), "saves_per_epoch": ("1",), "roles_to_train": ("['assistant']",),
     "train_on_eos": ("turn",), "shuffle_dataset": ("true", "false"),
@@ -82,6 +82,7 @@ _INSTEAD = {
     "eval_on_start": "remove it; lighten evaluate compares with the base as it was",
     "evals_per_epoch": "set eval_steps, or remove it for one an epoch",
     "saves_per_epoch": "set save_steps, or remove it for one an epoch",
+    "save_on_each_node": "remove it; the first rank writes",
     "save_only_model": _CHECKPOINT_WHOLE,
     "save_safetensors": "remove it; tensors are written as safetensors alone",
     "enable_jit_checkpoint": "remove it; save_every writes checkpoints by time",
@@ -134,6 +135,7 @@ _INSTEAD = {
     "buffer_size": "remove it; all rows are put in order by seed",
     "dataset_dir": "remove it, and set dataset to the file itself",
     "max_samples": "set max_train_samples and max_eval_samples",
+    "chat_template_jinja": "set chat_template to a .jinja file that holds it",
     "template": "remove it, for the model's own template is used; or set chat_template",
     "mask_history": "remove it; every turn of the assistant is learnt",
     "roles_to_train": "remove it; the assistant's turns are learnt, others with train: true in "
@@ -194,13 +196,16 @@ def is_rhythm(name: str) -> bool:
     return name in _RHYTHMS
 
 
-def rhythm(name: str, value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def rhythm(
+    name: str, value: Any, values: Mapping[str, Any], everything: Mapping[str, Any]
+) -> dict[str, Any]:
     """Our settings for how often something is done.
 
     Args:
         name: Such as `eval_strategy`.
         value: `steps`, `epoch`, `no`, which YAML may have read as false, or `best`.
-        values: All settings.
+        values: The settings that it stands among.
+        everything: Those that are said elsewhere too.
 
     Raises:
         ValueError: It asks for what is not the same here; says what to change.
@@ -209,7 +214,7 @@ def rhythm(name: str, value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     if value is None:
         return {}
     if word == "steps":
-        if steps != "logging_steps" and values.get(steps) is None:
+        if steps != "logging_steps" and everything.get(steps) is None:
             raise ValueError(f"{name}: steps needs {steps} beside it; add it")
         return {}
     if word == "epoch" and steps != "logging_steps":
@@ -217,9 +222,9 @@ def rhythm(name: str, value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}: epoch and {steps} contradict each other; keep one")
         return {steps: None}
     if word in ("no", "false") and steps == "eval_steps":
-        if values.get("eval_dataset") or values.get("validation_file"):
-            raise ValueError(f"{name}: {value!r} and an eval_dataset contradict each other; keep "
-                             "one")  # fmt: skip
+        for other in ("eval_dataset", "validation_file", "eval_steps"):
+            if everything.get(other) is not None:
+                raise ValueError(f"{name}: {value!r} and {other} contradict each other; keep one")
         return {"val_size": 0}
     raise ValueError(f"{name}: {value!r} has no equal here; " + {
         "eval_steps": "use steps, epoch or no",

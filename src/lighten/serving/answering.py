@@ -149,7 +149,9 @@ class Answering:
     def usage(self, choices: Sequence[Choice]) -> Usage:
         """Tokens; a prompt that has several answers counts once."""
         completion = sum(choice.tokens for choice in choices)
-        cached = sum(choice.cached for choice in choices[:: self._answers])
+        # Whichever of a prompt's answers was made first has read it; the others had it from there.
+        prompts = range(0, len(choices), self._answers)
+        cached = sum(min(c.cached for c in choices[i : i + self._answers]) for i in prompts)
         return Usage(self._prompt_tokens, completion, min(self._prompt_tokens, cached))
 
     async def collect(self) -> list[Choice]:

@@ -115,8 +115,8 @@ class Registry:
             self.models = {**self.models, name: model}
             message = f"{name} is loaded" if previous is None else f"{name} is loaded anew"
             del previous  # the engine forgets it now, unless an answer takes it
-            await engine.set_adapters(self.adapters)
             self._forget_with_their_answers(engine)
+            await engine.set_adapters(self.adapters)
             return message
 
     async def unload(self, name: str, engine: Engine) -> str:
@@ -130,8 +130,8 @@ class Registry:
                 raise Refused(404, f"no adapter is called {name[:200]!r}", "lora_name",
                               "model_not_found")  # fmt: skip
             self.models = {key: model for key, model in self.models.items() if key != name}
-            await engine.set_adapters(self.adapters)
             self._forget_with_their_answers(engine)
+            await engine.set_adapters(self.adapters)
             return f"{name} is unloaded"
 
     def _forget_with_their_answers(self, engine: Engine) -> None:

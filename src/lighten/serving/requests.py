@@ -18,13 +18,11 @@ from pydantic import (
 )
 
 from lighten.data import Message
-from lighten.generation.settings import Sampling
+from lighten.generation.settings import LEAST_TEMPERATURE, Sampling
 
 MOST_ANSWERS = 16  # `n`
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
-# Below it the likeliest token is taken: logits over much less are no float32 any more.
-_LEAST_TEMPERATURE = 1e-5
 
 # Fields that change no answer, and values at which others change none: many clients send them.
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
@@ -168,7 +166,7 @@ class _Common(BaseModel):
                               f"has ids from 0 to {vocabulary - 1}", "logit_bias")  # fmt: skip
             bias[int(token)] = value
         temperature = self.temperature
-        if temperature is not None and temperature < _LEAST_TEMPERATURE:
+        if temperature is not None and temperature < LEAST_TEMPERATURE:
             temperature = 0.0
         settings = {
             "temperature": temperature, "top_p": self.top_p, "min_p": self.min_p,

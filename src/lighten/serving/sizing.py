@@ -12,6 +12,7 @@ from lighten.errors import UserError
 from lighten.generation.segments import numbers_of
 from lighten.machine.hardware import Choice, choose_device, choose_dtype
 from lighten.models.load import locate
+from lighten.models.stored import loaded_bytes, written_by_bitsandbytes
 from lighten.peft_config import FACTOR, WEIGHTS
 from lighten.quantization.gguf_model import plan_gguf
 from lighten.quantization.gguf_source import Weight
@@ -38,7 +39,8 @@ class Sizes:
     Attributes:
         model: The base, as models are named.
         engine: Which one answers, and why.
-        storage: How it holds the base: `q8_0` and others in llama.cpp, else a format of PyTorch's.
+        storage: How it holds the base: `q8_0` and others in llama.cpp, bitsandbytes' where it wrote
+            the files, else a format of PyTorch's.
         adapters: How many.
         rank: Of the largest adapter; 0: there are none.
         context: Tokens of a prompt with its answer.
@@ -106,19 +108,21 @@ def sizes(name: str, options: Options) -> Sizes:
             device="cpu",
         )  # fmt: skip
     compute = choose_dtype("auto", choose_device().value).value
-    weights = sum(parameter.numel() for parameter in shape.parameters())
+    held = written_by_bitsandbytes(getattr(shape.config, "quantization_config", None))
     if engine.value == "vllm":
         storage = STORED_BY_VLLM.get(options.storage, compute)
         return Sizes(
-            **common, storage=storage, base_bytes=weights * _BYTES[storage], adapter_bytes=None,
-            cache_number_bytes=_BYTES[storage], cache_has_windows=True, device="this",
+            **common, storage=str(held or storage), adapter_bytes=None,
+            base_bytes=loaded_bytes(shape, _BYTES[storage]), cache_number_bytes=_BYTES[storage],
+            cache_has_windows=True, device="this",
         )  # fmt: skip
     storage = STORED[options.storage] if options.storage != STORAGE else compute
     if choose_device().value == "cpu":
         numbers = sum(numbers_of(*factor) for factor in factors)
     return Sizes(
-        **common, storage=storage, base_bytes=weights * _BYTES[storage], adapter_bytes=2 * numbers,
-        cache_number_bytes=_BYTES[storage], cache_has_windows=False, device="this",
+        **common, storage=str(held or storage), adapter_bytes=2 * numbers,
+        base_bytes=loaded_bytes(shape, _BYTES[storage]), cache_number_bytes=_BYTES[storage],
+        cache_has_windows=False, device="this",
     )  # fmt: skip
 
 
