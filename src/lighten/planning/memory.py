@@ -112,7 +112,8 @@ def processor_memory(
         arena: Whether tensors' large blocks have an arena of their own.
         margin: Share of the peak that it may be off by.
     """
-    process_bytes = context.bytes + int(TOKENIZER_FACTOR * loading.tokenizer)
+    tokenizer_bytes = int(TOKENIZER_FACTOR * loading.tokenizer)
+    process_bytes = context.bytes + tokenizer_bytes
     phases = [timeline.runs[event.run].phase for event in timeline.events]
     forked = next((place for place, phase in enumerate(phases) if phase in IN_WORKERS), len(phases))
     # Free pages are given back before workers are opened.
@@ -120,7 +121,8 @@ def processor_memory(
     weights = {name: timeline.alive_at(forked - 1).get(name, 0) for name in WEIGHTS}
     loaded = {**weights, "temporary buffers": loading.files + loading.copies}
     stages = [
-        _Stage("loading", loaded, 0, process_bytes),
+        # What comes with the first products is not there yet.
+        _Stage("loading", loaded, 0, tokenizer_bytes),
         _stage(timeline, course, process_bytes, 0, forked),
         _stage(timeline, course, process_bytes, forked).with_workers(
             _other_workers(timeline, workers - 1, context.worker_bytes, sums, arena)

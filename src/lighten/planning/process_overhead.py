@@ -2,8 +2,8 @@
 
 Pages of libraries that the first products touch, kernels that oneDNN compiles, the interpreter's
 and autograd's own objects: half of it depends on the processor. So a tiny model trains or answers
-for a moment in a process of its own, a few seconds once for each machine, and the figures are kept
-in the user's cache folder.
+for a moment in a process of its own, a few seconds once for each environment of a machine, and the
+figures are kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -85,9 +85,11 @@ def _measured(unmeasured: _Figures, what: str, path: Path) -> _Figures:
         what: As `lighten.planning.measured_overhead` takes it.
         path: Where they are kept.
     """
+    # Of a library's file the kernel maps what lies around a page that is touched, if it has that in
+    # memory: the same packages in two environments were 24 MiB apart.
     stamp = [
         processor_name(), os.cpu_count(), versions().get("torch"), versions()["transformers"],
-        cpu.enabled(),
+        cpu.enabled(), sys.prefix,
     ]  # fmt: skip
     try:
         record: Any = json.loads(path.read_text(encoding="utf-8"))
