@@ -271,6 +271,9 @@ def test_the_context_is_measured_once_for_a_machine(
     monkeypatch.setattr(process_overhead, "processor_name", lambda: "another")
     process_overhead.context_of(path)
     assert len(calls) == 2, "another processor is another context"
+    monkeypatch.setattr(process_overhead.sys, "prefix", "/another/environment")
+    process_overhead.context_of(path)
+    assert len(calls) == 3, "other files of the same libraries are another context"
     path.write_text("{", encoding="ascii")
 
     def fails(command: list[str], **_: Any) -> None:

@@ -410,6 +410,22 @@ def test_every_further_lane_is_a_process_with_activations_of_its_own(tmp_path: P
     assert three.expected - two.expected == pytest.approx(two.expected - one.expected, rel=0.01)
 
 
+def test_while_a_base_is_loaded_nothing_of_its_first_products_is_there(tmp_path: Path) -> None:
+    """SmolLM2 in bfloat16 from float32 files: 775 MiB, 770 of them weights and their files."""
+    traced = follow(recipe_of(folder_of(tmp_path)), (1, 16))
+    context, files, tokenizer = Context(10**9, 5), 2 * 10**9, 10**6
+    loading, step = (
+        memory.processor_memory(
+            traced.timeline, memory.Loading(mapped, 0, tokenizer), context=context, arena=True,
+            margin=0.1,
+        )
+        for mapped in (files, 0)
+    )  # fmt: skip
+    tokenizer_bytes = int(memory.TOKENIZER_FACTOR * tokenizer)
+    assert (loading.when, part(loading, "device context")) == ("loading", tokenizer_bytes)
+    assert part(step, "device context") == context.bytes + tokenizer_bytes
+
+
 def test_every_adapter_learns_in_a_traced_step_and_lanes_sum_what_is_theirs(
     tmp_path: Path,
 ) -> None:
