@@ -86,7 +86,7 @@ def _measured(unmeasured: _Figures, what: str, path: Path) -> _Figures:
         path: Where they are kept.
     """
     # Of a library's file the kernel maps what lies around a page that is touched, if it has that in
-    # memory: the same packages in two environments were 24 MiB apart.
+    # memory: the same packages in two environments were 25 MB apart.
     stamp = [
         processor_name(), os.cpu_count(), versions().get("torch"), versions()["transformers"],
         cpu.enabled(), sys.prefix,
