@@ -36,13 +36,18 @@ def stored_as(folder: Path) -> dict[str, Any] | None:
     return quantization
 
 
+def stored_in(config: Any) -> dict[str, Any] | None:
+    """What a base's configuration says of weights that are quantised in its files."""
+    stored: dict[str, Any] | None = getattr(config, "quantization_config", None)
+    return stored
+
+
 def on_processor(folder: Path) -> dict[str, Any]:
     """What transformers has to be told so that the model of a folder stays on the processor.
 
     Of bitsandbytes' formats it takes a model to a GPU where there is one and nothing is said.
     """
-    stored = stored_as(folder)
-    by_bitsandbytes = stored is not None and stored.get("quant_method") == "bitsandbytes"
+    by_bitsandbytes = written_by_bitsandbytes(stored_as(folder)) is not None
     return {"device_map": {"": "cpu"}} if by_bitsandbytes else {}
 
 
@@ -125,7 +130,7 @@ def loaded_bytes(model: PreTrainedModel, number_bytes: float) -> int:
         model: Its layers are dense; they may be on the meta device.
         number_bytes: Of a number that is dense once it is loaded.
     """
-    stored: Mapping[str, Any] | None = getattr(model.config, "quantization_config", None)
+    stored = stored_in(model.config)
     held = written_by_bitsandbytes(stored)
     dense = sum(parameter.numel() for parameter in model.parameters())
     if held is None:

@@ -23,7 +23,7 @@ from lighten.models import gguf, quantized
 from lighten.models.attention_setting import set_attention
 from lighten.models.configuration import read_config
 from lighten.models.load import locate
-from lighten.models.stored import held_as, packed_paths
+from lighten.models.stored import held_as, packed_paths, stored_in
 from lighten.planning import streamed
 from lighten.planning.storage_tracker import StorageTracker
 from lighten.recipe import Recipe
@@ -61,12 +61,6 @@ def storage_of(recipe: Recipe, config: Any) -> quantized.Storage | None:
         recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant,
     )  # fmt: skip
     return held_as(recipe.model_name_or_path, stored_in(config), asked)
-
-
-def stored_in(config: Any) -> dict[str, Any] | None:
-    """What a base's configuration says of weights that are quantised in its files."""
-    stored: dict[str, Any] | None = getattr(config, "quantization_config", None)
-    return stored
 
 
 def fake_base(

@@ -262,8 +262,8 @@ def random_base(recipe: Recipe, device: str) -> Any:
     from lighten.machine.hardware import choose_dtype
     from lighten.models import quantized
     from lighten.models.attention_setting import set_attention
-    from lighten.models.stored import packed_paths
-    from lighten.planning.build import config_of, storage_of, stored_in
+    from lighten.models.stored import packed_paths, stored_in
+    from lighten.planning.build import config_of, storage_of
 
     config = config_of(recipe)[0]
     dtype = choose_dtype(recipe.compute_dtype, device)

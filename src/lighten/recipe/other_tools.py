@@ -165,7 +165,7 @@ _INSTEAD = {
     "freeze_vision_tower": _TEXT_ONLY, "freeze_multi_modal_projector": _TEXT_ONLY,
     "ray_run_name": _BY_RAY,
     "ray_num_workers": _BY_RAY,
-    "gpu_memory_limit": "remove it; lighten plan --memory says what fits",
+    "gpu_memory_limit": "remove it; lighten plan says what fits",
     "strict": "remove it; every setting is checked",
 }  # fmt: skip
 # Which of our settings each says the rhythm of.

@@ -12,7 +12,7 @@ from lighten.errors import UserError
 from lighten.generation.segments import numbers_of
 from lighten.machine.hardware import Choice, choose_device, choose_dtype
 from lighten.models.load import locate
-from lighten.models.stored import loaded_bytes, written_by_bitsandbytes
+from lighten.models.stored import loaded_bytes, stored_in, written_by_bitsandbytes
 from lighten.peft_config import FACTOR, WEIGHTS
 from lighten.quantization.gguf_model import plan_gguf
 from lighten.quantization.gguf_source import Weight
@@ -108,7 +108,7 @@ def sizes(name: str, options: Options) -> Sizes:
             device="cpu",
         )  # fmt: skip
     compute = choose_dtype("auto", choose_device().value).value
-    held = written_by_bitsandbytes(getattr(shape.config, "quantization_config", None))
+    held = written_by_bitsandbytes(stored_in(shape.config))
     if engine.value == "vllm":
         storage = STORED_BY_VLLM.get(options.storage, compute)
         return Sizes(

@@ -18,7 +18,7 @@ from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.models.load import Build, locate
 from lighten.models.quantized import Storage
-from lighten.models.stored import stored_as
+from lighten.models.stored import stored_as, written_by_bitsandbytes
 from lighten.parallel.streamed.build import Setting, build
 from lighten.recipe import Recipe
 from lighten.recipe.spread import gathers
@@ -106,8 +106,7 @@ def spreads_packed(recipe: Recipe) -> bool:
         recipe.model_name_or_path, revision=recipe.revision, weights=False,
         code=recipe.trust_remote_code,
     )  # fmt: skip
-    stored = stored_as(folder)
-    return stored is not None and stored.get("quant_method") == "bitsandbytes"
+    return written_by_bitsandbytes(stored_as(folder)) is not None
 
 
 def facts(recipe: Recipe, feed: Any) -> dict[str, Any]:
