@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from lighten.errors import UserError
 from lighten.machine.hardware import PeakMemory
 from lighten.quantization.merge import Unmergeable, merge
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import VOCAB, tiny_config, tiny_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -153,3 +154,90 @@ def test_memory_is_bounded_by_the_largest_shard(tmp_path: Path) -> None:
     assert peak <= 2.5 * max(shard.stat().st_size for shard in shards)
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+
+
+def beside_pictures(kind: str, **text: Any) -> Any:
+    """A model whose files call its weights otherwise than transformers does."""
+    if kind == "gemma3":
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
+                 "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}  # fmt: skip
+        settings = tiny_config("gemma3_text", **text).to_dict()
+        config = Gemma3Config(
+            text_config=settings, vision_config=sizes, mm_tokens_per_image=4,
+            tie_word_embeddings=settings["tie_word_embeddings"],
+        )  # fmt: skip
+    else:
+        config = AutoConfig.for_model(
+            "qwen3_5_text", vocab_size=VOCAB, hidden_size=32, intermediate_size=48,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+            linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], **text,
+        )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def rename(file: Path, ours: str, theirs: str) -> None:
+    weights = {key.replace(ours, theirs, 1): value for key, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+def test_weights_that_files_call_otherwise_are_merged(
+    kind: str, renamed: bool, tmp_path: Path
+) -> None:
+    """As those of models with a picture tower; older adapters name them as the files do."""
+    model = beside_pictures(kind)
+    model.save_pretrained(tmp_path / "base")
+    if kind == "qwen3_5":  # as published, and as it is saved once it was loaded
+        rename(tmp_path / "base" / "model.safetensors", "model.", "model.language_model.")
+    of_files = set(load_file(tmp_path / "base" / "model.safetensors"))
+    assert not of_files & set(dict(model.named_parameters())) - {"lm_head.weight"}
+    trained(model, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    expected = logits(PeftModel.from_pretrained(model, tmp_path / "adapter").eval())
+    if renamed:
+        places = ("model.language_model.", "language_model.model.")
+        if kind == "qwen3_5":
+            places = ("model.", "model.language_model.")
+        first = "base_model.model."
+        rename(tmp_path / "adapter" / "adapter_model.safetensors",
+               *(f"{first}{place}" for place in places))  # fmt: skip
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == of_files
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged.eval()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_vocabulary_that_its_settings_leave_out_grows(tmp_path: Path) -> None:
+    """Gemma 3's do where it is as large as usual."""
+    model = beside_pictures("gemma3", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    trained(model, tmp_path / "adapter", target_modules=["q_proj"])
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", words=VOCAB + 8)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["text_config"]["vocab_size"] == VOCAB + 8
+    merged, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert merged.get_input_embeddings().weight.shape[0] == VOCAB + 8
+
+
+def test_an_embedding_that_learnt_by_dora_is_left_to_peft(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    trained(model, tmp_path / "dora", use_dora=True, target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(Unmergeable, match="embedding by DoRA"):
+        merge(tmp_path / "base", tmp_path / "dora", tmp_path / "merged")
+
+
+def test_factors_of_another_rank_than_is_said_are_refused(tmp_path: Path) -> None:
+    """Their scale would be wrong."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    trained(model, tmp_path / "adapter", rank_pattern={"down_proj": 2})
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rank_pattern": {}}))
+    with pytest.raises(UserError, match=r"have rank 2 and adapter_config\.json says 4"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

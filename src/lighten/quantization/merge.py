@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from lighten import safetensors_stream
@@ -156,6 +158,14 @@ class _Plan:
         self._changes: Changes = read_changes(adapter, self._config)
         self.notes: list[str] = []
         self._names = self._resolved()
+        # Adapters of before transformers 5 call some weights as the files do.
+        of_key = {key: name for name, key in self._names.items()}
+        self._changes.by_name = {
+            name if name in self._names else of_key.get(name, name): change
+            for name, change in self._changes.by_name.items()
+        }
+        if any(change.embedding and change.magnitude for change in self._changes.by_name.values()):
+            raise Unmergeable("it trains an embedding by DoRA")
         self._look_at_vocabulary()
         self._files = self._entries()
 
@@ -186,30 +196,31 @@ class _Plan:
     def write_config(self, folder: Path) -> None:
         """Write the configuration alone."""
         config = json.loads((self._base / "config.json").read_bytes())
-        rows = self._rows
-        for section in (config, config.get("text_config")):
-            if isinstance(section, dict):
-                section.pop("quantization_config", None)
-                section.pop("torch_dtype", None)
-                section["dtype"] = str(self._dtype)[6:]
-                if "vocab_size" in section or section is config:
-                    section["vocab_size"] = rows
-        if self.untied:
-            config["tie_word_embeddings"] = False
-            if isinstance(config.get("text_config"), dict):
-                config["text_config"]["tie_word_embeddings"] = False
+        inner = config.get("text_config")
+        text = inner if isinstance(inner, dict) else config  # beside a picture tower
+        for section in (config, text):
+            section.pop("quantization_config", None)
+            section.pop("torch_dtype", None)
+            section["dtype"] = str(self._dtype)[6:]
+            if "vocab_size" in section or section is text:
+                section["vocab_size"] = self._rows
+            if self.untied:
+                section["tie_word_embeddings"] = False
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _resolved(self) -> dict[str, str]:
-        """Name of a weight in the files by its name in the model, as the files have it."""
-        prefix = f"{self._model.base_model_prefix}."
-        keys = {}
-        for name in self._model.state_dict():
-            candidates = (name, name.removeprefix(prefix), prefix + name)
-            key = next((candidate for candidate in candidates if candidate in self._weights), None)
-            if key is not None:
-                keys[name] = key
-        return keys
+        """Name of a weight in the files by its name in the model, as transformers loads it."""
+        prefix, own = self._model.base_model_prefix, self._model.state_dict()
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        names = {}
+        for key in self._weights:
+            for rules in (renamings, []):
+                name, _ = rename_source_key(key, rules, [], prefix, own)
+                if name in own:
+                    names[name] = key
+                    break
+        return names
 
     def _look_at_vocabulary(self) -> None:
         """Find embedding and head, whether they part, and how many rows they have now."""

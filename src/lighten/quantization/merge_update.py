@@ -109,7 +109,8 @@ def read_changes(folder: Path, config: Mapping[str, Any]) -> Changes:
         config: Its `adapter_config.json`.
 
     Raises:
-        UserError: A tensor is not understood, or half of a pair is missing.
+        UserError: A tensor is not understood, half of a pair is missing, or a factor has another
+            rank than the configuration says.
     """
     shapes = tensor_shapes(folder / WEIGHTS)
     changes = Changes(folder, shapes)
@@ -122,6 +123,8 @@ def read_changes(folder: Path, config: Mapping[str, Any]) -> Changes:
         if (match := FACTOR.match(key)) is not None and spec is not None:
             change = changes.by_name.setdefault(f"{match['path']}.weight", Change())
             setattr(change, match["factor"], key)
+            if match["factor"] == "A":  # [r, ...]
+                spec.require_rank(match["path"], shapes[key][0], folder)
             change.scale = spec.scale_at(match["path"])
             change.embedding = ".lora_embedding_" in key
             continue
@@ -144,7 +147,7 @@ def read_changes(folder: Path, config: Mapping[str, Any]) -> Changes:
     for name, change in changes.by_name.items():
         if (change.A is None) != (change.B is None):
             raise UserError(f"{folder}: {name} has only one of lora_A and lora_B; it is not whole")
-        if change.magnitude and (change.A is None or change.embedding):
+        if change.magnitude and change.A is None:
             raise UserError(f"{folder}: {name} has a magnitude without a low-rank update")
     if not changes.by_name:
         raise UserError(f"{folder / WEIGHTS} holds no weights; save the adapter again")
