@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import lighten
 from lighten import api, models
@@ -20,6 +21,7 @@ from lighten.errors import UserError
 from lighten.evaluation.run_models import Models
 from lighten.models.names import card_line, card_name, packaged_as, public_name
 from tests.processes import call
+from tests.test_merge import trained
 from tests.tiny import VOCAB, tiny_model
 
 IDS = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -361,3 +363,36 @@ def test_a_packaged_model_has_a_name_that_others_can_open() -> None:
     assert public_name("some/model") == "some/model"
     assert packaged_as("huggingfacetb/smollm2-135m-instruct") == "smollm2-135m"
     assert packaged_as("smollm2-135m") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [({"target_modules": ["lm_head", "q_proj"]}, VOCAB),
+     ({"target_modules": ["embed_tokens", "lm_head", "q_proj"]}, VOCAB),
+     ({"target_modules": ["lm_head"], "use_dora": True}, VOCAB),
+     ({"target_modules": ["q_proj"]}, VOCAB + 8),
+     ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, VOCAB + 8)],
+)  # fmt: skip
+def test_what_peft_saves_of_the_base_beside_an_adapter_is_put_into_the_base(
+    settings: dict[str, Any], rows: int, tmp_path: Path
+) -> None:
+    """The head beside its factors, and embeddings of a resized vocabulary: it was refused."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # PEFT asks for its words
+    if rows > VOCAB:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    trained(model, tmp_path / "adapter", **settings)
+    theirs = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    ids = torch.cat([IDS, torch.full((len(IDS), 1), rows - 1)], dim=1)
+    cohort = load_adapters(tiny_model("llama"), {"a": tmp_path / "adapter"})
+    with torch.no_grad(), cohort.using("a"):
+        ours = cohort.model(input_ids=ids).logits
+        torch.testing.assert_close(ours, theirs(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_of_another_base_is_not_put_beside_other_adapters(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        trained(tiny_model("llama", seed=seed), tmp_path / str(seed), target_modules=["lm_head"])
+    load_adapters(tiny_model("llama"), {"a": tmp_path / "0", "b": tmp_path / "0"})
+    with pytest.raises(UserError, match="does not fit this base"):
+        load_adapters(tiny_model("llama"), {"a": tmp_path / "0", "b": tmp_path / "1"})

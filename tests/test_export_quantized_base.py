@@ -6,18 +6,22 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lighten
 from lighten import adapters, models
 from lighten.artifacts import open_source
 from lighten.errors import UserError
+from lighten.quantization.dense import dense_base
 from lighten.quantization.weights import make
 from lighten.runs import Run
 from lighten.training.base import load_base
+from tests.test_merge import trained
 from tests.tiny import save_tiny
 
 IDS = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(3))
@@ -163,3 +167,29 @@ def test_an_adapter_s_folder_is_opened_as_its_run_s(qlora: Run, tmp_path: Path) 
     elsewhere = tmp_path / "adapters" / "default"
     shutil.copytree(folder, elsewhere)
     assert open_source(elsewhere).run is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens", "q_proj"]},
+     {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {}],
+)  # fmt: skip
+def test_trap_29_a_shared_head_of_a_folder_in_few_bits_is_merged_as_it_learnt(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT adds what one of embedding and head learnt to the weight that both are."""
+    save_tiny(tmp_path / "dense", hidden_size=64, intermediate_size=64, tie_word_embeddings=True)
+    make("nf4", tmp_path / "dense", tmp_path / "stored", [])
+    base = dense_base(tmp_path / "stored")
+    trained(base, tmp_path / "adapter", **settings)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "stored")}
+    path.write_text(json.dumps(said))
+    expected = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(IDS).logits.detach()
+    export = lighten.export(
+        tmp_path / "adapter", "merged", output_dir=tmp_path / "merged", dtype="float32"
+    )
+    assert "merged in memory" in export.notes[0]
+    assert export.receipt is not None
+    assert export.receipt.passed
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=0, atol=1e-4)

@@ -73,18 +73,19 @@ def load(
         config = read_config(folder)
         weights = files.read_weights(Path(folder))
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-        for key, value in weights.items():
-            # An adapter that brought its own tokens has a taller embedding than the base.
-            if key.endswith("embed_tokens.weight") and value.shape[0] > vocabulary:
-                model.resize_token_embeddings(value.shape[0], mean_resizing=False)
-                model.requires_grad_(False)
-        if needs_peft(config):
+        # An adapter that brought its own tokens has a taller embedding than the base.
+        rows = files.word_rows(model, {key: tuple(w.shape) for key, w in weights.items()})
+        if rows > vocabulary:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+            model.requires_grad_(False)
+        weights = files.own_weights(model, weights, config, alone=len(folders) == 1)
+        if needs_peft(config) or any(".lora_embedding_" in key for key in weights):
             if len(folders) > 1:
                 raise UserError(
                     f"{folder} is run by PEFT's own modules, which cannot tell the rows of "
                     f"{len(folders)} adapters in one batch apart; load it alone"
                 )
-            return _peft_backed().load(model, name, folder)
+            return _peft_backed().load(model, name, folder, weights)
         cohort.add(files.spec_from_peft(name, config, folder, weights))
         files.restore(cohort, name, weights, where=str(folder))
         for parameter in cohort.parameters(name).values():

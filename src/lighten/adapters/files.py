@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lighten.adapters import dtensors, shards
 from lighten.adapters.frozen import is_conv1d
@@ -177,6 +178,53 @@ def check_fit(
                 f"{where}: {key} has shape {saved[key]}, the base wants {shape}; "
                 "it was trained on another model"
             )
+
+
+def word_rows(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Rows of the word embeddings that an adapter brings along in place of the base's; 0: none.
+
+    Args:
+        model: The base.
+        shapes: Of the adapter's tensors by key.
+    """
+    embedding = model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is embedding)
+    keys = (f"base_model.model.{path}.weight", f"base_model.model.{path}.base_layer.weight")
+    return max(shapes.get(key, (0,))[0] for key in keys)
+
+
+def own_weights(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], config: Mapping[str, Any], *, alone: bool
+) -> dict[str, Tensor]:
+    """An adapter's own tensors, without those of its base that PEFT saved beside them.
+
+    Those are the head beside its factors, and both embeddings where the vocabulary was resized:
+    PEFT puts them into the base again.
+
+    Args:
+        model: The base, with as many words as the adapter's.
+        weights: Of the adapter's file.
+        config: Of `read_config`.
+        alone: The base may change. Else what is not as the base has it stays among the tensors.
+    """
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = {path: part for path, part in model.named_modules() if part in parts}
+    own = {}
+    for key, value in weights.items():
+        if ".original_module." in key:
+            continue
+        key = key.replace(".modules_to_save.", ".")
+        path = key.removeprefix("base_model.model.").removesuffix(".weight")
+        path = path.removesuffix(".base_layer")
+        named = any(f".{path}".endswith(f".{name}") for name in config.get("modules_to_save") or ())
+        weight: Any = None if named or path not in paths else paths[path].weight
+        plain = type(getattr(weight, "data", None)) is Tensor and weight.is_floating_point()
+        fits = plain and value.shape == weight.shape
+        if fits and (alone or torch.equal(value.to(weight), weight)):
+            weight.data.copy_(value)
+        else:
+            own[key] = value
+    return own
 
 
 def spec_from_peft(

@@ -171,7 +171,7 @@ class PeftBacked(Cohort):
     @torch.no_grad()
     def restore(
         self, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor],
-        after_each: Callable[[], None] | None = None,
+        after_each: Callable[[], None] | None = None, *, where: str | None = None,
     ) -> None:  # fmt: skip
         """As of any method; PEFT copies all weights at once, and `after_each` is called after that.
 
@@ -184,7 +184,7 @@ class PeftBacked(Cohort):
         folder = None if isinstance(source, Mapping) else Path(source)
         weights = dict(source) if isinstance(source, Mapping) else files.read_weights(Path(source))
         shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        files.check_fit(shapes, self.shapes(name), str(folder or "what is to be restored"))
+        files.check_fit(shapes, self.shapes(name), where or str(folder or "what is to be restored"))
         weights = self._starts.parted(weights)
         device = {key: value.to(self.model.device) for key, value in weights.items()}
         set_state(self._peft, device, KEY)
@@ -372,8 +372,16 @@ class PeftBacked(Cohort):
                 self.model.config.tie_word_embeddings = False
 
 
-def load(model: PreTrainedModel, name: str, folder: str | os.PathLike[str]) -> PeftBacked:
+def load(
+    model: PreTrainedModel, name: str, folder: str | os.PathLike[str], weights: Mapping[str, Tensor]
+) -> PeftBacked:
     """Attach a saved adapter of any PEFT method to a base, frozen.
+
+    Args:
+        model: The base.
+        name: What it shall be called.
+        folder: Its folder.
+        weights: Its own tensors, see `files.own_weights`.
 
     Raises:
         UserError: The method is not known here, or does not fit the base.
@@ -392,7 +400,7 @@ def load(model: PreTrainedModel, name: str, folder: str | os.PathLike[str]) -> P
             name, settings["r"], settings["lora_alpha"], use_dora=bool(settings.get("use_dora"))
         )
     adapter = PeftBacked(model, spec, config)
-    adapter.restore(name, folder)
+    adapter.restore(name, weights, where=str(folder))
     for parameter in adapter.parameters(name).values():
         parameter.requires_grad_(False)
     return adapter

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lighten.artifacts import Artefact, added_words, copy_companions
 from lighten.errors import UserError
 from lighten.models.load import weight_files
+from lighten.peft_config import WEIGHTS, tensor_shapes
 from lighten.quantization.export_card import DEQUANTIZED, ONTO_KEY, ORIGINAL, card, write_manifest
 from lighten.quantization.gguf_source import read_json
 from lighten.quantization.merge import Unmergeable, merge
@@ -108,17 +109,21 @@ def _merge_in_memory(
     import torch
     from peft import PeftModel
 
+    from lighten.adapters.files import word_rows
     from lighten.models.vocabulary import grow
-    from lighten.quantization.dense import dense_base
+    from lighten.quantization.dense import dense_base, untie
 
     assert artefact.adapter is not None
-    stored = str(read_json(artefact.base_folder / "config.json").get("dtype") or "bfloat16")
+    config = read_json(artefact.base_folder / "config.json")
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     dtype_name = stored if dtype == "auto" else dtype
     if dtype == "auto" and dtype_name == "float32":
         dtype_name = "bfloat16"
     try:
         base = dense_base(artefact.base_folder)
-        grow(base, added_words(artefact))
+        brought = word_rows(base, tensor_shapes(artefact.adapter / WEIGHTS))
+        grow(base, max(added_words(artefact), brought))
+        untie(base, artefact.adapter)
         model: Any = PeftModel.from_pretrained(base, artefact.adapter)
         whole = model.merge_and_unload(safe_merge=True)
     except UserError:

@@ -129,13 +129,6 @@ class Receipt:
         return "".join(f"; {text}" for text in texts)
 
 
-def _rows_in(adapter: Path, model: Any) -> int:
-    """Rows of the word embeddings that an adapter brings along in place of the base's; 0: none."""
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    return tensor_shapes(adapter / WEIGHTS).get(f"base_model.model.{name}.weight", (0,))[0]
-
-
 class InTransformers:
     """A model folder or a base with an adapter, in transformers and PEFT, in float32.
 
@@ -154,6 +147,7 @@ class InTransformers:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from lighten.adapters.files import word_rows
         from lighten.models.stored import (
             bring_into_format,
             keep_float32,
@@ -161,7 +155,7 @@ class InTransformers:
             stored_as,
         )
         from lighten.models.vocabulary import grow
-        from lighten.quantization.dense import dense_base
+        from lighten.quantization.dense import dense_base, untie
 
         self._torch = torch
         try:
@@ -176,12 +170,15 @@ class InTransformers:
                     folder, dtype=torch.float32, local_files_only=True, **on_processor(folder)
                 )
                 bring_into_format(model, folder, torch.float32)
-            grow(model, words if adapter is None else max(words, _rows_in(adapter, model)))
+            if adapter is not None:
+                words = max(words, word_rows(model, tensor_shapes(adapter / WEIGHTS)))
+            grow(model, words)
             if rounding is not None:
                 rounding.apply(model)
             if adapter is not None:
                 from peft import PeftModel
 
+                untie(model, adapter)
                 model = PeftModel.from_pretrained(model, adapter)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 tokenizer or folder, local_files_only=True
