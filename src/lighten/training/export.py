@@ -130,6 +130,8 @@ def with_learnt_ends(setup: Setup) -> tuple[PreTrainedTokenizerBase, GenerationC
         return tokenizer, generation
     generation._from_model_config = False  # else transformers may derive it anew from the model's
     generation.eos_token_id = data.stop_tokens(tokenizer, generation.eos_token_id, learnt)
+    # Changed settings are not saved where some have no effect, as published ones do (temperature).
+    generation._original_object_hash = hash(generation)
     if (token := data.end_token(tokenizer, learnt)) is not None:
         renamed = copy.deepcopy(tokenizer)
         renamed.eos_token = token
