@@ -310,6 +310,24 @@ def test_what_ends_an_answer_is_the_models_where_its_generation_settings_do_not_
     assert executorch._ends(tmp_path)[0] == 4
 
 
+def test_an_added_token_that_the_model_has_no_row_for_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Gemma 3's small models share a tokenizer with those that see: it has a token for pictures."""
+    save_model(tmp_path / "model", "llama")
+    file = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"].append(
+        {**tokenizer["added_tokens"][0], "id": 320, "content": "<pic>"}
+    )
+    file.write_text(json.dumps(tokenizer))
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
+    assert "leaves out <pic>" in caplog.text
+    with Runtime(tmp_path / "model.gguf", context_tokens=64, threads=1) as runtime:
+        assert runtime.vocabulary_size == 320
+        assert runtime.tokenise(TEXTS[0]) == tiny_tokenizer()(TEXTS[0])["input_ids"]
+
+
 def test_padding_rows_of_the_vocabulary_are_tokens_of_no_use(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama")
     model.resize_token_embeddings(384)
@@ -379,7 +397,10 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace.*other tokens"),
         ({"model": {"type": "BPE"}}, "tokenizer.json is no tokenizer"),
         ({"model": {**tokenizer["model"], "merges": [[1, 2]]}}, "tokenizer.json is no tokenizer"),
-        ({"added_tokens": [{"id": 900, "content": "<more>"}]}, "token 900 .* 320 rows"),
+        (
+            {"model": {**tokenizer["model"], "vocab": {**tokenizer["model"]["vocab"], "zz": 900}}},
+            "token 900 .* 320 rows",
+        ),
     ]:
         (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, **change}))
         assert_refused(message)

@@ -200,6 +200,11 @@ def _tell_tokens(vocabulary: Vocabulary, target: Path) -> None:
             "%s: llama.cpp reads white space behind %s otherwise than the model's tokenizer",
             target, ", ".join(vocabulary.otherwise[:5]),
         )  # fmt: skip
+    if vocabulary.without_row:
+        log.warning(
+            "%s leaves out %s: the model has no row for them",
+            target, ", ".join(vocabulary.without_row[:5]),
+        )  # fmt: skip
     unsaid = [vocabulary.tokens[token] for token in vocabulary.ends[3:]]
     if unsaid:
         log.warning(

@@ -52,6 +52,7 @@ class Vocabulary:
         by_name: Whether the model's name has to tell llama.cpp which special tokens swallow the
             white space behind them.
         otherwise: Special tokens that treat it otherwise in llama.cpp all the same.
+        without_row: Added tokens that the model has no row for: they are left out.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Vocabulary:
     ends: tuple[int, ...] = ()
     by_name: bool = False
     otherwise: tuple[str, ...] = ()
+    without_row: tuple[str, ...] = ()
 
     def name_for(self, name: str) -> str:
         """What a file has to call a model of this tokenizer, for llama.cpp to read its texts right.
@@ -125,6 +127,12 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     config = read_json(config_file) if config_file.is_file() else {}
     ids: dict[str, int] = dict(model["vocab"])
     added = {int(entry["id"]): entry for entry in tokenizer.get("added_tokens") or []}
+    # As Gemma 3's for pictures, which its models without a picture tower have no row for.
+    without_row = {
+        token: entry["content"] for token, entry in added.items()
+        if token >= rows and entry["content"] not in ids
+    }  # fmt: skip
+    added = {token: entry for token, entry in added.items() if token not in without_row}
     ids |= {entry["content"]: token for token, entry in added.items()}
     if ids and max(ids.values()) >= rows:
         raise UserError(
@@ -149,6 +157,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     )
     _special(folder, config, tokenizer, ids, vocabulary)
     vocabulary.template = _template(folder, config)
+    vocabulary.without_row = tuple(without_row.values())
     _look_at_space(vocabulary, added, ids)
     return vocabulary
 
