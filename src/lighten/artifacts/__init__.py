@@ -1,6 +1,7 @@
 """What a run ships, opened without a training set-up: the door of export, receipts and serving."""
 
 from lighten.artifacts.source import (
+    COMPANIONS,
     Artefact,
     added_words,
     copy_companions,
@@ -8,4 +9,6 @@ from lighten.artifacts.source import (
     open_source,
 )
 
-__all__ = ["Artefact", "added_words", "copy_companions", "new_tokens", "open_source"]
+__all__ = [
+    "COMPANIONS", "Artefact", "added_words", "copy_companions", "new_tokens", "open_source",
+]  # fmt: skip

@@ -14,14 +14,17 @@ from lighten import runs
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG, read_config
 
-# What stands beside weights and tells other software how a model is spoken to.
+# What stands beside weights and tells other software how a model is spoken to, or shown pictures.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-    "generation_config.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "generation_config.json",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 
 _TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer.json"
+# What they say goes before `tokenizer_config.json`; transformers 5 writes neither.
+_OLDER = ("special_tokens_map.json", "added_tokens.json")
 
 # Settings of a base that is quantised while it is loaded for training.
 QUANTIZED = (
@@ -67,10 +70,20 @@ class Artefact:
         return "int8" if self.quantization else None
 
     @property
+    def origin(self) -> str:
+        """Name or folder of the model that was trained, or that it is."""
+        if self.run is not None and self.adapter is None:
+            return self.run.recipe().model_name_or_path
+        return self.base
+
+    @property
     def exports(self) -> Path:
-        """Where its exports go unless a folder is named: each adapter of several has its own."""
+        """Where its exports go unless a folder is named.
+
+        Each adapter of several has its own, and so has what is of no run.
+        """
         if self.run is None:
-            return Path.cwd() / "exports"
+            return Path.cwd() / "exports" / self.name
         folder = self.run.folder / "exports"
         several = self.adapter is not None and len(self.run.adapters()) > 1
         return folder / self.adapter.name if several and self.adapter is not None else folder
@@ -202,6 +215,10 @@ def copy_companions(artefact: Artefact, folder: Path) -> None:
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+    if (artefact.companions / _TOKENIZER).is_file():
+        for name in _OLDER:
+            if not (artefact.companions / name).is_file():
+                (folder / name).unlink(missing_ok=True)
     if not (artefact.companions / _TEMPLATE).is_file() and _holds_template(artefact.companions):
         (folder / _TEMPLATE).unlink(missing_ok=True)  # the base's would be read in its place
 

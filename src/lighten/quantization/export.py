@@ -12,7 +12,7 @@ from pathlib import Path
 from lighten.artifacts import Artefact, copy_companions, new_tokens
 from lighten.errors import UserError
 from lighten.models.load import weight_files
-from lighten.peft_config import CONFIG, WEIGHTS, read_config
+from lighten.peft_config import CONFIG, WEIGHTS, read_config, tensor_shapes
 from lighten.quantization import executorch, verify
 from lighten.quantization.executorch_rounding import ROUNDED
 from lighten.quantization.export_card import (
@@ -49,7 +49,8 @@ def check(
     """The form and its type, before anything is read; a program's type is its context.
 
     Raises:
-        UserError: There is no such form, or it needs an adapter, or a package is missing.
+        UserError: There is no such form, or it needs an adapter, the adapter has no weights in
+            safetensors, or a package is missing.
     """
     form, _, kind = form.lower().partition(":")
     if form not in FORMS:
@@ -73,6 +74,8 @@ def check(
         )
     if form in ("adapter", "gguf-adapter") and artefact.adapter is None:
         raise UserError(f"{artefact.name} has no adapter; export it --as merged or --as gguf")
+    if form == "adapter" and artefact.adapter is not None:
+        tensor_shapes(artefact.adapter / WEIGHTS)
     if form == "gguf-adapter" and (tokens := new_tokens(artefact)):
         raise UserError(
             f"{artefact.name} brings new tokens ({', '.join(tokens[:3])}), which the base as GGUF "
@@ -151,7 +154,7 @@ def export(
         artefact: What.
         form: `adapter`, `merged`, `gguf` (f16), `gguf:TYPE`, `gguf-adapter` or `executorch`.
         target: Folder to write; None: under `exports` of the run (of several adapters, under
-            `exports/ADAPTER`), or of the current folder.
+            `exports/ADAPTER`), or under `exports/NAME` of the current folder.
         dtype: Of a merged model.
         onto: For an adapter that learnt on a quantised base: `original` weights (when None) or
             those `dequantized` ones that it learnt on.
@@ -166,8 +169,7 @@ def export(
     form, kind = check(artefact, form, dtype, onto, context_tokens)
     label = f"{form}-{kind}" if kind and form == "gguf" else form
     if target is None:
-        name = label if artefact.run is not None else f"{artefact.name}-{label}"
-        target = artefact.exports / name
+        target = artefact.exports / label
     target = target.expanduser()
     require_replaceable(target)
     _require_other_folder(artefact, target)
@@ -247,8 +249,9 @@ def _gguf(artefact: Artefact, target: Path, kind: str, dequantized: bool) -> Exp
     from lighten.quantization.gguf_model import write_gguf
 
     file_name = f"{artefact.name}.{kind}.gguf"
+    dtype = "float32" if kind == "f32" else "auto"
     with (
-        model_folder(artefact, target, dequantized=dequantized) as folder,
+        model_folder(artefact, target, dequantized=dequantized, dtype=dtype) as folder,
         whole_folder(target) as partial,
     ):
         plan = write_gguf(folder, partial / file_name, kind, name=artefact.name)

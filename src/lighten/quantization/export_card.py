@@ -18,9 +18,9 @@ ONTO_KEY, ORIGINAL, DEQUANTIZED = "onto", "original", "dequantized"
 # What an artefact's folder may hold; anything else beside it is a person's.
 _BELONGS = (
     "README.md", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "*.index.json", MANIFEST, "receipt.json", "calibration.json", "*.jinja",
-    "model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "*.gguf", "*.pte",
-    "Modelfile", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*",
+    "vocab.json", "tekken.json", "*.index.json", MANIFEST, "receipt.json", "calibration.json",
+    "*.jinja", "model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "*.gguf",
+    "*.pte", "Modelfile", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 _ONE = ("*.gguf", "*.pte")  # an export has one such file: of several some are a person's
 
@@ -33,6 +33,8 @@ def require_replaceable(folder: Path) -> None:
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"--output_dir {folder} is a link or a file; choose another name")
+    if folder.name in ("", ".."):
+        raise UserError(f"--output_dir {folder} is a folder in use; name one in it")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in names if not any(fnmatch(name, p) for p in _BELONGS)]
     for pattern in _ONE:
@@ -59,8 +61,8 @@ def write_manifest(artefact: Artefact, folder: Path, form: str, **facts: Any) ->
     base = (run.info().get("base") or {}) if run else {}
     manifest = {
         "form": form,
-        "base": card_name(artefact.base),
-        "base_revision": artefact.revision,
+        "base": card_name(artefact.origin),
+        "base_revision": artefact.revision or base.get("revision"),
         "base_sha256": base.get("checksum"),
         "license": artefact.facts.get("license"),
         "adapter": adapter.name if adapter else None,
@@ -86,7 +88,7 @@ def card(artefact: Artefact, notes: list[str]) -> str:
     licence = artefact.facts.get("license")
     head = f"license: {licence.lower()}\n" if licence else ""
     return (
-        f"---\n{head}{card_line(artefact.base)}tags: [lighten]\n---\n\n# {artefact.name}\n\n"
-        f"Made with lighten from `{card_name(artefact.base)}` "
+        f"---\n{head}{card_line(artefact.origin)}tags: [lighten]\n---\n\n# {artefact.name}\n\n"
+        f"Made with lighten from `{card_name(artefact.origin)}` "
         f"(licence: {licence or 'look at the base'}).\n{trained}{bullets}\n"
     )

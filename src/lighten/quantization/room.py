@@ -41,6 +41,7 @@ def require_export_room(
             from lighten.quantization.gguf_model import file_bytes
 
             size = file_bytes(folder, kind, name=artefact.name, weights=weights)
+            merged *= 2 if kind == "f32" else 1
         elif form == "executorch":
             program, kept = _program_bytes(folder, weights)
             size, merged = program + (kept if receipt else 0), 2 * merged

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lighten.adapters.fake_quant import scheme
+from lighten.artifacts import COMPANIONS
 from lighten.models.describe import skeleton
 from lighten.quantization import int4
 from lighten.quantization.shapes import dense_in_nf4, linear_layers, require_groups
@@ -115,13 +116,9 @@ def _with_embedding(model: Any) -> bool:
 
 def _companions(model: Path, folder: Path) -> None:
     """Tokenizer, template and generation settings as the 16-bit folder has them."""
-    for path in model.iterdir():
-        is_companion = path.suffix in (".jinja", ".txt", ".model") or path.name.startswith(
-            "tokenizer"
-        )
-        if path.is_file() and (is_companion or path.name in ("generation_config.json", "vocab.json",
-                                                     "special_tokens_map.json")):  # fmt: skip
-            shutil.copyfile(path, folder / path.name)
+    for name in COMPANIONS:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
 
 
 def _without_head(file: Path) -> None:
