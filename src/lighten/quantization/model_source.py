@@ -36,9 +36,10 @@ class ModelSource:
         folder: The model in 16 bits with all that belongs to it.
         recipe: Of the run, or of the data that were given; None: there are no data.
         run: The run.
-        base: The base's name.
+        base: Name of the model that was trained, or that it is.
         tokenizer: With its chat template chosen.
         exports: Where its copies go unless a folder is named.
+        trained_on: SHA-256 of the data that the run was trained on, where it is of those.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelSource:
     base: str
     tokenizer: Any
     exports: Path
+    trained_on: str | None = None
 
     @property
     def group_size(self) -> int:
@@ -75,15 +77,25 @@ def opened(
     with model_folder(artefact, scratch / "model") as folder:
         tokenizer = load_tokenizer(str(folder))
         recipe = None if artefact.run is None else artefact.run.recipe()
+        trained_on = None
         if recipe is not None and dataset is not None:
-            recipe = recipe.changed({"dataset": dataset})
+            recipe = recipe.model_copy(update={"eval_dataset": None}).changed({"dataset": dataset})
+        elif recipe is not None:
+            trained_on = artefact.facts["data_sha256"]
         elif dataset is not None:
             recipe = Recipe.from_values({"model_name_or_path": artefact.base, "dataset": dataset},
                                         {})  # fmt: skip
         if recipe is not None:
             data.choose_template(tokenizer, recipe.chat_template)
         yield ModelSource(
-            artefact.name, folder, recipe, artefact.run, artefact.base, tokenizer, artefact.exports
+            artefact.name,
+            folder,
+            recipe,
+            artefact.run,
+            artefact.origin,
+            tokenizer,
+            artefact.exports,
+            trained_on,
         )
 
 
@@ -153,10 +165,9 @@ def evaluation_of(source: ModelSource, tokens: int, questions: int) -> HeldOutSe
     recipe = source.recipe
     if recipe is None:
         return None
-    trained_on = None if source.run is None else source.run.info().get("data", {}).get("sha256")
     limits = models.limits(str(source.folder))
     try:
-        examples = held_out_examples(recipe, trained_on)
+        examples = held_out_examples(recipe, source.trained_on)
         held_out = held_out_data.encoded(recipe, examples, source.tokenizer, limits, 200)
     except NoHeldOut:
         return None
