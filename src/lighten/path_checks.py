@@ -43,6 +43,13 @@ def is_run(target: str) -> bool:
     return folder_of(target) is not None
 
 
+def named_run(source: RunLike) -> RunLike:
+    """A run from its name under `runs/`; anything else, and what has that name here, as it is."""
+    if isinstance(source, Run) or exists(expanded(os.fspath(source))):
+        return source
+    return folder_of(os.fspath(source)) or source
+
+
 def source_of(source: RunLike) -> Run | str:
     """A run from its folder or its name under `runs/`, a model or an adapter by its own name.
 

@@ -243,5 +243,6 @@ def _dtype_of(folder: Path) -> str:
     if isinstance(stored, dict):
         if stored.get("load_in_4bit"):
             return str(stored.get("bnb_4bit_quant_type") or "nf4")
-        return "int4" if stored.get("bits") == 4 or "int4" in json.dumps(stored) else "int8"
+        text = json.dumps(stored)  # llm-compressor: `num_bits`, of groups of layers
+        return "int4" if 'bits": 4' in text or "int4" in text else "int8"
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")

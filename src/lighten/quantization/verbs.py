@@ -45,10 +45,11 @@ def export(
         UserError: Something the user can mend.
     """
     from lighten.artifacts import open_source
+    from lighten.path_checks import named_run
     from lighten.quantization import export as exports
     from lighten.streams import library_bars
 
-    opened = open_source(source, adapter=adapter)
+    opened = open_source(named_run(source), adapter=adapter)
     target = None if output_dir is None else Path(output_dir)
     with library_bars():
         return exports.export(
@@ -76,11 +77,13 @@ def verify(
         UserError: Something the user can mend.
     """
     from lighten.artifacts import open_source
+    from lighten.path_checks import named_run
     from lighten.quantization.receipts import verify_artefact
     from lighten.streams import library_bars
 
     with library_bars():
-        return verify_artefact(Path(artefact), open_source(against, adapter=adapter), log)
+        source = open_source(named_run(against), adapter=adapter)
+        return verify_artefact(Path(artefact), source, log)
 
 
 def push(
