@@ -86,8 +86,8 @@ def test_all_shards_of_a_split_are_read_in_order(name: str, tmp_path: Path) -> N
 def test_held_out_data_goes_by_any_of_its_names(word: str, tmp_path: Path) -> None:
     write_texts(tmp_path / "data" / "train-00000-of-00001.parquet", "a")
     write_texts(tmp_path / "data" / f"{word}-00000-of-00001.parquet", "b")
-    assert data.has_split(str(tmp_path), "valid")
-    assert not data.has_split(str(tmp_path), "test")
+    assert data.with_split(str(tmp_path), "valid")
+    assert not data.with_split(str(tmp_path), "test")
     assert (texts(tmp_path), texts(tmp_path, "valid")) == (["a"], ["b"])
     assert "has no test file" in refused(tmp_path, "test")
 
@@ -107,7 +107,7 @@ def test_two_files_that_could_both_be_meant_are_refused(
     why = refused(tmp_path, split)
     assert f"could each be the {split} data" in why
     assert all(str(path) in why for path in paths)
-    assert data.has_split(str(tmp_path), split)
+    assert data.with_split(str(tmp_path), split)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert Recipe.from_values(settings).dataset == where
     write_texts(tmp_path / "both" / "train.jsonl", "a")
     write_texts(tmp_path / "both" / "valid.jsonl", "b")
-    assert data.has_split("~/both", "valid")
+    assert data.with_split("~/both", "valid")
     with pytest.raises(UserError, match="does not exist"):
         data.read("~nobody-here/d.jsonl")
 

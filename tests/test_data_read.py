@@ -105,9 +105,9 @@ def test_a_folder_holds_its_splits_and_a_limit_follows_the_name(tmp_path: Path) 
     assert len(data.read(str(tmp_path)).examples) == 5
     assert len(data.read(f"{tmp_path}#2").examples) == 2
     assert len(data.read(str(tmp_path), split="test").examples) == 3
-    assert data.has_split(str(tmp_path), "valid")
+    assert data.with_split(str(tmp_path), "valid")
     (tmp_path / "valid.jsonl").unlink()
-    assert not data.has_split(str(tmp_path), "valid")
+    assert not data.with_split(str(tmp_path), "valid")
     with pytest.raises(UserError, match="has no valid file"):
         data.read(str(tmp_path), split="valid")
 

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lighten
 from lighten.errors import UserError
 from lighten.evaluation import model_alone
+from lighten.evaluation.chat import Conversation
 from lighten.runs import Run
+from tests.conftest import HUB_COMMIT
 from tests.processes import call
 from tests.tiny import save_tiny
 
@@ -223,6 +225,32 @@ def test_tokens_and_template_that_lie_beside_an_adapter_are_taken(
     assert recipe.added_tokens == ["<call>"]
     assert recipe.chat_template == str(tmp_path / "copied" / "chat_template.jinja")
     assert recipe.run_folder == Path("runs") / f"copied-{chat_file.stem}-as-it-is"
+    # Older tokenizers keep the template among their settings.
+    (tmp_path / "copied" / "chat_template.jinja").unlink()
+    settings = tmp_path / "copied" / "tokenizer_config.json"
+    kept = {**json.loads(settings.read_text()), "chat_template": tokenizer.chat_template}
+    settings.write_text(json.dumps(kept), encoding="utf-8")
+    recipe, _, _ = model_alone.recipe_of(str(tmp_path / "copied"), {"dataset": str(chat_file)})
+    assert recipe.chat_template == tokenizer.chat_template
+
+
+def test_an_adapter_of_the_hub_is_measured_and_talked_to_by_its_id(
+    run: Run, chat_file: Path, tmp_path: Path, hub_model: str
+) -> None:
+    (folder,) = run.adapters().values()
+    repository = tmp_path / "hub" / "models--someone--helper"
+    shutil.copytree(folder, repository / "snapshots" / HUB_COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(HUB_COMMIT)
+    assert model_alone.adapter_folder("someone/helper") == repository / "snapshots" / HUB_COMMIT
+    assert model_alone.adapter_folder(hub_model) is None
+    assert model_alone.adapter_folder("someone/nothing") is None
+    evaluation = measured("someone/helper", chat_file, tmp_path / "alone")
+    beside = run.evaluation()
+    assert beside is not None
+    assert [model["name"] for model in evaluation.models] == ["base", "helper"]
+    assert evaluation.models[1]["losses"] == beside["models"][1]["losses"]
+    assert Conversation("someone/helper").names == ("helper",)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from lighten.errors import UserError
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+# owner/name, and perhaps a folder or file in it.
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?P<inside>/.+)?", flags=re.ASCII)
 
 
 def split_limit(text: str) -> tuple[Path, int | None]:
@@ -26,6 +32,73 @@ def split_limit(text: str) -> tuple[Path, int | None]:
     if "/" in count or "\\" in count or not exists(path):
         return full, None
     raise UserError(f"{text}: what follows # must be a number of rows, from 1")
+
+
+def data_sets(setting: str | Sequence[str]) -> list[str]:
+    """The data sets that a setting names: one, or several."""
+    return [setting] if isinstance(setting, str) else list(setting)
+
+
+def several(text: str, folder: Path | None = None) -> str | list[str]:
+    """`a.jsonl,b.jsonl` as a list, unless that is the name of one data set.
+
+    Args:
+        text: A data set, or several with commas between.
+        folder: Where it may be too.
+    """
+    wholes = [text] if folder is None else [text, str(folder / text)]
+    if "," not in text or any(exists(split_limit(whole)[0]) for whole in wholes):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def limited(text: str, most: int) -> str:
+    """A data set with so many rows at most."""
+    _, rows = split_limit(text)
+    if rows is None:
+        return f"{text}#{most}"
+    return f"{text.rpartition('#')[0]}#{min(rows, most)}"
+
+
+def data_names(setting: str | Sequence[str]) -> str:
+    """What its data sets are called, for people."""
+    names = data_sets(setting)
+    return ", ".join(name if of_hub(split_limit(name)[0]) else Path(name).name for name in names)
+
+
+def data_label(setting: str | Sequence[str]) -> str:
+    """What a folder is called after its data sets."""
+    first, *others = data_sets(setting)
+    path, _ = split_limit(first)
+    name = path.stem if path.suffix.lower() in DATA_SUFFIXES else path.name
+    return f"{name}-and-{len(others)}-more" if others else name
+
+
+def of_hub(path: Path) -> bool:
+    """Whether a data set's path, where nothing is, may be an id on the hub instead of a mistake."""
+    match = _HUB_ID.fullmatch(path.as_posix())
+    if match is None or (match["inside"] is None and path.suffix.lower() in DATA_SUFFIXES):
+        return False
+    return not exists(path)
+
+
+def may_be_data(name: str) -> bool:
+    """Whether a data set is there, or may be on the hub."""
+    path, _ = split_limit(name)
+    return exists(path) or of_hub(path)
+
+
+def may_have_splits(setting: str | Sequence[str]) -> bool:
+    """Whether a data set is no single file; the hub's are looked at once they are fetched."""
+    paths = [split_limit(name)[0] for name in data_sets(setting)]
+    return any(of_hub(path) or (exists(path) and path.is_dir()) for path in paths)
+
+
+def name_of(folder: Path) -> str:
+    """A folder's name; of one in the hub's cache, which are called by commits, that on the hub."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def exists(path: Path) -> bool:

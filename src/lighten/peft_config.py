@@ -26,6 +26,7 @@ NARROWED = ("exclude_modules", "layers_pattern", "layers_to_transform")
 # Initial weights that PEFT takes out of the base's own.
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TOKENIZER = ["tokenizer*", "*tokens*.json", "vocab.*", "merges.txt", "chat_template.jinja"]
 # What `peft.LoraConfig` takes for what a file leaves out.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
 FACTOR = re.compile(
@@ -58,6 +59,30 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def on_hub(name: str) -> Path | None:
+    """The folder of an adapter that the hub has under an id; None of a model, or of nothing.
+
+    As for transformers' `from_pretrained`, what has a model's configuration is a model.
+
+    Raises:
+        UserError: The adapter cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        return None
+    for file in ("config.json", CONFIG):
+        try:
+            hf_hub_download(name, file)
+        except HFValidationError:
+            return None
+        except OSError:  # it has no such file, or cannot be reached
+            continue
+        return from_hub(name) if file == CONFIG else None
+    return None
+
+
 def from_hub(name: str) -> Path:
     """The folder of an adapter that the hub has under an id: of the cache, or fetched now.
 
@@ -74,7 +99,7 @@ def from_hub(name: str) -> Path:
 
     missing = f"the adapter {name} does not exist: no folder is there"
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *_TOKENIZER]))
     except HFValidationError as error:
         raise UserError(missing) from error
     except RepositoryNotFoundError as error:

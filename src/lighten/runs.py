@@ -23,7 +23,7 @@ from lighten.folders import PLAN as PLAN
 from lighten.folders import QUANTIZE as QUANTIZE
 from lighten.folders import RECIPE as RECIPE
 from lighten.folders import is_run as is_run
-from lighten.paths import exists, expanded
+from lighten.paths import exists, expanded, name_of
 from lighten.recipe import Recipe, aliases, places, yaml_lines
 from lighten.whole_files import FileContent as FileContent
 from lighten.whole_files import append_line as append_line
@@ -229,7 +229,8 @@ class Run:
     def adapters(self) -> dict[str, Path]:
         """Folder of each saved adapter by name, in the recipe's order; or of the one measured."""
         if (measured := self.adapter_alone()) is not None:
-            folders = {"adapter" if measured.name == "base" else measured.name: measured}
+            name = name_of(measured)
+            folders = {"adapter" if name == "base" else name: measured}
         else:
             names = [spec.name for spec in self.recipe().cohort()]
             folders = {name: self.folder / "adapters" / name for name in names}

@@ -12,6 +12,7 @@ from typing import Any
 
 from lighten import runs
 from lighten.errors import UserError
+from lighten.paths import data_names, name_of
 from lighten.peft_config import CONFIG, read_config
 
 # What stands beside weights and tells other software how a model is spoken to, or shown pictures.
@@ -131,7 +132,9 @@ def open_source(
         folder = _folder(str(base), revision)
         companions = path if (path / "tokenizer_config.json").is_file() else folder
         facts = {"license": license_of(str(base), revision)}
-        return Artefact(path.name, str(base), folder, revision, path, companions, facts=facts)
+        return Artefact(
+            name_of(path), str(base), folder, revision, path, companions, facts=facts
+        )  # fmt: skip
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"{path} holds no run ({runs.RECIPE}), no adapter ({CONFIG}) and no model (config.json)"
@@ -144,7 +147,7 @@ def open_source(
 def _of_run(run: runs.Run, adapter: str | None) -> Artefact:
     recipe, info = run.recipe(), run.info()
     facts = {
-        "data": Path(recipe.dataset).name,
+        "data": data_names(recipe.dataset),
         "data_sha256": info.get("data", {}).get("sha256"),
         "license": license_of(recipe.model_name_or_path, recipe.revision),
     }

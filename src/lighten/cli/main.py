@@ -386,13 +386,14 @@ def data_check(
 ) -> None:
     """Lengths, truncation, supervised tokens, duplicates, overlap, and one example's mask."""
     from lighten import data, path_checks
-    from lighten.data.files import files_of
-    from lighten.paths import split_limit
+    from lighten.data.sources import sources
+    from lighten.paths import several
     from lighten.training.progress import TrainingProgress
 
     # Paths are looked at before anything heavy is loaded.
     path_checks.require_model(model)
-    files_of(split_limit(file)[0], "train")
+    training = several(file)
+    sources(training, "train")
     from lighten.models import limits, load_tokenizer
 
     of_model = limits(model)
@@ -402,10 +403,11 @@ def data_check(
     options: dict[str, Any] = {"skip_bad_rows": skip_bad_rows}
     if dataset_columns is not None:
         options["columns"] = overrides(["--dataset_columns", dataset_columns])["dataset_columns"]
-    dataset = data.read(file, **options)
+    dataset = data.read(training, **options)
     held_out = None
-    if eval_dataset is not None or data.has_split(file, "valid"):
-        held_out = data.read(eval_dataset or file, split="valid", **options)
+    watched = several(eval_dataset) if eval_dataset else data.with_split(training, "valid")
+    if watched:
+        held_out = data.read(watched, split="valid", **options)
     with TrainingProgress() as progress:
         summary = data.check(
             dataset, tokenizer, max_length=longest, sample=row, verify=of_model.check_ids,

@@ -6,7 +6,7 @@ from lighten.data.conversation import Handling, Renderer
 from lighten.data.encode import Encoded, NothingSupervised, encode, prompt_of
 from lighten.data.examples import Example, Message
 from lighten.data.findings import Findings
-from lighten.data.read import BadRow, Dataset, has_split, left_out, read
+from lighten.data.read import BadRow, Dataset, left_out, read, with_split
 from lighten.data.splits import FEWEST, Split, shared_prompts, split
 from lighten.data.stops import LearntAnswers, end_token, learnt_answers, stop_tokens, writes_alike
 from lighten.data.storage import EncodedRows, Row, lengths_of
@@ -33,7 +33,6 @@ __all__ = [
     "choose_template",
     "encode",
     "end_token",
-    "has_split",
     "learnt_answers",
     "left_out",
     "lengths_of",
@@ -43,5 +42,6 @@ __all__ = [
     "shared_prompts",
     "split",
     "stop_tokens",
+    "with_split",
     "writes_alike",
 ]

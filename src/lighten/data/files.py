@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lighten.errors import UserError
-from lighten.paths import exists, split_limit
+from lighten.paths import DATA_SUFFIXES, exists
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 SPLITS = {"train": ("train", "training"),
           "valid": ("valid", "validation", "val", "dev", "eval"),
           "test": ("test", "testing")}  # fmt: skip
@@ -56,7 +55,7 @@ def files_of(path: Path, split: str) -> list[Path]:
     if exists(path) and path.is_dir():
         groups = _groups(path, split)
         if not groups:
-            expected = " or ".join(f"{split}{suffix}" for suffix in SUFFIXES)
+            expected = " or ".join(f"{split}{suffix}" for suffix in DATA_SUFFIXES)
             raise UserError(f"the folder {path} has no {split} file ({expected})")
         if len(groups) > 1:
             first, second = groups[0][0].path, groups[1][0].path
@@ -68,14 +67,13 @@ def files_of(path: Path, split: str) -> list[Path]:
         return _complete_paths(groups[0])
     if not exists(path) or not path.is_file():
         raise UserError(f"the dataset {path} does not exist")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path} is not one of {', '.join(SUFFIXES)}")
+    if path.suffix.lower() not in DATA_SUFFIXES:
+        raise UserError(f"{path} is not one of {', '.join(DATA_SUFFIXES)}")
     return [path]
 
 
-def has_split(path: str, split: str) -> bool:
-    """Whether the path is a folder with data for that split."""
-    folder, _ = split_limit(path)
+def has_split(folder: Path, split: str) -> bool:
+    """Whether a path is a folder with data for that split."""
     return exists(folder) and folder.is_dir() and bool(_groups(folder, split))
 
 
@@ -166,7 +164,7 @@ def _candidates(folder: Path) -> Iterator[_Candidate]:
         for name in sorted(names):
             path = Path(place) / name
             if (
-                path.suffix.lower() in SUFFIXES
+                path.suffix.lower() in DATA_SUFFIXES
                 and name.lower() not in _BESIDE
                 and not name.startswith((".", "_"))
             ):

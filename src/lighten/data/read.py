@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lighten.data.examples import Example
-from lighten.data.files import Content, files_of, has_split
+from lighten.data.files import Content
 from lighten.data.formats import rows_of
 from lighten.data.shapes import SHAPES, example_of, renamed
+from lighten.data.sources import sources, with_split
 from lighten.data.storage import ExampleStore
 from lighten.data.values import BadRowError
 from lighten.errors import UserError
-from lighten.paths import split_limit
 
-__all__ = ["BadRow", "Dataset", "has_split", "left_out", "read"]
+__all__ = ["BadRow", "Dataset", "left_out", "read", "with_split"]
 
 # As many kinds of broken rows are told before the rest is only counted, and lines of each.
 SHOWN_PROBLEMS = 10
@@ -42,25 +42,25 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a file, or all shards of a split, held.
+    """What a file, all shards of a split, or several of these held.
 
     Attributes:
         examples: The rows that are whole.
         bad_rows: The others.
         format: The shape that most rows have.
-        path: The file read, or the folder of the shards.
+        name: The files read, or the folders of the shards, for people.
         sha256: Of the bytes of all files, in order.
     """
 
     examples: Sequence[Example]
     bad_rows: list[BadRow]
     format: str
-    path: Path
+    name: str
     sha256: str
 
 
 def read(
-    path: str,
+    setting: str | Sequence[str],
     *,
     split: str = "train",
     limit: int | None = None,
@@ -68,48 +68,53 @@ def read(
     columns: Mapping[str, str] | None = None,
     content: Content | None = None,
 ) -> Dataset:
-    """Read a file, or one split of a folder.
+    """Read a file, one split of a folder, or several of these one behind another.
 
     Args:
-        path: File or folder; `name#500` takes the first 500 rows.
+        setting: Files or folders; `name#500` takes the first 500 rows.
         split: Which data of a folder: `train`, `valid` or `test`.
-        limit: Rows at most.
+        limit: Rows at most of all.
         skip_bad_rows: Go on without broken rows.
         columns: Our name to the file's for columns that have other names there.
         content: What the files hold, where that was looked at just before.
 
     Raises:
         UserError: Nothing there, an unknown shape, a column that no row has, broken rows (each
-            kind with its lines), or a file that changes while it is read.
+            kind with its lines), a limit that leaves one of several out, or a file that changes
+            while it is read.
     """
-    source, count = split_limit(path)
-    if count is not None:
-        limit = min(count, limit) if limit else count
-    files = files_of(source, split)
-    content = content or Content.of(files)
+    all_sources = sources(setting, split)
+    content = content or Content.of([file for source in all_sources for file in source.files])
     columns = columns or {}
     examples = ExampleStore()
     bad: list[BadRow] = []
     shapes: dict[str, int] = {}
     missing_columns, present_columns = set(columns.values()), dict[str, None]()
-    for name, line, row in _numbered(files, columns):
+    location = ", ".join(source.name for source in all_sources)
+    for source in all_sources:
         if limit is not None and len(examples) >= limit:
-            break
-        try:
-            if isinstance(row, BadRowError):
-                raise row
-            if columns and isinstance(row, Mapping):
-                missing_columns -= row.keys()
-                present_columns.update(dict.fromkeys(map(str, row)))
-                row = renamed(row, columns)
-            shape, example = example_of(row, name, line)
-        except BadRowError as error:
-            bad.append(BadRow(name, line, str(error)))
-            continue
-        shapes[shape] = shapes.get(shape, 0) + 1
-        examples.append(example)
+            raise UserError(
+                f"{source.name}: the {limit} rows that are asked for come from the data sets "
+                "before it; say how many of each, as in data.jsonl#500"
+            )
+        most = _smaller(limit, None if source.rows is None else len(examples) + source.rows)
+        for name, line, row in _numbered(source.files, columns):
+            if most is not None and len(examples) >= most:
+                break
+            try:
+                if isinstance(row, BadRowError):
+                    raise row
+                if columns and isinstance(row, Mapping):
+                    missing_columns -= row.keys()
+                    present_columns.update(dict.fromkeys(map(str, row)))
+                    row = renamed(row, columns)
+                shape, example = example_of(row, name, line)
+            except BadRowError as error:
+                bad.append(BadRow(name, line, str(error)))
+                continue
+            shapes[shape] = shapes.get(shape, 0) + 1
+            examples.append(example)
     content.require_unchanged()
-    location = files[0] if len(files) == 1 else files[0].parent
     if missing_columns and present_columns:
         raise UserError(
             f"{location} has no column {' or '.join(sorted(missing_columns))}, which "
@@ -164,6 +169,10 @@ def _sentence(rows: Sequence[BadRow]) -> str:
         lines.append(f"{len(later_rows) - SHOWN_LINES} more")
     listed = lines[0] if len(lines) == 1 else f"{', '.join(lines[:-1])} and {lines[-1]}"
     return f"{first} (so {'is line' if len(later_rows) == 1 else 'are lines'} {listed})"
+
+
+def _smaller(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _numbered(files: Sequence[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, int, Any]]:

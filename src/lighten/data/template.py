@@ -39,7 +39,7 @@ class TemplateChoice:
     """The template of a run.
 
     Attributes:
-        name: `model`, one of the named ones, or a file's name.
+        name: `model`, one of the named ones, a file's name, or `recipe` for a recipe's text.
         text: The Jinja text, now set on the tokenizer.
         reason: Why this one.
     """
@@ -54,7 +54,7 @@ def choose_template(tokenizer: Any, requested: str | None) -> TemplateChoice:
 
     Args:
         tokenizer: Its own template is taken unless another is asked for.
-        requested: A named template, a `.jinja` file, or None.
+        requested: A named template, a `.jinja` file, a template's text, or None.
 
     Raises:
         UserError: The file does not exist, or the name is unknown.
@@ -74,6 +74,8 @@ def choose_template(tokenizer: Any, requested: str | None) -> TemplateChoice:
     elif requested in NAMED:
         instead = " in place of the model's own" if model_template else ""
         choice = TemplateChoice(requested, NAMED[requested], f"the recipe asks for it{instead}")
+    elif "{{" in requested or "{%" in requested:
+        choice = TemplateChoice("recipe", requested, "the recipe holds it")
     elif exists(file := expanded(requested)) and file.is_file():
         choice = TemplateChoice(file.name, _read(file), "the recipe names this file")
     else:

@@ -306,7 +306,7 @@ def held_out_examples(recipe: Recipe, trained_on: str | None, *, test: bool = Tr
     training = held_out_data.read_as(recipe, recipe.dataset, "train")
     if trained_on not in (None, training.sha256):
         raise UserError(
-            f"{training.path} has changed since the run was trained, so rows it learnt might be "
+            f"{training.name} has changed since the run was trained, so rows it learnt might be "
             "taken for held-out ones; put the file back, or train again"
         )
     _, held_out_set = held_out_data.split_off(recipe, training)

@@ -60,7 +60,7 @@ def read(source: str) -> list[Example]:
         return list(data.read(str(_FILE)).examples)
     path = Path(source).expanduser()
     if path.suffix.lower() not in (".txt", ".md"):
-        return list(data.read(source, split="test" if data.has_split(source, "test") else "train")
+        return list(data.read(source, split="test" if data.with_split(source, "test") else "train")
                     .examples)  # fmt: skip
     try:
         text = path.read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lighten import runs
 from lighten.errors import UserError
 from lighten.machine import hardware
-from lighten.paths import split_limit
-from lighten.peft_config import CONFIG, WEIGHTS, read_config
+from lighten.paths import data_label, exists
+from lighten.peft_config import CONFIG, WEIGHTS, on_hub, read_config
 from lighten.recipe import EvaluateOptions, Recipe, aliases, start
 from lighten.runs import Run
 
@@ -77,15 +77,17 @@ def recipe_of(
     if recipe.output_dir is None:
         name = recipe.name
         if adapter is not None:
-            name = f"{adapter.name}-{split_limit(recipe.dataset)[0].stem}"
+            name = f"{adapter.name}-{data_label(recipe.dataset)}"
         run_folder = str(Path("runs") / f"{name}-as-it-is")
         recipe = Recipe.from_values(values, {**others, "output_dir": run_folder})
     return recipe, adapter, evaluate
 
 
 def adapter_folder(name: str) -> Path | None:
-    """The folder of an adapter that a name means; None where it means a model or a run."""
+    """The folder of an adapter that a name means, perhaps on the hub; None of a model or a run."""
     folder = Path(name).expanduser()
+    if not exists(folder):
+        return on_hub(name)
     is_adapter = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
     return folder.resolve() if is_adapter else None
 
@@ -139,19 +141,16 @@ def settings_of(adapter: Artefact) -> dict[str, Any]:
         return values
     if tokens := new_tokens(adapter):
         values["added_tokens"] = tokens
-    own, bases = (
+    template, of_base = (
         tokenizer_in(folder, adapter.name).chat_template
         for folder in (adapter.companions, adapter.base_folder)
     )
-    if own and own != bases:
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template and template != of_base:
+        # Older tokenizers keep it in tokenizer_config.json.
         file = adapter.companions / _TEMPLATE
-        if file.is_file():
-            values["chat_template"] = str(file)
-        else:
-            log.warning(
-                "%s has a chat template of its own in tokenizer_config.json, and its base's is "
-                "taken: write it to a file and name that with --chat_template", adapter.adapter,
-            )  # fmt: skip
+        values["chat_template"] = str(file) if file.is_file() else template
     return values
 
 

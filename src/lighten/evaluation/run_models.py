@@ -13,6 +13,7 @@ from lighten.artifacts.source import Artefact
 from lighten.errors import UserError
 from lighten.evaluation.engine import open_engine
 from lighten.evaluation.model_alone import settings_of
+from lighten.paths import name_of
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training.base import load_base
@@ -93,7 +94,8 @@ def open_adapter(adapter: Artefact, device: str) -> Opened:
     base = load_base(recipe, device)
     template = data.choose_template(base.tokenizer, recipe.chat_template).name
     # As in a run, `base` is the base.
-    name = "adapter" if adapter.adapter.name == "base" else adapter.adapter.name
+    name = name_of(adapter.adapter)
+    name = "adapter" if name == "base" else name
     opened = open_model(base, {name: adapter.adapter}, template, qat_group_size=recipe.qat_groups)
     return replace(opened, adapter=name)
 

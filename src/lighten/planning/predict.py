@@ -10,19 +10,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lighten import cpu
 from lighten.data import lengths_of as token_lengths
+from lighten.data.sources import size_here
 from lighten.errors import UserError
 from lighten.machine.devices import Device
 from lighten.machine.hardware import processor_name, slow_format
 from lighten.models import Limits, describe, known, limits
 from lighten.models.load import TOKENIZER_FILES, locate
-from lighten.paths import split_limit
 from lighten.planning import calibration
 from lighten.planning.changes import ALONE, cheapest, ideas
 from lighten.planning.data_cost import cost_of, with_data
@@ -349,7 +348,11 @@ def read_rows(
     if not recipe.dataset:
         notes.append(f"no data set is given: {longest}")
         return None
-    size = _size(split_limit(recipe.dataset)[0])
+    size = size_here(recipe.dataset)
+    if size is None and not all_rows:
+        notes.append(f"the data are not on this machine: {longest}")
+        return None
+    size = size or 0
     if size > LARGEST_SAMPLED_BYTES and not all_rows:
         notes.append(f"the data's {size / 1e6:,.0f} MB are not read for a plan: {longest}")
         return None
@@ -383,8 +386,3 @@ def _rows_for(
     if all_rows or size <= LARGEST_DATA_BYTES:
         return load_rows(recipe, tokenizer, progress)
     return cached_rows(recipe, tokenizer) or sample_rows(recipe, tokenizer, SAMPLE_ROWS)
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import UserError
+from lighten.paths import data_names
 from lighten.recipe import Recipe
 from lighten.training.rows import load_rows
 
@@ -41,7 +42,7 @@ def calibration_rows(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], d
     count = min(ROWS, len(ids) // max(1, length))
     if length < FEWEST_TOKENS:
         raise TooFewTokens(
-            f"{recipe.dataset} has {len(ids)} tokens, too few to calibrate 4 bits on"
+            f"{data_names(recipe.dataset)} has {len(ids)} tokens, too few to calibrate 4 bits on"
         )
     cut = [ids[i * length : (i + 1) * length] for i in range(count)]
     digest = hashlib.sha256(np.asarray(cut, dtype="<i4").tobytes()).hexdigest()

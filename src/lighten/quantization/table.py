@@ -13,6 +13,7 @@ from lighten.errors import UserError
 from lighten.machine.disk import require_room
 from lighten.models.load import checksum, weight_files
 from lighten.models.names import card_line, card_name
+from lighten.paths import data_names
 from lighten.quantization import child
 from lighten.quantization.export_card import require_replaceable
 from lighten.quantization.forecast import forecast
@@ -235,7 +236,7 @@ def _card(target: Target, model: ModelSource, record: dict[str, Any] | None) -> 
     library = "gguf" if target.kind == "gguf" else "transformers"
     how = ""
     if target.calibrated and record is not None:
-        data = Path(record["dataset"]).name
+        data = data_names(record["dataset"])
         how = (
             f" Its rounding was chosen on {counted(record['rows'], 'row')} of "
             f"{record['row_tokens']} tokens of `{data}` (SHA-256 of the ids {record['sha256']})."

@@ -11,7 +11,7 @@ import yaml
 from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
-from lighten.paths import exists, expanded, split_limit
+from lighten.paths import data_label, data_sets, expanded, may_be_data, may_have_splits
 from lighten.recipe import (
     aliases,
     bits,
@@ -72,7 +72,7 @@ class Recipe(RecipeFields):
         if self._name:
             return self._name
         model = Path(self.model_name_or_path).name.removesuffix(".gguf")
-        return f"{model}-{split_limit(self.dataset)[0].stem}"
+        return f"{model}-{data_label(self.dataset)}"
 
     @property
     def compute_dtype(self) -> str:
@@ -276,9 +276,10 @@ def _contradictions(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
         if value != RecipeFields.model_fields[key].default
     }
     problems = [
-        f"{key}: {value!r} does not exist; give a file or folder"
+        f"{key}: {value!r} does not exist; give a file, a folder or a hub id"
         for key in ("dataset", "eval_dataset")
-        if (value := getattr(recipe, key)) and not exists(split_limit(value)[0])
+        for value in data_sets(getattr(recipe, key) or [])
+        if value and not may_be_data(value)
     ]
     sizes = {key: len(v) for key in COHORT_LISTS if (v := recipe._list(key)) is not None}
     if any(size == 0 for size in sizes.values()):
@@ -422,8 +423,7 @@ def _peft_problems(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _has_held_out(recipe: Recipe) -> bool:
-    folder, _ = split_limit(recipe.dataset)
-    return bool(recipe.eval_dataset or recipe.val_size or (exists(folder) and folder.is_dir()))
+    return bool(recipe.eval_dataset or recipe.val_size or may_have_splits(recipe.dataset))
 
 
 def _merged(error: ValidationError) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from lighten.paths import limited, several
 from lighten.recipe import foreign, other_tools
 
 RENAMED = {
@@ -65,7 +66,7 @@ _ATTENTIONS = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa",
 SPECIAL = (
     "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
     "deepspeed", "fsdp", "fsdp_config", "adapter", "finetuning_type", "freeze_trainable_layers",
-    "train_on_prompt", "additional_target", *_ATTENTIONS, *_BITS, *_BACKENDS,
+    "train_on_prompt", "additional_target", "max_samples", *_ATTENTIONS, *_BITS, *_BACKENDS,
 )  # fmt: skip
 # Of these, what are switches, and how people write one.
 _SWITCHES = ("train_on_inputs", "train_on_prompt", "lora_target_linear", "bf16", "fp16",
@@ -133,16 +134,21 @@ def translate(
         elif key == "datasets":
             entries = value if isinstance(value, list) else [value]
             paths = [v.get("path") if isinstance(v, Mapping) else v for v in entries]
-            if len(paths) == 1 and isinstance(paths[0], str):
-                put("datasets", "dataset", paths[0])
-                problems += _unread(entries[0])
+            if paths and all(isinstance(path, str) for path in paths):
+                put("datasets", "dataset", paths if len(paths) > 1 else paths[0])
+                problems += [fault for entry in entries for fault in _unread(entry)]
             else:
-                problems.append("datasets must hold one entry with a path; use dataset: FILE")
+                problems.append("each entry of datasets must have a path; use dataset: FILE")
         elif key == "max_steps" and str(value).strip() == "-1":
             notices.append("max_steps: -1 sets nothing: num_train_epochs says how many")
         elif key in ("train_on_inputs", "train_on_prompt"):
             put(key, "assistant_only_loss", not value)
             put(key, "completion_only_loss", not value)
+        elif key == "max_samples":
+            if not str(value).isdecimal() or int(value) < 1:
+                problems.append(f"max_samples: {value!r} does not do; use a number from 1")
+            else:
+                notices.append(f"max_samples is read as the first {value} rows of each data set")
         elif key == "additional_target":
             names = value.split(",") if isinstance(value, str) else value
             put(key, "modules_to_save", [str(name).strip() for name in names])
@@ -224,9 +230,21 @@ def translate(
             passed_over.append(key)
         elif value is not None or key not in came_from:
             out[key] = value
+    for name in ("dataset", "eval_dataset"):
+        if name in out:
+            out[name] = _data_sets(out[name], folder, everything.get("max_samples"))
     if passed_over:
         notices.append(f"passed over, as they change nothing here: {', '.join(passed_over)}")
     return out, notices, problems
+
+
+def _data_sets(value: Any, folder: Path | None, most: Any) -> Any:
+    """One data set or a list of several, with so many rows of each at most, if that is said."""
+    value = several(value, folder) if isinstance(value, str) else value
+    names = value if isinstance(value, list) else [value]
+    if str(most).isdecimal() and int(most) and all(isinstance(name, str) for name in names):
+        names = [limited(name, int(most)) for name in names]
+    return names[0] if len(names) == 1 else names
 
 
 def _unread(entry: Any) -> list[str]:

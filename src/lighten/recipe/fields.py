@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from lighten.recipe.section import (
     LORA_LEARNING_RATE,
+    DataSets,
     Duration,
     ModulePattern,
     Positive,
@@ -192,14 +193,18 @@ class RecipeFields(Section):
         _field("sdpa", "model", "attention kernel")
     )
     chat_template: str | None = _field(
-        None, "model", "chatml, alpaca, plain or a .jinja file; default: the model's own"
+        None, "model", "chatml, alpaca, plain, a .jinja file or its text; default: the model's own"
     )
     added_tokens: list[str] = _field(
         [], "model", "new special tokens (name the embedding in modules_to_save to train them)"
     )
 
-    dataset: str = _field(..., "data", "file or folder of training examples; name#500 takes 500")
-    eval_dataset: str | None = _field(None, "data", "held-out examples")
+    dataset: DataSets = _field(
+        ...,
+        "data",
+        "file, folder or hub id of training examples, or a list of these; name#500 takes 500",
+    )
+    eval_dataset: DataSets | None = _field(None, "data", "held-out examples")
     dataset_columns: dict[str, str] = _field(
         {},
         "data",

@@ -47,8 +47,15 @@ def _placed(settings: Mapping[str, Any], place: Callable[[str, str], str]) -> di
     """Settings with their paths as a function of name and value gives them."""
 
     def paths(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        said = {name: values[name] for name in names if isinstance(values.get(name), str)}
-        return {**values, **{name: place(name, value) for name, value in said.items()}}
+        placed = dict(values)
+        for name in names:
+            if isinstance(value := values.get(name), str):
+                placed[name] = place(name, value)
+            elif name in _LIMITED and isinstance(value, list):
+                placed[name] = [
+                    place(name, source) if isinstance(source, str) else source for source in value
+                ]
+        return placed
 
     placed = paths(settings, _PATHS)
     if isinstance(evaluate := settings.get("evaluate"), Mapping):

@@ -67,6 +67,17 @@ def _duration(value: Any) -> Any:
 Duration = Annotated[str, BeforeValidator(_duration)]
 
 
+def _data_sets(value: Any) -> Any:
+    several = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+    if not (isinstance(value, str) or several):
+        raise ValueError("give a file, folder or hub id, or a list of these")
+    return value
+
+
+# One data set, or several that are taken together.
+DataSets = Annotated[str | list[str], BeforeValidator(_data_sets)]
+
+
 def _expression(text: str) -> str:
     try:
         re.compile(text)

@@ -18,6 +18,7 @@ from lighten.models import Base
 from lighten.models.names import card_line, card_name, public_name
 from lighten.parallel import ranks
 from lighten.parallel.offloaded import stores
+from lighten.paths import data_names
 from lighten.training.setup import Setup
 from lighten.training.spread_model import SpreadModel
 
@@ -223,7 +224,7 @@ def _model_card(setup: Setup, learnt: str) -> str:
 def _training_summary(setup: Setup) -> str:
     return (
         f"trained with lighten {hardware.versions().get('lighten', '')} on "
-        f"`{Path(setup.recipe.dataset).name}` with the chat template `{setup.rows.template.name}`"
+        f"`{data_names(setup.recipe.dataset)}` with the chat template `{setup.rows.template.name}`"
         f"{_rounded(setup)}"
     )
 

@@ -92,7 +92,7 @@ def few_sentence(count: int) -> list[str]:
 
 
 def read_as(
-    recipe: Recipe, source: str, split: str, content: Content | None = None
+    recipe: Recipe, source: str | Sequence[str], split: str, content: Content | None = None
 ) -> data.Dataset:
     """Read a split as the recipe says (content: see `data.read`).
 
@@ -109,11 +109,11 @@ def read_as(
     )
 
 
-def held_out_source(recipe: Recipe) -> str | None:
+def held_out_source(recipe: Recipe) -> str | list[str] | None:
     """Where the data are that the loss is watched on; None: a part of the training data is."""
     if recipe.eval_dataset is not None:
         return recipe.eval_dataset
-    return recipe.dataset if data.has_split(recipe.dataset, "valid") else None
+    return data.with_split(recipe.dataset, "valid") or None
 
 
 def separate(
@@ -133,16 +133,14 @@ def separate(
     Raises:
         UserError: They cannot be read.
     """
-    if split == "test":
-        source = recipe.dataset if data.has_split(recipe.dataset, "test") else None
-    else:
-        source = held_out_source(recipe)
+    test = data.with_split(recipe.dataset, "test") or None
+    source = test if split == "test" else held_out_source(recipe)
     if source is None:
         return None
     dataset = read_as(recipe, source, split, content)
     prompts = None if trained is None else data.shared_prompts(trained, dataset.examples)
     return HeldOutData(
-        dataset.examples, str(dataset.path), bad_rows=len(dataset.bad_rows),
+        dataset.examples, dataset.name, bad_rows=len(dataset.bad_rows),
         notes=data.left_out("held-out", dataset), trained_prompts=prompts, sha256=dataset.sha256,
     )  # fmt: skip
 
@@ -172,10 +170,10 @@ def split_off(recipe: Recipe, dataset: data.Dataset) -> tuple[Sequence[data.Exam
         UserError: Too little is left to train on.
     """
     if not recipe.val_size:
-        return dataset.examples, HeldOutData([], str(dataset.path), split_off=True)
+        return dataset.examples, HeldOutData([], dataset.name, split_off=True)
     train, held_out, note = data.split(dataset.examples, recipe.val_size)
     return train, HeldOutData(
-        held_out, f"held out of {dataset.path}", split_off=True,
+        held_out, f"held out of {dataset.name}", split_off=True,
         notes=[] if note is None else [note],
     )  # fmt: skip
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lighten import data, models
 from lighten.data import Encoded, TemplateChoice
-from lighten.data.files import Content, checksum, files_of
+from lighten.data.files import Content, checksum
+from lighten.data.sources import sources
 from lighten.errors import NoHeldOut
 from lighten.models import Limits
-from lighten.paths import split_limit
 from lighten.recipe import Recipe
 from lighten.training import held_out_data
 from lighten.training.encoding import Progress, encode_as, lost_sentences, tokenizer_facts
@@ -184,7 +184,7 @@ def _read_rows(
     if test is not None:
         notes += held_out_data.shared_sentence(test.shared, len(test.examples), test.name)
     facts = {
-        "path": str(dataset.path),
+        "path": dataset.name,
         "sha256": dataset.sha256,
         "eval_sha256": watched.sha256,
         "format": dataset.format,
@@ -221,9 +221,10 @@ def data_sha256(recipe: Recipe) -> str:
 
 def _files(recipe: Recipe) -> dict[str, list[Path]]:
     """Every file that the rows come from, or are compared with, by split."""
-    files = {"train": files_of(split_limit(recipe.dataset)[0], "train")}
-    if (source := held_out_source(recipe)) is not None:
-        files["valid"] = files_of(split_limit(source)[0], "valid")
-    if data.has_split(recipe.dataset, "test"):
-        files["test"] = files_of(split_limit(recipe.dataset)[0], "test")
-    return files
+    held_out, test = held_out_source(recipe), data.with_split(recipe.dataset, "test")
+    settings = {"train": recipe.dataset, "valid": held_out, "test": test}
+    return {
+        split: [file for source in sources(setting, split) for file in source.files]
+        for split, setting in settings.items()
+        if setting
+    }
