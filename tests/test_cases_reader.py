@@ -185,6 +185,33 @@ def test_tools_that_mean_nothing_are_broken_rows(
     assert why in refused(lines(tmp_path / "d.jsonl", [row]))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_calls_of_sharegpt_are_those_of_openai(count: int, tmp_path: Path) -> None:
+    call = {"name": "w", "arguments": json.dumps(CITY)}
+    written = json.dumps([call] * count if count > 1 else call)
+    conversation = [
+        {"from": "human", "value": "?"}, {"from": "function_call", "value": written},
+        {"from": "observation", "value": "sunny"}, {"from": "function_call", "value": "w(Seoul)"},
+    ]  # fmt: skip
+    (example,) = data.read(lines(tmp_path / "d.jsonl", [{"conversations": conversation}])).examples
+    function = {"type": "function", "function": {"name": "w", "arguments": CITY}}
+    assert [message.role for message in example.messages] == [
+        "user", "assistant", "tool", "assistant",
+    ]  # fmt: skip
+    assert turns(example) == ["?", "", "sunny", "w(Seoul)"]  # the last one is text, as before
+    assert example.messages[1].extra == (("tool_calls", [function] * count),)
+
+
+@pytest.mark.parametrize("column", ["images", "videos", "audios"])
+def test_rows_with_more_than_text_are_refused(column: str, tmp_path: Path) -> None:
+    row = {"instruction": "<image>What is it?", "output": "A cat.", column: ["cat.jpg"]}
+    assert f"holds {column}; only text can be trained here" in refused(
+        lines(tmp_path / "d.jsonl", [row])
+    )
+    row[column] = []  # as a table that has such rows writes it of the others
+    assert len(data.read(lines(tmp_path / "d.jsonl", [row])).examples) == 1
+
+
 def test_keys_that_arrow_filled_in_are_gone_and_others_stay(tmp_path: Path) -> None:
     def row_with_call(name: str, **arguments: Any) -> dict[str, Any]:
         function = {"name": name, "arguments": arguments}

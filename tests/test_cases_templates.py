@@ -320,6 +320,21 @@ def test_messages_and_tools_that_a_template_leaves_out_are_told() -> None:
     assert not any("leaves out" in problem for problem in escaped_encoding.problems)
 
 
+def test_calls_that_a_template_leaves_out_do_not_teach_silence() -> None:
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
+    messages = (
+        Message("user", "q"), Message("assistant", "", extra=(("tool_calls", calls),)),
+        Message("tool", "sunny"), Message("assistant", "It is."),
+    )  # fmt: skip
+    example = Example("f.jsonl", 3, messages)
+    text, encoded = learnt(example, SILENT)
+    assert text == "It is.<|im_end|>"
+    assert any("leaves out 1 calls of tools, first in f.jsonl:3" in p for p in encoded.problems)
+    written = "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    shown = SILENT.replace("{{ m.content }}", written)
+    assert "weather" in learnt(example, shown)[0]
+
+
 @pytest.mark.parametrize("date_format", ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y"])
 def test_todays_date_in_training_text_is_told(date_format: str) -> None:
     dated = "Today is {{ strftime_now('" + date_format + "') }}\n" + CHATML

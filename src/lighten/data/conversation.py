@@ -27,6 +27,7 @@ from lighten.data.spans import (
 )
 from lighten.data.special import special_tokens
 from lighten.data.thoughts import raw_answer, thought_of, without_thought
+from lighten.data.tools import call_names
 from lighten.errors import UserError
 
 _DATE_FORMAT = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1")
@@ -284,7 +285,9 @@ class Renderer:
         if example.tools and self._text(replace(example, tools=None)) == text:
             findings.add("tools left out", location)
         findings.add(
-            "calls left out", location, sum(name not in text for name in _call_names(example))
+            "calls left out",
+            location,
+            sum(name not in text for each in example.messages for name in call_names(each)),
         )
         first = next((answer.span for answer in answers if answer.span is not None), None)
         for place, message in enumerate(example.messages):
@@ -305,17 +308,6 @@ class Renderer:
         ]  # fmt: skip
         self.findings.dates.update(dates)
         return bool(dates)
-
-
-def _call_names(example: Example) -> list[str]:
-    """Names of the functions that an example's messages call."""
-    names = []
-    for message in example.messages:
-        for call in dict(message.extra).get("tool_calls") or ():
-            about = call.get("function", call) if isinstance(call, dict) else {}
-            name = about.get("name") if isinstance(about, dict) else None
-            names += [name] if isinstance(name, str) else []
-    return names
 
 
 def _placeholder(place: int) -> str:

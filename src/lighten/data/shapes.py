@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lighten.data.examples import Example, Message
-from lighten.data.tools import tool_calls_of, tools_of
+from lighten.data.tools import tool_calls_of, tools_of, written_calls
 from lighten.data.values import (
     BadRowError,
     check_nested,
@@ -22,8 +22,9 @@ from lighten.data.values import (
 )
 
 SHAPES = "instruction/output, messages, conversations, prompt/completion, text, or input_ids/labels"
+_CALL = "function_call"  # ShareGPT's role of an answer that calls tools, as JSON
 _ROLES = {"human": "user", "gpt": "assistant", "bard": "assistant", "model": "assistant",
-          "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
+          "chatgpt": "assistant", _CALL: "assistant", "observation": "tool",
           "function": "tool"}  # fmt: skip
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 # Which shape each column belongs to; the others (system, tools) go with several.
@@ -40,6 +41,8 @@ _ANSWERS = ("response", "answer", "output", "completion", "solution", "target", 
             "assistant", "reply")  # fmt: skip
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _TEXTS = ("text", "content", "document", "body")
+# Columns of what stands beside the text where a model sees or hears.
+_MEDIA = ("images", "videos", "audios")
 # Ids beyond any vocabulary would not fit the arrays that hold them.
 _LARGEST_ID = 2**31 - 1
 
@@ -65,6 +68,8 @@ def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
     if not isinstance(row, Mapping):
         raise BadRowError(f"a row must be an object, not {type(row).__name__}")
     values = without_missing(row)
+    if media := [name for name in _MEDIA if values.get(name) not in (None, [], {}, "", "[]")]:
+        raise BadRowError(f"holds {media[0]}; only text can be trained here")
     if "input_ids" in values:
         return "tokens", _tokens(values, file, line)
     for shape in ("messages", "conversations"):
@@ -164,12 +169,15 @@ def _message(raw: Any, name: str) -> Message:
     role = raw.get("role")
     if is_missing(role):
         role = raw.get("from")
+    calls_alone = role == _CALL
     role = _ROLES.get(role, role) if isinstance(role, str) else role
     if role not in KNOWN_ROLES:
         raise BadRowError(f"{name} has the role {role!r}, not one of {', '.join(KNOWN_ROLES)}")
     content = raw.get("content")
     if is_missing(content):
         content = raw.get("value")
+    if calls_alone and (written := written_calls(content)) is not None:
+        raw, content = {**raw, "tool_calls": written}, None
     if len(raw) == 2 and isinstance(content, str):  # most messages: nothing else to look at
         return Message(role, text_of(content, name))
     extra = [

@@ -17,6 +17,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from lighten.data.examples import Example, Message
 from lighten.data.rendering import rendered
 from lighten.data.special import MARKER, special_tokens
+from lighten.data.tools import call_names
 from lighten.errors import UserError
 
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -227,7 +228,8 @@ def _trimmed(span: Span, message: Message, text: str, tokenizer: Any) -> Span:
     empty = EMPTY_THOUGHT.match(text, begin, end)
     if empty and not EMPTY_THOUGHT.match(message.content):
         begin = empty.end()
-    if not message.content.strip() and not dict(message.extra).get("tool_calls"):
+    calls = any(name in text[begin:end] for name in call_names(message))
+    if not message.content.strip() and not calls:
         return begin, begin  # an empty answer teaches nothing but silence
     stripped = text[begin:end].rstrip()
     return begin, begin + len(stripped) if ends(stripped, tokenizer) else end

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lighten.data.examples import Message
 from lighten.data.values import BadRowError, check_nested, decoded, is_missing
 
 
@@ -54,6 +55,27 @@ def tool_calls_of(message: Mapping[str, Any], name: str) -> list[Any] | None:
     if not isinstance(calls, list):
         raise BadRowError(f"{name}: tool_calls must be a list")
     return [_call(decoded(call, f"{name}: tool_calls"), name) for call in calls]
+
+
+def written_calls(text: Any) -> list[Any] | None:
+    """Tool calls that an answer's text is, as JSON; None where it is something else."""
+    try:
+        calls = decoded(text, "")
+    except BadRowError:
+        return None
+    calls = calls if isinstance(calls, list) else [calls]
+    named = all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls)
+    return calls if calls and named else None
+
+
+def call_names(message: Message) -> list[str]:
+    """Names of the functions that a message calls."""
+    names = []
+    for call in dict(message.extra).get("tool_calls") or ():
+        about = call.get("function", call) if isinstance(call, dict) else {}
+        name = about.get("name") if isinstance(about, dict) else None
+        names += [name] if isinstance(name, str) else []
+    return names
 
 
 def _call(call: Any, name: str) -> dict[str, Any]:
