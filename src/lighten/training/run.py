@@ -249,7 +249,8 @@ def _train(
             **({} if recipe.qat is None else {"qat": _qat_facts(recipe, tried_difference)}),
         )
     ranks.wait(accelerator)
-    trackers.start(accelerator, run.folder, recipe.completed())
+    if (note := trackers.start(accelerator, run.folder, recipe.completed())) is not None:
+        progress.note(note)
     Loop(setup, run.folder, state, progress, memory, prediction, pruner=pruner, retries=True).run()
     if recipe.load_best_model_at_end:
         _put_best_back(run, setup)

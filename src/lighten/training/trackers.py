@@ -31,14 +31,28 @@ def places(run_folder: Path) -> ProjectConfiguration:
     return ProjectConfiguration(str(run_folder), logging_dir=str(run_folder / LOGS))
 
 
-def start(accelerator: Accelerator, run_folder: Path, settings: Mapping[str, Any]) -> None:
-    """Open the trackers that the accelerator was made with; settings are shown beside the run."""
+def start(accelerator: Accelerator, run_folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """Open the trackers that the accelerator was made with; settings are shown beside the run.
+
+    Returns:
+        That W&B keeps the run on this machine for want of a key; None where there is no such news.
+    """
     if not accelerator.log_with:
-        return
-    # Never stop for a login prompt: without a key W&B writes into the run folder only.
-    if "WANDB_API_KEY" not in os.environ:
-        os.environ.setdefault("WANDB_MODE", "offline")
+        return None
     os.environ.setdefault("WANDB_SILENT", "true")
+    note: str | None = None
+    wandb_options = {"name": run_folder.name, "dir": str(run_folder)}
+    if (
+        "wandb" in settings["report_to"]
+        and accelerator.is_main_process
+        and "WANDB_MODE" not in os.environ
+        and not _wandb_has_key()
+    ):
+        wandb_options["mode"] = "offline"
+        note = (
+            f"W&B has no key (wandb login, or WANDB_API_KEY): the run is kept in "
+            f"{run_folder / 'wandb'}, and wandb sync uploads it"
+        )
     config = {
         key: value if isinstance(value, int | float | str | bool) else str(value)
         for key, value in settings.items()
@@ -47,5 +61,13 @@ def start(accelerator: Accelerator, run_folder: Path, settings: Mapping[str, Any
     accelerator.init_trackers(
         os.environ.get("WANDB_PROJECT", "lighten"),
         config=config,
-        init_kwargs={"wandb": {"name": run_folder.name, "dir": str(run_folder)}},
+        init_kwargs={"wandb": wandb_options},
     )
+    return note
+
+
+def _wandb_has_key() -> bool:
+    """Whether W&B can log in without asking for a key, which would stop a run."""
+    import wandb
+
+    return wandb.run is not None or bool(wandb.login(prompt=False, verify=False))
