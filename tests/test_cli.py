@@ -123,6 +123,9 @@ def test_words_in_brackets_are_shown(capsys: pytest.CaptureFixture[str]) -> None
         (("serve", "runs/nothing"), "error: runs/nothing is not a run"),
         (("bench", "runs/nothing"), "error: runs/nothing is not a run"),
         (("data", "check", "x.jsonl", "--model", "./no"), "error: the model ./no does not exist"),
+        (("data", "check", "x", "--model", "./no", "--max_length", "60"), "error: the model ./no"),
+        (("export", "runs/nothing", "--output-dir", "x"), "error: runs/nothing is not a run"),
+        (("bench", "runs/nothing", "--new_tokens", "8"), "error: runs/nothing is not a run"),
         (("runs", "compare", "a", "b"), "error: a is not a run"),
     ],
 )

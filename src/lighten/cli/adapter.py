@@ -76,9 +76,7 @@ def resize(
     target: _Target,
     rank: Annotated[int, typer.Option(help="The highest rank that a layer keeps.")],
     adapter: _Adapter = None,
-    output_dir: Annotated[
-        Path | None, typer.Option("--output_dir", "--output-dir", help="Where to write it.")
-    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where to write it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter at a lower rank, each layer's best approximation, in PEFT's format."""

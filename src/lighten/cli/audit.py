@@ -17,17 +17,15 @@ def audit(
     budget: Annotated[str, typer.Option(help="Time for all of it: 90s, 30m, 2h.")] = "30m",
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output_dir", "--output-dir", help="Where; default runs/audit-MODEL."),
+        typer.Option(help="Where; default runs/audit-MODEL."),
     ] = None,
     memory: Annotated[str | None, typer.Option(help="A process may hold: 8GiB.")] = None,
     examples: Annotated[int, typer.Option(help="Held-out examples for the loss.")] = 100,
     steps: Annotated[int | None, typer.Option(help="Of each training; default: by budget.")] = None,
-    new_tokens: Annotated[
-        int, typer.Option("--new-tokens", "--new_tokens", help="Tokens of an answer.")
-    ] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 32,
     long_tokens: Annotated[
         int | None,
-        typer.Option("--long-tokens", "--long_tokens", help="Of a long row; 0: none."),
+        typer.Option(help="Of a long row; 0: none."),
     ] = None,
     resume: Annotated[  # noqa: ARG001  # it always goes on; people look for the word
         bool, typer.Option("--resume", help="Go on where it stopped (it does so by itself).")

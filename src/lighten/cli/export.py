@@ -41,7 +41,6 @@ _Onto = Annotated[
 _Context = Annotated[
     int | None,
     typer.Option(
-        "--context_tokens", "--context-tokens",
         help="Of executorch: tokens of prompt and answer together; default 1024.",
     ),
 ]  # fmt: skip

@@ -68,7 +68,11 @@ class Thoughts(StrEnum):
 app = typer.Typer(
     name="lighten",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # As settings are, options are known by either spelling: --max_length and --max-length.
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Make a large language model lighter, faster and cheaper, and prove it.",
@@ -96,7 +100,7 @@ def _options(
                            help="Print the version and exit.")
     ] = False,
     local_rank: Annotated[  # noqa: ARG001  # DeepSpeed's launcher says it here and in variables
-        int, typer.Option("--local_rank", "--local-rank", hidden=True)
+        int, typer.Option(hidden=True)
     ] = 0,
 ) -> None:  # fmt: skip
     """Make a large language model lighter, faster and cheaper, and prove it."""
@@ -271,9 +275,7 @@ def chat(
     thinking: Annotated[
         OnOff | None, typer.Option(help="Answers begin with a thought; default: as trained.")
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Longest answer.")
-    ] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 answers greedily.")] = 0.0,
 ) -> None:
     """Talk to a base or an adapter in the terminal."""
@@ -377,10 +379,8 @@ def data_check(
     chat_template: Annotated[str | None, typer.Option(help="As in the recipe.")] = None,
     system_role: Annotated[SystemRole | None, typer.Option(help="As in the recipe.")] = None,
     thinking: Annotated[Thoughts | None, typer.Option(help="As in the recipe.")] = None,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", "--skip_bad_rows")] = False,
-    dataset_columns: Annotated[
-        str | None, typer.Option("--dataset_columns", "--dataset-columns", help="As in the recipe.")
-    ] = None,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows")] = False,
+    dataset_columns: Annotated[str | None, typer.Option(help="As in the recipe.")] = None,
     row: Annotated[int, typer.Option(help="Which example to show token by token.")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -28,7 +28,7 @@ _Dataset = Annotated[
 ]
 _Output = Annotated[
     Path | None,
-    typer.Option("--output_dir", "--output-dir", help="Folder of them; default RUN/exports."),
+    typer.Option(help="Folder of them; default RUN/exports."),
 ]
 _Tokens = Annotated[int, typer.Option(min=16, help="Held-out tokens measured on at most.")]
 _Questions = Annotated[int, typer.Option(min=0, help="Held-out questions answered at most.")]
