@@ -31,6 +31,7 @@ def recipe(rows: Path, **settings: Any) -> Recipe:
      ("warmup_ratio", "0,03", "0.03"), ("weight_decay", "0,01", "0.01"),
      ("val_size", "0,1", "0.1"), ("num_train_epochs", "1,5", "1.5"),
      ("max_grad_norm", "0,5", "0.5"), ("adam_beta2", "0,95", "0.95"),
+     ("warmup_steps", "0,05", "0.05"), ("num_train_epochs", "1,3", "[1,3] to sweep"),
      ("sweep.learning_rate", "2,5e-4", "2.5e-4")],
 )  # fmt: skip
 def test_a_decimal_comma_is_asked_about(key: str, text: str, number: str) -> None:
@@ -44,7 +45,7 @@ def test_a_decimal_comma_is_asked_about(key: str, text: str, number: str) -> Non
     ("key", "text", "values"),
     [("learning_rate", "1e-4,2e-4", [1e-4, 2e-4]), ("learning_rate", "[2,5e-4]", [2, 5e-4]),
      ("learning_rate", "0.1,0.2", [0.1, 0.2]), ("lora_alpha", "16,32", [16, 32]),
-     ("lora_r", "8,16", [8, 16]), ("seed", "0,1,2", [0, 1, 2]),
+     ("lora_r", "8,16", [8, 16]), ("seed", "0,1,2", [0, 1, 2]), ("warmup_steps", "5,20", [5, 20]),
      ("lora_dropout", "0,0.1", [0, 0.1]), ("lora_target_modules", "q_proj,v_proj",
                                            ["q_proj", "v_proj"])],
 )  # fmt: skip

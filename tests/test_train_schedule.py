@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 from lighten.engine.schedule import learning_rate_factor, warmup_length
 
@@ -28,3 +28,9 @@ def test_a_warm_up_rises_evenly_and_never_wastes_its_first_step() -> None:
 def test_its_length_is_a_share_rounded_up_or_as_given() -> None:
     assert warmup_length(101, 0.03, None) == 4
     assert warmup_length(101, 0.03, 0) == 0
+
+
+@pytest.mark.parametrize("steps", [0, 0.03, 0.1, 1, 7])
+def test_a_number_of_steps_below_1_is_a_share_as_in_transformers(steps: float) -> None:
+    expected = TrainingArguments(warmup_steps=steps).get_warmup_steps(101)
+    assert warmup_length(101, 0.5, steps) == expected

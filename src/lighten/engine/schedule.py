@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 
-def warmup_length(total_steps: int, warmup_ratio: float, warmup_steps: int | None) -> int:
-    """Steps of warm-up: as given, or the ratio of all steps rounded up."""
-    if warmup_steps is not None:
-        return warmup_steps
-    return math.ceil(total_steps * warmup_ratio)
+def warmup_length(total_steps: int, warmup_ratio: float, warmup_steps: float | None) -> int:
+    """Steps of warm-up: as given, or below 1 their share of all steps rounded up."""
+    length = warmup_ratio if warmup_steps is None else warmup_steps
+    return math.ceil(total_steps * length) if length < 1 else int(length)
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup: int, schedule: str) -> float:

@@ -6,7 +6,6 @@ the saved `recipe.yaml` all come from here.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -22,6 +21,7 @@ from lighten.recipe.section import (
     Seed,
     Share,
     ShareOrCount,
+    Targets,
     listed,
     listed_names,
 )
@@ -123,7 +123,7 @@ class AdapterFields(Section):
     lora_r: Positive | None = Field(None, description="rank")
     lora_alpha: Rate | None = Field(None, description="scale numerator; default 2 x rank")
     lora_dropout: Share | None = Field(None, description="dropout before A")
-    lora_target_modules: str | list[str] | None = Field(None, description="modules to adapt")
+    lora_target_modules: Targets | None = Field(None, description="modules to adapt")
     use_rslora: bool | None = Field(None, description="scale by alpha / sqrt(r)")
     use_dora: bool | None = Field(None, description="learn magnitudes too")
     init_lora_weights: Init | None = Field(None, description="start")
@@ -289,8 +289,12 @@ class RecipeFields(Section):
         "linear", "training", "course of the learning rate"
     )
     warmup_ratio: Share = _field(0.03, "training", "share of the steps that warm up")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = _field(
-        None, "training", "steps that warm up, instead of a share"
+    warmup_steps: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
+        _field(
+            None,
+            "training",
+            "steps that warm up, or below 1 their share; instead of warmup_ratio",
+        )
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = _field(
         0.0, "training", "weight decay; biases and norms have none"
@@ -387,7 +391,7 @@ class RecipeFields(Section):
     lora_r: Positive | list[Positive] = _field(8, "lora", "rank; a list trains a cohort")
     lora_alpha: Rate | list[Rate] | None = _field(None, "lora", "scale numerator; default 2 x rank")
     lora_dropout: Share | list[Share] = _field(0.0, "lora", "dropout before A")
-    lora_target_modules: str | list[str] = _field(
+    lora_target_modules: Targets = _field(
         "all-linear", "lora", "all-linear, attention, mlp, module names or a regular expression"
     )
     loraplus_lr_ratio: Rate | None = _field(
@@ -459,14 +463,6 @@ class RecipeFields(Section):
             if choice not in allowed[name]:
                 raise ValueError(f"{name} must be {' or '.join(map(str, allowed[name]))}")
         return value
-
-    @field_validator("lora_target_modules", mode="before")
-    @classmethod
-    def _targets(cls, value: Any) -> Any:
-        # Other tools list names with commas; a regular expression with one has other signs, too.
-        if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
-            return [name.strip() for name in value.split(",")]
-        return "all-linear" if value == "all" else value
 
 
 def lora_settings() -> tuple[str, ...]:

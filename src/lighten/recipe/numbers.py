@@ -12,7 +12,7 @@ from lighten.recipe import aliases
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+(?:[eE][+-]?\d+)?")
 # The same inside a longer list; 16,32 are two values where whole numbers are usual.
 _CLEARLY_DECIMAL = re.compile(r"[+-]?\d+,(?:0\d+|\d+[eE][+-]?\d+)")
-_USUALLY_WHOLE = ("lora_alpha",)
+_USUALLY_WHOLE = ("lora_alpha", "warmup_steps")
 
 
 def decimal_comma(text: str) -> str | None:
@@ -41,7 +41,7 @@ def ambiguous_list(key: str, text: str, fields: Mapping[str, Any]) -> str | None
         return None
     number = place[1].replace(",", ".")
     if "list" not in declared and not key.startswith("sweep."):
-        return f"{key}: {text!r} is no number; write {number}, with a point"
+        return f"{key}: {text!r} is no number; write {number}, with a point, or [{text}] to sweep"
     return (
         f"{key}: {text!r} may mean {number} or the values {place[1].replace(',', ' and ')}; write "
         f"{number} with a point, or [{text}] for a list"

@@ -97,6 +97,22 @@ def listed(value: Any) -> Any:
     return [word.strip() for word in value.split(",") if word.strip()]
 
 
+def targets(value: Any) -> Any:
+    """Modules as other tools name them: one name alone, several with commas, or all.
+
+    A regular expression that is one name would match no module: they all have longer paths.
+    """
+    if value == "all":
+        return "all-linear"
+    if isinstance(value, str) and value not in ("attention", "mlp") and _NAMES.fullmatch(value):
+        return listed(value)
+    return value
+
+
+_NAMES = re.compile(r"\s*(\w+|[\w.]+(\s*,\s*[\w.]+)+)\s*")
+Targets = Annotated[str | list[str], BeforeValidator(targets)]
+
+
 def listed_names(value: Any) -> Any:
     """As `listed`; `none` and nothing name nothing."""
     names = listed([] if value is None else value)

@@ -18,10 +18,12 @@ from lighten.peft_config import (
     settings,
     tensor_shapes,
 )
+from lighten.recipe.section import targets
 
+TARGETS = "lora_target_modules"
 # Settings that say what an adapter is, by their names in its file.
 ADAPTER_SETTINGS = {
-    "lora_r": "r", "lora_alpha": "alpha", "lora_target_modules": "target_modules",
+    "lora_r": "r", "lora_alpha": "alpha", TARGETS: "target_modules",
     "use_rslora": "use_rslora", "modules_to_save": "modules_to_save",
     "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
 }  # fmt: skip
@@ -164,7 +166,7 @@ def _conflicts(
     """A sentence per setting that differs from the adapter's."""
     conflicts = []
     for key, value in adapter.items():
-        mine = recipe.get(key)
+        mine = targets(recipe.get(key)) if key == TARGETS else recipe.get(key)
         cohort = isinstance(mine, list) and key in COHORT
         for entry in mine if cohort and isinstance(mine, list) else [mine]:
             if entry is not None and _comparable(entry) != _comparable(value):
