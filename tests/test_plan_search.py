@@ -135,6 +135,9 @@ def test_the_written_recipe_is_one_that_train_takes(
     bare = api.plannable(None, model_name_or_path=str(tiny_folder))
     path.write_text(search.recipe_text(bare, "why"))
     assert Recipe.from_file(path, {"dataset": str(chat_file)}).max_length == 1024
+    whole = bare.changed({"method": "full", "learning_rate": 2e-4, "dataset": str(chat_file)})
+    path.write_text(search.recipe_text(whole, "why"))
+    assert Recipe.from_file(path).learning_rate == 2e-4
 
 
 def test_full_fine_tuning_unsets_what_only_adapters_have(tiny_folder: Path) -> None:

@@ -50,6 +50,16 @@ def test_paths_mean_the_recipes_folder_if_they_are_there(tmp_path: Path) -> None
     assert recipe.run_folder == Path("runs") / tmp_path.name
 
 
+def test_paths_may_be_python_s(chat_file: Path, tmp_path: Path) -> None:
+    settings = {"model": tmp_path / "m", "dataset": chat_file}
+    recipe = Recipe.from_values(settings, {"output_dir": tmp_path / "run"})
+    assert recipe.model_name_or_path == str(tmp_path / "m")
+    assert (recipe.dataset, recipe.run_folder) == (str(chat_file), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"dataset: .*input should be a valid string") as error:
+        Recipe.from_values({**settings, "dataset": [{"text": "a row itself"}] * 1000})
+    assert len(str(error.value)) < 500
+
+
 def test_every_problem_is_told_at_once_with_key_value_line_and_mend(tmp_path: Path) -> None:
     path = write_recipe(
         tmp_path,
@@ -155,6 +165,8 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"lora_target": "all"}, "lora_target_modules", "all-linear"),
     ({"lora_target_linear": True}, "lora_target_modules", "all-linear"),
     ({"lora_target": "q_proj, v_proj"}, "lora_target_modules", ["q_proj", "v_proj"]),
+    ({"lora_target": "q_proj"}, "lora_target_modules", ["q_proj"]),
+    ({"lora_target": "mlp"}, "lora_target_modules", "mlp"),
     (
         {"lora_target": "q_proj,layers.0.mlp.up_proj"},
         "lora_target_modules",
@@ -339,6 +351,17 @@ def test_a_changed_recipe_keeps_its_name(tmp_path: Path, chat_file: Path) -> Non
     changed = recipe.changed({"learning_rate": 1e-3})
     assert (changed.name, changed.learning_rate) == (recipe.name, 1e-3)
     assert changed.notices == recipe.notices
+
+
+def test_a_recipe_changed_to_another_method_learns_at_that_ones_rate(
+    values: dict[str, Any],
+) -> None:
+    adapters = Recipe.from_values(values)
+    whole = adapters.changed({"method": "full"})
+    assert whole.learning_rate == Recipe.from_values({**values, "method": "full"}).learning_rate
+    assert whole.changed({"method": "lora"}).learning_rate == adapters.learning_rate
+    chosen = Recipe.from_values({**values, "learning_rate": 1e-3})
+    assert chosen.changed({"method": "full"}).learning_rate == 1e-3
 
 
 def test_a_cohort_is_named_for_what_differs(values: dict[str, Any]) -> None:

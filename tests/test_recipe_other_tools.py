@@ -174,6 +174,11 @@ def test_what_is_a_setting_here_is_not_told_to_be_none() -> None:
         ({"do_train": False}, "do_train is not a setting; remove it; lighten train trains"),
         ({"dataloader_drop_last": True}, "no row is left out"),
         ({"data_seed": 0}, "set seed, which orders the rows too"),
+        ({"roles_to_train": ["user"]}, "the assistant's turns are learnt, but for those with "
+                                       "train: false in the row"),
+        ({"push_to_hub": True}, "lighten push uploads what lighten export writes"),
+        ({"warmup_steps": 2.5}, "warmup_steps: 2.5 does not do"),
+        ({"additional_target": 3}, "modules_to_save: 3 does not do"),
         ({"evals_per_epoch": 4}, "set eval_steps, or remove it for one an epoch"),
         ({"eval_strategy": "steps"}, "eval_strategy: steps needs eval_steps beside it; add it"),
         ({"save_strategy": "epoch", "save_steps": 5}, "save_strategy: epoch and save_steps "
@@ -249,3 +254,10 @@ def test_the_command_line_and_the_file_are_seen_together(tmp_path: Path) -> None
 def test_a_mistyped_name_of_another_tool_is_recognised(values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="did you mean dataloader_num_workers"):
         Recipe.from_values({**values, "dataloader_num_worker": 2})
+
+
+@pytest.mark.parametrize("steps", [0, 3, 0.1])
+def test_steps_of_warm_up_are_a_number_or_a_share(values: dict[str, Any], steps: float) -> None:
+    for written in (steps, str(steps)):
+        read_steps = Recipe.from_values({**values, "warmup_steps": written}).warmup_steps
+        assert (read_steps, type(read_steps)) == (steps, type(steps))

@@ -407,7 +407,9 @@ def recipe_text(recipe: Recipe, why: str) -> str:
     non_defaults = {
         name: value
         for name, value in values.items()
-        if value != field_default(name) and not (name == "dataset" and not value)
+        if (value != field_default(name) and not (name == "dataset" and not value))
+        # What is left out there is the rate of whole weights, not of adapters.
+        or (name == "learning_rate" and recipe.method == "full")
     }
     text = yaml.safe_dump(non_defaults, sort_keys=False, allow_unicode=True)
     missing = "" if recipe.dataset else "# add your data: dataset: data.jsonl (or --dataset)\n"

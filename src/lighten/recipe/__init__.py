@@ -32,7 +32,7 @@ from lighten.recipe.fields import (
     RecipeFields,
     lora_settings,
 )
-from lighten.recipe.section import FULL_LEARNING_RATE
+from lighten.recipe.section import FULL_LEARNING_RATE, LORA_LEARNING_RATE
 from lighten.recipe.sweeping import Range, SweepOptions
 
 __all__ = [
@@ -207,8 +207,11 @@ class Recipe(RecipeFields):
         Raises:
             RecipeError: Every problem found.
         """
-        applied = self.adapter_name_or_path
-        recipe = Recipe._build(self.completed(), overrides, "recipe", {}, applied_adapter=applied)
+        values, applied = self.completed(), self.adapter_name_or_path
+        full = self.method == "full"
+        if self.learning_rate == (FULL_LEARNING_RATE if full else LORA_LEARNING_RATE):
+            del values["learning_rate"]  # another method learns at another one
+        recipe = Recipe._build(values, overrides, "recipe", {}, applied_adapter=applied)
         recipe._name = self._name
         recipe._notices = [*self._notices, *recipe._notices]
         return recipe
@@ -443,14 +446,10 @@ def _merged(error: ValidationError) -> list[dict[str, Any]]:
 
 
 def _all_keys() -> set[str]:
-    return (
-        set(RecipeFields.model_fields)
-        | set(EvaluateOptions.model_fields)
-        | set(QuantizeOptions.model_fields)
-        | set(AdapterEntry.model_fields)
-        | set(SweepOptions.model_fields)
-        | set(Range.model_fields)
-    )
+    sections = (
+        RecipeFields, EvaluateOptions, QuantizeOptions, AdapterEntry, SweepOptions, Range,
+    )  # fmt: skip
+    return {name for section in sections for name in section.model_fields}
 
 
 def _sentence(item: Mapping[str, Any], source: str, lines: Mapping[str, int]) -> str:
@@ -477,4 +476,4 @@ def _sentence(item: Mapping[str, Any], source: str, lines: Mapping[str, int]) ->
     reason = str(item["msg"]).removeprefix("Value error, ")
     choices = item.get("ctx", {}).get("expected")
     mend = f"use {choices}" if choices else reason[0].lower() + reason[1:]
-    return f"{at}: {key}: {item['input']!r} does not do; {mend}"
+    return f"{at}: {key}: {item['input']!r:.300} does not do; {mend}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def translate(
         if alias != name:
             notices.append(f"{alias} is called {name} here; read as {name}: {value}")
 
-    for key, raw in values.items():
+    for key, given in values.items():
+        raw = os.fspath(given) if isinstance(given, os.PathLike) else given
         if raw is None and (key in SPECIAL or key in RENAMED):
             continue  # left empty, it asks for nothing
         # Switches of other tools are often quoted.
@@ -151,7 +153,8 @@ def translate(
                 notices.append(f"max_samples is read as the first {value} rows of each data set")
         elif key == "additional_target":
             names = value.split(",") if isinstance(value, str) else value
-            put(key, "modules_to_save", [str(name).strip() for name in names])
+            stripped = [str(name).strip() for name in names] if isinstance(names, list) else names
+            put(key, "modules_to_save", stripped)
         elif key == "lora_target_linear":
             if value:
                 put(key, "lora_target_modules", "all-linear")

@@ -41,7 +41,7 @@ _ALREADY = {
     "packing_strategy": ("bfd",),
 }  # fmt: skip
 _OFF = ("none", "false", "no", "off", "0", "0.0", "", "[]", "{}")
-_UPLOAD = "remove it; upload what lighten export writes with: hf upload"
+_UPLOAD = "remove it; lighten push uploads what lighten export writes"
 _TRACKER = "remove it; trackers read their environment variables, such as WANDB_PROJECT"
 _MODEL_SAYS = "remove it; the model's own files say it"
 _TEXT_ONLY = "remove it; models of text are what is trained here"
@@ -137,8 +137,8 @@ _INSTEAD = {
     "chat_template_jinja": "set chat_template to it",
     "template": "remove it, for the model's own template is used; or set chat_template",
     "mask_history": "remove it; every turn of the assistant is learnt",
-    "roles_to_train": "remove it; the assistant's turns are learnt, others with train: true in "
-                      "the row",
+    "roles_to_train": "remove it; the assistant's turns are learnt, but for those with train: "
+                      "false in the row",
     "train_on_eos": "remove it; an assistant's turn is learnt with its end",
     "truncation_mode": "set truncation_strategy: truncate, drop or raise",
     "packing_strategy": "set packing: true; rows are packed so that none is cut",
