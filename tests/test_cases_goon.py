@@ -279,9 +279,11 @@ def test_what_contradicts_the_adapter_is_one_sentence(
 def test_targets_may_be_named_as_other_tools_name_them(
     base: Path, rows: Path, tmp_path: Path
 ) -> None:
-    start = peft_adapter(base, tmp_path / "start")
+    start = peft_adapter(base, tmp_path / "start", modules_to_save=["lm_head"])
     settings = {"model": str(start), "dataset": str(rows), "lora_target": "up_proj, q_proj"}
-    assert sorted(Recipe.from_values(settings).lora_target_modules) == ["q_proj", "up_proj"]
+    recipe = Recipe.from_values({**settings, "additional_target": "lm_head"})
+    assert sorted(recipe.lora_target_modules) == ["q_proj", "up_proj"]
+    assert recipe.modules_to_save == ["lm_head"]
 
 
 def test_several_adapters_start_from_one(base: Path, rows: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ RENAMED = {
     "val_split": "val_size",
     "model_revision": "revision",
     "lora_modules_to_save": "modules_to_save",
+    "additional_target": "modules_to_save",
     "lora_model_dir": "adapter_name_or_path",
     "activation_offloading": "activation_offload",
     "activation_checkpointing": "gradient_checkpointing",
@@ -151,10 +152,6 @@ def translate(
                 problems.append(f"max_samples: {value!r} does not do; use a number from 1")
             else:
                 notices.append(f"max_samples is read as the first {value} rows of each data set")
-        elif key == "additional_target":
-            names = value.split(",") if isinstance(value, str) else value
-            stripped = [str(name).strip() for name in names] if isinstance(names, list) else names
-            put(key, "modules_to_save", stripped)
         elif key == "lora_target_linear":
             if value:
                 put(key, "lora_target_modules", "all-linear")

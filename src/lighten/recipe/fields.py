@@ -15,6 +15,7 @@ from lighten.recipe.section import (
     DataSets,
     Duration,
     ModulePattern,
+    Names,
     Positive,
     Rate,
     Section,
@@ -38,8 +39,8 @@ QuantizedFormat = Annotated[
 ]
 # Initial weights that need no steps over the data; names of PEFT.
 Init = (
-    bool
-    | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?)$")]
+    Annotated[str, Field(pattern=r"^(gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?)$")]
+    | bool
 )
 # Columns that rows are recognised by; `lighten.data.shapes` reads them.
 COLUMNS = (
@@ -127,7 +128,7 @@ class AdapterFields(Section):
     use_rslora: bool | None = Field(None, description="scale by alpha / sqrt(r)")
     use_dora: bool | None = Field(None, description="learn magnitudes too")
     init_lora_weights: Init | None = Field(None, description="start")
-    modules_to_save: list[str] | None = Field(None, description="modules trained whole")
+    modules_to_save: Names | None = Field(None, description="modules trained whole")
     rank_pattern: dict[ModulePattern, Positive] | None = Field(
         None, description="rank by module pattern"
     )
@@ -405,7 +406,7 @@ class RecipeFields(Section):
         "true: PEFT's default; gaussian, orthogonal, pissa, pissa_niter_N, olora; false: random, "
         "for tests",
     )
-    modules_to_save: list[str] | None = _field(None, "lora", "modules trained as whole copies")
+    modules_to_save: Names | None = _field(None, "lora", "modules trained as whole copies")
     rank_pattern: dict[ModulePattern, Positive] = _field({}, "lora", "rank by module-name pattern")
     alpha_pattern: dict[ModulePattern, Rate] = _field({}, "lora", "alpha by module-name pattern")
     adapters: list[AdapterEntry] | None = _field(

@@ -111,6 +111,7 @@ def targets(value: Any) -> Any:
 
 _NAMES = re.compile(r"\s*(\w+|[\w.]+(\s*,\s*[\w.]+)+)\s*")
 Targets = Annotated[str | list[str], BeforeValidator(targets)]
+Names = Annotated[list[str], BeforeValidator(listed)]
 
 
 def listed_names(value: Any) -> Any:

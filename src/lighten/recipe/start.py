@@ -18,13 +18,13 @@ from lighten.peft_config import (
     settings,
     tensor_shapes,
 )
-from lighten.recipe.section import targets
+from lighten.recipe.section import listed, targets
 
-TARGETS = "lora_target_modules"
+TARGETS, SAVED = "lora_target_modules", "modules_to_save"
 # Settings that say what an adapter is, by their names in its file.
 ADAPTER_SETTINGS = {
     "lora_r": "r", "lora_alpha": "alpha", TARGETS: "target_modules",
-    "use_rslora": "use_rslora", "modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora", SAVED: SAVED,
     "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
 }  # fmt: skip
 MODEL, START = "model_name_or_path", "adapter_name_or_path"
@@ -166,7 +166,8 @@ def _conflicts(
     """A sentence per setting that differs from the adapter's."""
     conflicts = []
     for key, value in adapter.items():
-        mine = targets(recipe.get(key)) if key == TARGETS else recipe.get(key)
+        read_as = {TARGETS: targets, SAVED: listed}.get(key)
+        mine = recipe.get(key) if read_as is None else read_as(recipe.get(key))
         cohort = isinstance(mine, list) and key in COHORT
         for entry in mine if cohort and isinstance(mine, list) else [mine]:
             if entry is not None and _comparable(entry) != _comparable(value):
