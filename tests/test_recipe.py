@@ -55,7 +55,7 @@ def test_paths_may_be_python_s(chat_file: Path, tmp_path: Path) -> None:
     recipe = Recipe.from_values(settings, {"output_dir": tmp_path / "run"})
     assert recipe.model_name_or_path == str(tmp_path / "m")
     assert (recipe.dataset, recipe.run_folder) == (str(chat_file), tmp_path / "run")
-    with pytest.raises(RecipeError, match="dataset: .*give a file") as error:
+    with pytest.raises(RecipeError, match=r"dataset: .*give a file") as error:
         Recipe.from_values({**settings, "dataset": [{"text": "a row itself"}] * 1000})
     assert len(str(error.value)) < 500
 
