@@ -23,6 +23,7 @@ from lighten.cli.main import app
 from lighten.errors import UserError
 from lighten.models.load import weight_files
 from lighten.quantization.dense import dense_base
+from lighten.quantization.file_sizes import folder_bytes
 from lighten.quantization.forecast import forecast
 from lighten.quantization.gguf_model import write_gguf
 from lighten.quantization.model_source import opened
@@ -137,6 +138,16 @@ def test_a_copy_in_16_bits_is_read_in_32_for_its_receipt_and_as_a_base(
             for dtype in ("float32", "bfloat16")
         )
     assert 0 < (in_32 - in_16).norm() < 0.2 * in_16.norm()
+
+
+def test_an_embedding_with_a_buffer_stays_in_16_bits_beside_int8(tmp_path: Path) -> None:
+    """Gemma 3 scales its words by one, which was whatever its memory held once it was loaded."""
+    base = save_tiny(tmp_path / "base", "gemma3_text", tie_word_embeddings=True)
+    make("int8", base, tmp_path / "int8", [])
+    receipt = lighten.verify(tmp_path / "int8", str(base))
+    assert receipt.passed, receipt.sentence()
+    planned = folder_bytes("int8", models.skeleton(str(base)))
+    assert weight_bytes(tmp_path / "int8") == pytest.approx(planned, rel=0.01)
 
 
 def test_torchaos_int8_is_dequantised_to_the_wanted_format(tmp_path: Path) -> None:

@@ -17,7 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lighten.quantization.calibrated import quantised_layers
 from lighten.quantization.int4 import group_size
-from lighten.quantization.shapes import dense_in_nf4, linear_layers, require_groups
+from lighten.quantization.shapes import (
+    dense_in_nf4,
+    linear_layers,
+    require_groups,
+    words_in_int8,
+)
 from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
 
 _WIDTH = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
@@ -95,8 +100,7 @@ def _parameters(
 
 
 def _torchao(file: _File, model: PreTrainedModel) -> None:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
+    embedding, tied = model.get_input_embeddings(), words_in_int8(model)
     paths = {id(module): path for path, module in model.named_modules()}
     names = []
     for name, rounded, shape in _parameters(model, head=True, conv=False):

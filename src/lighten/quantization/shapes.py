@@ -84,3 +84,14 @@ def require_groups(model: PreTrainedModel, group_size: int) -> None:
 
 def _rows(shapes: dict[str, tuple[int, int]]) -> str:
     return ", ".join(map(str, sorted({inputs for _, inputs in shapes.values()}))) or "no kind"
+
+
+def words_in_int8(model: PreTrainedModel) -> bool:
+    """Whether embedding and head are one tensor, which an INT8 folder of torchao's can hold.
+
+    Gemma 3's embedding has a buffer beside its weight, which transformers (5.24) does not make
+    where the weight is torchao's: the loaded model would answer at random.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = head is not None and head.weight is embedding.weight
+    return shared and not any(True for _ in embedding.buffers())

@@ -27,7 +27,12 @@ from lighten.adapters.fake_quant import scheme
 from lighten.artifacts import COMPANIONS
 from lighten.models.describe import skeleton
 from lighten.quantization import int4
-from lighten.quantization.shapes import dense_in_nf4, linear_layers, require_groups
+from lighten.quantization.shapes import (
+    dense_in_nf4,
+    linear_layers,
+    require_groups,
+    words_in_int8,
+)
 from lighten.quantization.targets import DYNAMIC, GROUP_SIZE
 
 
@@ -104,9 +109,9 @@ def _with_embedding(model: Any) -> bool:
     """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or embedding.weight is not head.weight:
+    if not words_in_int8(model):
         return False
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     quantize_(
         model, Int8WeightOnlyConfig(version=2), filter_fn=lambda module, _: module is embedding
     )
