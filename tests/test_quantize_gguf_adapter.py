@@ -15,11 +15,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from lighten import api
 from lighten.errors import UserError
 from lighten.quantization.gguf_adapter import write_gguf_adapter
 from lighten.quantization.llamacpp import Runtime
 from tests.gguf_files import write_gguf
-from tests.tiny import save_tiny, tiny_config, tiny_model
+from tests.test_merge import beside_pictures, trained
+from tests.tiny import save_tiny, tiny_config, tiny_model, tiny_tokenizer
 
 IDS = [5, 77, 130, 9, 201, 64, 12, 300, 41, 180, 7, 99]
 LINEAR = {
@@ -220,3 +222,17 @@ def test_the_python_of_the_page_runs(
     exec(compile(code.replace("512)", "64, threads=1)"), str(page), "exec"), {})
     assert "tensors are" in capsys.readouterr().out
     assert (tmp_path / "adapter.gguf").is_file()
+
+
+def test_layers_of_a_picture_tower_are_no_part_of_the_text_models_adapter(tmp_path: Path) -> None:
+    """Every linear layer of Gemma 3 is a target unless others are named: it was refused."""
+    base = beside_pictures("gemma3")
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    trained(base, tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    config.write_text(json.dumps(said))
+    export = api.export(tmp_path / "adapter", "gguf-adapter", output_dir=tmp_path / "out")
+    assert export.receipt is not None
+    assert export.receipt.passed, export.receipt.sentence()

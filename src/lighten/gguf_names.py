@@ -146,6 +146,11 @@ def outer_names(architecture: str) -> dict[str, str]:
     return _OUTER_OF_GPT2 if architecture == "gpt2" else _OUTER
 
 
+def of_pictures(path: str) -> bool:
+    """Whether a module belongs to a picture tower, which a file of the text model does without."""
+    return _OUTSIDE.search(path) is not None
+
+
 def stored_name(architecture: str, path: str) -> str | None:
     """A tensor's name in a GGUF file without its suffix; None of a module that has none.
 
@@ -153,7 +158,7 @@ def stored_name(architecture: str, path: str) -> str | None:
         architecture: llama.cpp's.
         path: The module's path in transformers, such as `model.layers.3.self_attn.q_proj`.
     """
-    if _OUTSIDE.search(path):
+    if of_pictures(path):
         return None
     place = _LAYER_PATH.match(path)
     if place is not None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from lighten.adapters.files import spec_from_peft
 from lighten.errors import UserError
-from lighten.gguf_names import ARCHITECTURE_OF, stored_name
+from lighten.gguf_names import ARCHITECTURE_OF, of_pictures, stored_name
 from lighten.models.configuration import build_empty
 from lighten.peft_config import (
     FACTOR,
@@ -132,6 +132,8 @@ def _layers(folder: Path, config: Any) -> list[_Layer]:
     base_shapes = _linear_shapes(str(folder), config, architecture)
     layers = []
     for path, keys in sorted(pairs.items()):
+        if of_pictures(path):
+            continue
         stored = f"{stored_name(architecture, path)}.weight"
         if set(keys) != {"A", "B"}:
             raise UserError(
