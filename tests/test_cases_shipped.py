@@ -19,7 +19,8 @@ from lighten.quantization.forecast import forecast
 from lighten.quantization.receipts import _dtype_of
 from lighten.runs import Run
 from tests.test_cases_exported import adapter_on
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.test_merge import trained
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("forked_jobs")
 
@@ -168,3 +169,15 @@ def test_a_gguf_file_in_float32_is_not_rounded_to_16_bits_before(tmp_path: Path)
     weight = load_file(merged / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     stored = read_header(made.files[0]).dense("blk.0.ffn_up.weight")
     assert np.array_equal(stored, weight.numpy())
+
+
+def test_what_an_adapters_model_cannot_become_names_the_adapter(tmp_path: Path) -> None:
+    """It named a folder of temporary files."""
+    base = save_tiny(tmp_path / "base", "opt")
+    trained(tiny_model("opt"), tmp_path / "mine")
+    config = tmp_path / "mine" / "adapter_config.json"
+    said = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
+    config.write_text(json.dumps(said))
+    for act in (api.export, api.plan_formats):
+        with pytest.raises(UserError, match="^mine is of the kind 'opt'"):
+            act(tmp_path / "mine", "gguf:q8_0")

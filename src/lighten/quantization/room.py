@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lighten.artifacts import Artefact, added_words, copy_companions
+from lighten.errors import UserError
 from lighten.machine.disk import require_room
 from lighten.quantization.gguf_source import Weight, read_settings, read_weights
 from lighten.quantization.targets import GROUP_SIZE
@@ -109,7 +110,13 @@ def described(artefact: Artefact) -> Iterator[tuple[Path, dict[str, Weight]]]:
             )
         except Unmergeable:  # in memory, by PEFT: of the base's own shapes
             weights = _dense_weights(artefact.base_folder, folder)
-        yield folder, weights
+        try:
+            yield folder, weights
+        except UserError as error:
+            if str(folder) not in str(error):
+                raise
+            # It is of the plan alone: nobody has seen it.
+            raise UserError(str(error).replace(str(folder), artefact.name)) from error
 
 
 def _dense_weights(base: Path, folder: Path) -> dict[str, Weight]:
