@@ -55,6 +55,8 @@ def test_paths_may_be_python_s(chat_file: Path, tmp_path: Path) -> None:
     recipe = Recipe.from_values(settings, {"output_dir": tmp_path / "run"})
     assert recipe.model_name_or_path == str(tmp_path / "m")
     assert (recipe.dataset, recipe.run_folder) == (str(chat_file), tmp_path / "run")
+    several = Recipe.from_values({**settings, "dataset": [chat_file, str(chat_file) + "#2"]})
+    assert several.dataset == [str(chat_file), f"{chat_file}#2"]
     with pytest.raises(RecipeError, match=r"dataset: .*give a file") as error:
         Recipe.from_values({**settings, "dataset": [{"text": "a row itself"}] * 1000})
     assert len(str(error.value)) < 500

@@ -114,7 +114,7 @@ def translate(
             notices.append(f"{alias} is called {name} here; read as {name}: {value}")
 
     for key, given in values.items():
-        raw = os.fspath(given) if isinstance(given, os.PathLike) else given
+        raw = _with_text_paths(given)
         if raw is None and (key in SPECIAL or key in RENAMED):
             continue  # left empty, it asks for nothing
         # Switches of other tools are often quoted.
@@ -259,6 +259,13 @@ def _unread(entry: Any) -> list[str]:
         if value is not None and not other_tools.changes_nothing(key, value)
         and (key, value) != ("split", "train")
     ]  # fmt: skip
+
+
+def _with_text_paths(value: Any) -> Any:
+    """A value from Python, in which paths may be objects."""
+    if isinstance(value, list | tuple):
+        return [_with_text_paths(entry) for entry in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def keep_one_end(settings: MutableMapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
