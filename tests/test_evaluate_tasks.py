@@ -14,7 +14,7 @@ from lighten.cli.evaluate import print_evaluation
 from lighten.errors import MissingExtra, UserError
 from lighten.evaluation import against
 from lighten.runs import Run
-from tests.tiny import tiny_tokenizer
+from tests.tiny import save_tiny, tiny_tokenizer
 
 CHOICES = """
 task: tiny_choice
@@ -248,3 +248,51 @@ def test_mistakes_are_told(
         lighten.evaluate(run, tasks=["tiny_choice"], include_path=str(tmp_path / "none"))
     with pytest.raises(UserError, match="has no task 'other'"):
         lighten.evaluate(run, tasks=["other"], include_path=str(tasks), **FEW)
+
+
+def test_more_is_better_where_no_task_says_otherwise(run: Run, tmp_path: Path) -> None:
+    """lm-eval knows no direction of a user's own metric; what a task needs may not be installed."""
+    pytest.importorskip("lm_eval")
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"question": f"What is {i}?", "choices": [" a"], "answer": 0}) + "\n"
+            for i in range(24)
+        )
+    )
+
+    def write_task(module: str) -> None:
+        asked = ANSWERS.format(data=data).partition("metric_list")[0]
+        (tmp_path / "scored.yaml").write_text(
+            f"{asked}process_results: !function {module}.score\n"
+            "metric_list: [{metric: own, aggregation: mean}]\n"
+        )
+
+    (tmp_path / "scored.py").write_text(
+        "def score(doc, results):\n    return {'own': float(len(results[0]))}\n"
+    )
+    write_task("scored")
+    options = {"include_path": str(tmp_path), "tasks": ["tiny_answer"], **FEW}
+    (row,) = lighten.evaluate(run, **options).tasks
+    assert (row["metric"], row["higher_is_better"]) == ("own", True)
+    (tmp_path / "needy.py").write_text("import nothing_of_this_name\n")
+    write_task("needy")
+    measured: list[str] = []
+    with pytest.raises(UserError, match=r"cannot load tiny_answer: .*nothing_of_this_name"):
+        lighten.evaluate(run, progress=lambda what, *_: measured.append(what), **options)
+    assert set(measured) <= {"encoding"}, "nothing is lost"
+
+
+def test_an_adapter_of_a_tied_head_answers_tasks(
+    tasks: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """lm-eval would tie the head's weight anew, and something else is in its place."""
+    pytest.importorskip("lm_eval")
+    trained = lighten.train(
+        model=str(save_tiny(tmp_path / "tied", "qwen2")), dataset=str(chat_file), dtype="float32",
+        max_steps=2, val_size=8, modules_to_save=["lm_head"], progress=False,
+        output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    options = {"include_path": str(tasks), "tasks": ["tiny_choice"], **FEW}
+    (row,) = lighten.evaluate(trained, **options).tasks
+    assert set(row["models"]) == {"base", "default"}

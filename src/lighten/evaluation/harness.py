@@ -15,7 +15,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def begin(options: EvaluateOptions, tokenizer: Any) -> Tasks:
         tokenizer: Of the model; without a chat template none is applied.
 
     Raises:
-        UserError: There is no such task.
+        UserError: There is no such task, or it cannot be loaded.
     """
     from importlib.metadata import version
 
@@ -98,6 +98,13 @@ def begin(options: EvaluateOptions, tokenizer: Any) -> Tasks:
     if unknown:
         source = options.include_path or "lm-eval"
         raise UserError(f"tasks: {source} has no task {', '.join(map(repr, unknown))}")
+    # What a task lacks, a package or its documents, is told before anything is measured.
+    try:
+        manager.load(list(options.tasks))
+    except Exception as error:  # of a task's own code, which may raise anything
+        raise UserError(
+            f"tasks: lm-eval cannot load {', '.join(options.tasks)}: {first_line(error)}"
+        ) from error
     applied = options.tasks_chat_template and tokenizer.chat_template is not None
     return Tasks({
         "lm_eval": version("lm_eval"), "tasks": list(options.tasks),
@@ -125,9 +132,9 @@ def score(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with using:
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
+    with using, _tied_as_it_is(model):
         try:
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
             results = lm_eval.simple_evaluate(
                 model=lm, tasks=list(options.tasks), task_manager=tasks.manager,
                 limit=options.tasks_limit, bootstrap_iters=0, log_samples=True,
@@ -135,7 +142,8 @@ def score(
                 random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED,
                 fewshot_random_seed=SEED,
             )  # fmt: skip
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        # Of scoring too: some tasks import what they need when they are scored.
+        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
             raise UserError(f"tasks: lm-eval failed: {first_line(error)}") from error
     assert results is not None
     for task, samples in results["samples"].items():
@@ -150,12 +158,25 @@ def score(
                 if not _is_number(figure):
                     continue
                 tasks.figures.setdefault(key, {})[name] = float(figure)
-                tasks.better[key] = bool(direction.get(metric, True))
+                tasks.better[key] = direction.get(metric) is not False  # None where no task says
                 if (score := _score(sample.get(metric))) is not None:
                     by_model = tasks.scores.setdefault(key, {}).setdefault(name, {})
                     by_model[int(sample["doc_id"])] = score
     for group, figures in results.get("groups", {}).items():
         _add_group(tasks, name, group, figures, results)
+
+
+@contextmanager
+def _tied_as_it_is(model: Any) -> Iterator[None]:
+    """Let lm-eval tie no weights anew.
+
+    Where an adapter has the head, there is no weight of the base's in its place to tie.
+    """
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 def _add_group(
