@@ -76,6 +76,10 @@ def test_a_users_text_file_and_what_is_compared(run: Run, tmp_path: Path) -> Non
     assert ours["settings"]["general_text"]["rows"] == 2
     rows = against.compare(ours, ours, "other")
     assert {"loss", "general_loss"} <= {row["metric"] for row in rows}
+    copied = tmp_path / "copied.txt"
+    copied.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    elsewhere = lighten.evaluate(run, forgetting=str(copied), **FEW).to_dict()
+    assert against.compare(ours, elsewhere, "other")
     file.write_text("Something else.\n\nAnd more.\n", encoding="utf-8")
     theirs = lighten.evaluate(run, forgetting=str(file), **FEW).to_dict()
     with pytest.raises(UserError, match="general_text is"):

@@ -239,3 +239,28 @@ def test_a_run_that_was_not_evaluated_is_nothing_to_compare_with(tmp_path: Path,
     shutil.copy(run.folder / "recipe.yaml", tmp_path)
     with pytest.raises(UserError, match="was not evaluated yet; first: lighten evaluate"):
         api.evaluate(run, against=tmp_path)
+
+
+def test_a_comparison_scores_the_references_that_the_evaluation_scored(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Where thoughts are dropped, what is left of the answer is what training learnt."""
+    rows = [
+        {"prompt": f"what is {i}?", "completion": f"<think>\nLong thoughts.\n</think>\n\n{i}"}
+        for i in range(24)
+    ]  # fmt: skip
+    data = tmp_path / "thoughts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = lighten.train(
+        model=str(tiny_folder), dataset=str(data), dtype="float32", max_steps=2, val_size=0.5,
+        learning_rate=5e-2, thinking="drop", progress=False, output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    evaluation = api.evaluate(run, max_new_tokens=4).to_dict()
+    assert not any("<think>" in example["reference"] for example in evaluation["examples"])
+    compared = {
+        row["metric"]: row["difference"]
+        for row in against.compare(evaluation, evaluation, "same")
+        if (row["model"], row["against"]) == ("default", "base")
+    }
+    for row in evaluation["differences"]:
+        assert compared[row["metric"]] == pytest.approx(row["difference"], abs=1e-9)

@@ -23,7 +23,7 @@ from lighten.folders import PLAN as PLAN
 from lighten.folders import QUANTIZE as QUANTIZE
 from lighten.folders import RECIPE as RECIPE
 from lighten.folders import is_run as is_run
-from lighten.paths import exists, expanded, name_of
+from lighten.paths import data_sets, exists, expanded, name_of, split_limit
 from lighten.recipe import Recipe, aliases, places, yaml_lines
 from lighten.whole_files import FileContent as FileContent
 from lighten.whole_files import append_line as append_line
@@ -245,6 +245,16 @@ class Run:
         path = self.folder / MODEL
         return path if (path / "config.json").is_file() else None
 
+    def untrained(self, what: str = "nothing trained") -> UserError:
+        """What to say where something is wanted that was trained, and there is none."""
+        if (self.folder / folders.SWEEP).is_file():
+            inside = ", ".join(str(run.folder) for run in find(self.folder)[:3])
+            return UserError(
+                f"{self.folder} is a sweep; what it trained is in runs of their own"
+                f"{f': name {inside}' if inside else ''}"
+            )
+        return UserError(f"{self.folder} has {what} yet; train it first")
+
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
         if not path.is_file():
@@ -270,7 +280,8 @@ def model_alone(recipe: Recipe, adapter: Path | None = None) -> Iterator[Run]:
         adapter: Folder of one over it.
 
     Raises:
-        UserError: The folder is somebody's, or a run that trains or another model's is in it.
+        UserError: The folder is somebody's, or a run that trains, another model's figures or those
+            on other data are in it.
     """
     folder, subject = recipe.run_folder, str(adapter or recipe.model_name_or_path)
     if (folder / RECIPE).is_file() and not Run(folder).is_model_alone():
@@ -285,6 +296,13 @@ def model_alone(recipe: Recipe, adapter: Path | None = None) -> Iterator[Run]:
             raise UserError(
                 f"{folder} has the figures of {measured}; choose another --output_dir for {subject}"
             )
+        for name in ("dataset", "eval_dataset"):
+            was, asked = getattr(before.recipe(), name), getattr(recipe, name)
+            if _rows_of(was) != _rows_of(asked):
+                raise UserError(
+                    f"{folder} has figures on other data: {name} was {was or 'not set'} and is now "
+                    f"{asked or 'not set'}; choose another --output_dir"
+                )
     claim = folders.claim(folder, recipe.to_yaml(), aside=False)
     try:
         run = Run(folder)
@@ -296,6 +314,12 @@ def model_alone(recipe: Recipe, adapter: Path | None = None) -> Iterator[Run]:
         raise
     finally:
         locks.release(folder)
+
+
+def _rows_of(setting: str | Sequence[str] | None) -> list[tuple[Path, int | None]]:
+    """Which data a setting names, and how many rows of each."""
+    named = map(split_limit, data_sets(setting or ()))
+    return [(path.resolve() if exists(path) else path, limit) for path, limit in named]
 
 
 def folder_of(target: str) -> Path | None:

@@ -160,7 +160,7 @@ def _of_run(run: runs.Run, adapter: str | None) -> Artefact:
         return Artefact(run.name, str(full_model), full_model, None, None, full_model, run, facts)
     trained = run.adapters()
     if not trained:
-        raise UserError(f"{run.folder} has nothing trained yet; train it first")
+        raise run.untrained()
     if adapter is None and len(trained) > 1:
         raise UserError(
             f"{run.folder} holds {len(trained)} adapters; choose one with --adapter "

@@ -137,7 +137,7 @@ def _metric(name: str) -> metrics.Metric:
 
 def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Trap 46: figures of another template, length or data are no comparison."""
-    different = _different(_SAME, ours["settings"], theirs["settings"])
+    different = _different(_SAME, _settings(ours), _settings(theirs))
     if "lm_eval" in ours["settings"] and "lm_eval" in theirs["settings"]:
         first, second = (evaluation["settings"]["lm_eval"] for evaluation in (ours, theirs))
         different += [
@@ -155,6 +155,14 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     elif _supervised(ours) != _supervised(theirs):
         different.append("the same examples have other tokens: the losses are per token")
     _refuse(different)
+
+
+def _settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """How it was measured; general text is what it says, wherever its file lies."""
+    settings = dict(evaluation["settings"])
+    if text := settings.get("general_text"):
+        settings["general_text"] = {key: text[key] for key in text if key != "path"}
+    return settings
 
 
 def _other_documents(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

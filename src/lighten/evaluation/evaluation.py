@@ -74,7 +74,7 @@ def evaluate_run(
     models = Models(run, device, keep=False)
     if not models.names and not alone:
         what = "model" if recipe.method == "full" else "adapter"
-        raise UserError(f"{run.folder} has no trained {what} yet; train it first")
+        raise run.untrained(f"no trained {what}")
     if adapter is not None and not models.names:
         raise UserError(f"the adapter that {run.folder} measures is no longer in {adapter}")
     raw_data = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
@@ -377,7 +377,7 @@ def measure(
         answer_texts, reference_texts = registry.nfc(answers.texts), registry.nfc(references)
         for metric in (*registry.OF_ANSWERS, *settings.extra_metrics):
             statistics[metric] = registry.scorer(metric).statistics(answer_texts, reference_texts)
-    return Measured(name, model_name, statistics, answers, memory.read())
+    return Measured(name, model_name, statistics, answers, references, memory.read())
 
 
 def _together(

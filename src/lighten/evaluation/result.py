@@ -20,6 +20,7 @@ class Measured:
         adapter: The same name, None for the base.
         statistics: Per-example statistics [examples, K] by metric.
         answers: What it said.
+        references: What that was compared with: what training learnt of each example's answer.
         memory: Peak memory while it was measured.
     """
 
@@ -27,6 +28,7 @@ class Measured:
     adapter: str | None
     statistics: dict[str, Array]
     answers: Answers
+    references: list[str]
     memory: dict[str, Any] = field(default_factory=dict)
 
 

@@ -74,7 +74,7 @@ def summarise(
             "file": Path(example.file).name,
             "line": example.line,
             "prompt": example.messages[-2].content if len(example.messages) > 1 else "",
-            "reference": example.reference,
+            "reference": base.references[place],
             "answers": {result.name: result.answers.texts[place] for result in results},
         }
         for place, example in enumerate(answered)
