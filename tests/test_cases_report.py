@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer.testing
 
@@ -275,6 +276,46 @@ def test_bounds_widen_with_the_number_of_runs(tmp_path: Path) -> None:
         assert difference is not None
         reach.append(difference[2] - difference[1])
     assert reach[1] > 1.15 * reach[0]
+
+
+def test_among_equal_runs_one_is_called_worse_in_one_of_twenty_at_most() -> None:
+    """Which is the lowest of eight equals is chance, and the bounds have to hold for that."""
+    draw, wrong = np.random.default_rng(0), 0
+    for _ in range(200):
+        hard, tokens = draw.gamma(2.0, 0.5, 100), draw.integers(5, 30, 100)
+        entries = [
+            comparison.Entry(
+                "r", str(i), is_base=False, measured_on=(100,),
+                losses=[[(nll + draw.normal(0, 0.05)) * n, n]
+                        for nll, n in zip(hard, tokens, strict=True)],
+            )
+            for i in range(8)
+        ]  # fmt: skip
+        for entry in entries:
+            nll, count = np.asarray(entry.losses).sum(0)
+            entry.figures["loss"] = nll / count
+        comparison._conclusions(entries)
+        wrong += any(entry.verdict == "worse" for entry in entries)
+    # Two standard errors of a binomial share of 5 % over 200 draws are 3.1 %.
+    assert wrong / 200 <= 0.081
+
+
+def test_metrics_that_were_asked_for_are_compared_too(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    for run, figure in zip(runs, (40.0, 60.0), strict=True):
+        stored = run.evaluation() or {}
+        stored["settings"]["extra_metrics"] = ["rougeL"]
+        for model in stored["models"]:
+            model["metrics"]["rougeL"] = {"value": figure, "se": 1.0, "low": 38.0, "high": 62.0}
+        (run.folder / "evaluation.json").write_text(json.dumps(stored))
+    compared = comparison.compare(runs)
+    assert [column.label for column in compared.columns if column.name == "rougeL"] == ["ROUGE-L"]
+    assert compared.best["rougeL"] == {1}
+    html = notebook_html(Evaluation(**(runs[0].evaluation() or {})))
+    assert "ROUGE-L" in html
+    stored["settings"]["max_new_tokens"] = 99
+    (runs[1].folder / "evaluation.json").write_text(json.dumps(stored))
+    assert comparison.compare(runs).best["rougeL"] == set()
 
 
 def test_what_cannot_be_compared_gets_no_verdict(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 
 from lighten import runs as run_files
 from lighten.data import FEWEST
-from lighten.evaluation.bootstrap import LEVEL, Resamples
+from lighten.evaluation.bootstrap import LEVEL, Array, Resamples
 from lighten.evaluation.metrics import METRICS, mean_loss
-from lighten.evaluation.registry import OF_ANSWERS
+from lighten.evaluation.registry import OF_ANSWERS, described
 from lighten.reporting import text
 from lighten.reporting.charts import number
 from lighten.runs import Run
@@ -37,6 +37,7 @@ class Column:
         short: Its head in a terminal.
         lower_is_better: Whether less is more; None: no value is better than another.
         text: How a value reads.
+        held_out: Whether it was measured by an evaluation, on its examples.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Column:
     short: str
     lower_is_better: bool | None
     text: Callable[[float], str] = number
+    held_out: bool = False
 
 
 @dataclass
@@ -103,18 +105,21 @@ def _peak(count: float) -> str:
     return f"{number(count / 2**30)} GiB"
 
 
-_COLUMNS = (
-    *(
-        Column(metric.name, metric.label, metric.name, metric.lower_is_better)
-        for metric in METRICS
+def _columns(extra_metrics: Sequence[str]) -> list[Column]:
+    """Every figure that there may be, those of metrics that an evaluation was asked for too."""
+    held_out = [
+        Column(metric.name, metric.label, metric.name, metric.lower_is_better, held_out=True)
+        for metric in (*METRICS, *map(described, extra_metrics))
         if metric.name != "perplexity"  # it is the loss in another unit
-    ),
-    Column("watched", "held-out loss while training", "watched loss", True),
-    Column("seconds", "training time", "time", True, text.duration),
-    Column("tokens_per_second", "real tokens/s", "tok/s", False),
-    Column("peak_bytes", "peak memory", "GiB", True, _peak),
-    Column("file_bytes", "to ship", "MB", True, text.size),
-)  # fmt: skip
+    ]
+    return [
+        *held_out,
+        Column("watched", "held-out loss while training", "watched loss", True),
+        Column("seconds", "training time", "time", True, text.duration),
+        Column("tokens_per_second", "real tokens/s", "tok/s", False),
+        Column("peak_bytes", "peak memory", "GiB", True, _peak),
+        Column("file_bytes", "to ship", "MB", True, text.size),
+    ]
 
 
 # The columns for which a terminal has room, and the unit that their head names.
@@ -147,14 +152,22 @@ def compare(runs: Sequence[Run]) -> Comparison:
             entry.measured_on = (*(entry.measured_on or ()), entry.examples)
     sentences = [*_conclusions(entries), *_asked_differently(measured), *_notes(runs, names)]
     everything = [*entries, *bases.values()]
+    extras = dict.fromkeys(
+        name for run in runs for name in _settings(run.evaluation()).get("extra_metrics", [])
+    )
     columns = [
         column
-        for column in _COLUMNS
+        for column in _columns(list(extras))
         if any(column.name in entry.figures for entry in entries)
         and not (column.name == "watched" and all("loss" in entry.figures for entry in entries))
     ]
     best = {column.name: _best(column, entries) for column in columns}
     return Comparison(everything, columns, best, sentences)
+
+
+def _settings(evaluation: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """How a run was measured, if it was."""
+    return (evaluation or {}).get("settings") or {}
 
 
 def _asked_differently(entries: Sequence[Entry]) -> list[str]:
@@ -221,6 +234,8 @@ def _entries(run: Run, name: str) -> tuple[list[Entry], Entry | None]:
     measured = {model["name"]: model for model in evaluation.get("models", [])}
     saved = {record["name"]: record for record in info.get("adapters") or []}
     trained = list(dict.fromkeys([*saved, *(model for model in measured if model != "base")]))
+    if run.is_model_alone() and not trained:
+        trained = [*measured]  # the base is what was measured, and not for reference
     status = str(info.get("status", "not started"))
     tail = "" if status == "finished" else f" ({status})"
     entries = []
@@ -238,7 +253,7 @@ def _entries(run: Run, name: str) -> tuple[list[Entry], Entry | None]:
         if adapter in measured:
             _add_measured(entry, measured[adapter], evaluation, info)
         entries.append(entry)
-    if "base" not in measured:
+    if "base" not in measured or "base" in trained:
         return entries, None
     model = Path(str((info.get("base") or {}).get("name", ""))).name
     base = Entry(name, f"base {model}".strip(), is_base=True)
@@ -267,9 +282,9 @@ def _add_measured(
     base = None if tokens else (info.get("base") or {}).get("name")
     entry.measured_on = (dataset.get("rows"), tokens or dataset.get("path"), base)
     entry.examples = dataset.get("examples_sha256")
-    settings = evaluation.get("settings") or {}
+    settings = _settings(evaluation)
     asked = (settings.get("max_new_tokens"), settings.get("chat_template"))
-    entry.measured_by = dict.fromkeys(OF_ANSWERS, asked)
+    entry.measured_by = dict.fromkeys((*OF_ANSWERS, *settings.get("extra_metrics", [])), asked)
     entry.measured_by["general_loss"] = (settings.get("general_text") or {}).get("sha256")
 
 
@@ -280,8 +295,7 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
     """
     values = {place: entry.figures[column.name] for place, entry in enumerate(entries)
               if column.name in entry.figures}  # fmt: skip
-    held_out = column.name in {metric.name for metric in METRICS}
-    read = {place: value if held_out or column.name == "watched" else column.text(value)
+    read = {place: value if column.held_out or column.name == "watched" else column.text(value)
             for place, value in values.items()}  # fmt: skip
     if column.lower_is_better is None or len(set(read.values())) < 2:
         return set()
@@ -289,7 +303,7 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
         (entries[place].measured_on, entries[place].measured_by.get(column.name))
         for place in values
     }
-    if held_out and len(ways) > 1:
+    if column.held_out and len(ways) > 1:
         return set()
     if column.name == "watched" and len({entries[place].watched_on for place in values}) > 1:
         return set()
@@ -316,12 +330,15 @@ def _conclusions(entries: Sequence[Entry]) -> list[str]:
             "so their figures do not say which is better.",
             *sentences,
         ]
-    lowest = min(measured, key=lambda entry: entry.figures["loss"])
+    best = min(range(len(measured)), key=lambda place: measured[place].figures["loss"])
+    lowest = measured[best]
     lowest.verdict = "lowest"
-    other_entries = [entry for entry in measured if entry is not lowest]
     few = int((lowest.measured_on or (0,))[0] or 0) < FEWEST
-    for entry in other_entries:
-        entry.difference = _difference(entry, lowest, len(other_entries))
+    for entry, half in zip(measured, _reach(measured)[best].tolist(), strict=True):
+        if entry is lowest:
+            continue
+        value = entry.figures["loss"] - lowest.figures["loss"]
+        entry.difference = None if np.isnan(half) else (value, value - half, value + half)
         if few:
             entry.verdict = "too few examples"
         elif entry.difference is None:
@@ -330,32 +347,43 @@ def _conclusions(entries: Sequence[Entry]) -> list[str]:
             entry.verdict = "worse"
         else:
             entry.verdict = "cannot be told apart"
-    return [_verdict(lowest, other_entries), *sentences]
+    return [_verdict(lowest, [entry for entry in measured if entry is not lowest]), *sentences]
 
 
-def _difference(entry: Entry, lowest: Entry, comparisons: int) -> tuple[float, float, float] | None:
-    """How far a loss is above the lowest, and between which bounds (95 %, over all comparisons).
+def _reach(entries: Sequence[Entry]) -> Array:
+    """How far each difference of two losses may be off, [entries, entries]: 95 %, all at once.
 
-    Paired over the same examples where each example's loss is known (`evaluation.json` since 0.1),
-    else from standard errors, which takes the runs for independent and so finds less.
+    Every pair counts, for which loss is the lowest is a matter of chance too (Tukey's bounds); how
+    they vary together is taken from a bootstrap that is paired over the examples. Where the losses
+    of the examples are not known (`evaluation.json` before 0.1) standard errors have to do, which
+    takes the runs for independent and so finds less. What is not known is not a number.
     """
-    tail = (1 - LEVEL) / comparisons / 2
-    value = entry.figures["loss"] - lowest.figures["loss"]
-    if entry.losses and len(entry.losses) < 2:  # a single example has no interval
-        return None
-    if entry.losses and lowest.losses and len(entry.losses) == len(lowest.losses):
-        ours, theirs = np.asarray(entry.losses, float), np.asarray(lowest.losses, float)
-        resamples = Resamples(len(ours), SAMPLES)
-        differences = mean_loss(resamples.sums(ours)) - mean_loss(resamples.sums(theirs))
-        low, high = np.quantile(differences, [tail, 1 - tail])
-        return value, float(low), float(high)
-    intervals = [candidate.intervals.get("loss") for candidate in (entry, lowest)]
-    if None in intervals:
-        return None
+    if all(entry.losses for entry in entries):
+        statistics = np.asarray([entry.losses for entry in entries], float)
+        if statistics.shape[1] < 2:  # a single example has no interval
+            return np.full((len(entries),) * 2, np.nan)
+        resamples = Resamples(statistics.shape[1], SAMPLES)
+        return _reach_of(np.stack([mean_loss(resamples.sums(counts)) for counts in statistics]))
     quantile = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    errors = [(high - low) / 2 / quantile for low, high in filter(None, intervals)]
-    reach = NormalDist().inv_cdf(1 - tail) * sum(error**2 for error in errors) ** 0.5
-    return value, value - reach, value + reach
+    bounds = [entry.intervals.get("loss", (np.nan, np.nan)) for entry in entries]
+    errors = np.asarray([(high - low) / 2 / quantile for low, high in bounds])
+    tail = (1 - LEVEL) / (len(entries) * (len(entries) - 1))  # of each pair, to either side
+    reach: Array = NormalDist().inv_cdf(1 - tail) * np.hypot.outer(errors, errors)
+    return reach
+
+
+def _reach_of(drawn: Array) -> Array:
+    """The same of losses on resamples, [entries, resamples]."""
+    centred = drawn - drawn.mean(1, keepdims=True)
+    spread = np.stack([(centred - ours).std(1, ddof=1) for ours in centred])
+    largest = np.zeros(drawn.shape[1])
+    for ours, deviations in zip(centred, spread, strict=True):
+        others = deviations > 0
+        if others.any():
+            distances = np.abs(centred - ours)[others] / deviations[others, None]
+            largest = np.maximum(largest, distances.max(0))
+    reach: Array = np.quantile(largest, LEVEL) * spread
+    return reach
 
 
 def _verdict(lowest: Entry, other_entries: Sequence[Entry]) -> str:

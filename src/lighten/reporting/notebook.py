@@ -69,11 +69,13 @@ def run_html(run: Run) -> str:
 def evaluation_html(evaluation: Evaluation) -> str:
     """An evaluation: the headline, and every metric of every model with its verdict."""
     from lighten.evaluation.metrics import METRICS
+    from lighten.evaluation.registry import described
     from lighten.reporting import text
     from lighten.reporting.charts import number
 
     rows = []
-    for metric in METRICS:
+    extras = evaluation.settings.get("extra_metrics", [])
+    for metric in (*METRICS, *map(described, extras)):
         if not all(metric.name in model["metrics"] for model in evaluation.models):
             continue
         cells = []
