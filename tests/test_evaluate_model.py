@@ -16,6 +16,7 @@ import lighten
 from lighten.errors import UserError
 from lighten.evaluation import model_alone
 from lighten.evaluation.chat import Conversation
+from lighten.reporting import comparison
 from lighten.runs import Run
 from tests.conftest import HUB_COMMIT
 from tests.processes import call
@@ -61,9 +62,16 @@ def test_a_base_alone_has_the_figures_that_it_has_beside_an_adapter(
     assert differences[trained["name"]] == pytest.approx(
         base["metrics"]["loss"]["value"] - trained["metrics"]["loss"]["value"]
     )
-    assert "A model as it is" in lighten.report(tmp_path / "alone").read_text(encoding="utf-8")
+    page = lighten.report(tmp_path / "alone").read_text(encoding="utf-8")
+    assert "A model as it is" in page
+    against = page.partition(f"<h2>Against {run.name}</h2>")[2].partition("</section>")[0]
+    assert f'<td data-label="that run">{trained["name"]}</td>' in against
+    assert '<td data-label="that run">base</td>' not in against
     both = lighten.report(run, tmp_path / "alone", output=tmp_path / "both.html")
-    assert "alone" in both.read_text(encoding="utf-8")
+    assert "Not evaluated" not in both.read_text(encoding="utf-8")
+    ours, alone, untouched = comparison.compare([run, Run(tmp_path / "alone")]).entries
+    assert (ours.is_base, alone.is_base, untouched.is_base) == (False, False, True)
+    assert alone.figures["loss"] == untouched.figures["loss"] == base["metrics"]["loss"]["value"]
 
 
 def test_all_rows_of_a_file_are_measured(
@@ -90,6 +98,15 @@ def test_what_is_measured_again_takes_its_folders_place_and_a_trained_runs_stays
     lighten.evaluate(alone, **MEASURED)
     with pytest.raises(UserError, match="holds a run that trains"):
         measured(tiny_folder, chat_file, run.folder)
+    other = tmp_path / chat_file.name
+    other.write_text(chat_file.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(UserError, match="has figures on other data"):
+        measured(tiny_folder, other, alone)
+    with pytest.raises(UserError, match=r"eval_dataset was not set and is now .*chat\.jsonl"):
+        lighten.evaluate(
+            str(tiny_folder), dataset=str(chat_file), eval_dataset=str(other),
+            output_dir=str(alone), **MEASURED,
+        )  # fmt: skip
     with pytest.raises(UserError, match="no training to go on with"):
         lighten.train(alone / "recipe.yaml", resume=True, progress=False)
     lighten.train(
@@ -163,6 +180,7 @@ def test_an_adapter_alone_has_the_figures_that_it_has_in_its_run(
         assert row["adapter"] == adapter.name
         assert evaluation.dataset["shared_prompts"] is None
         assert any("training data is not known" in note for note in evaluation.dataset["notes"])
+        assert adapter.name in lighten.report(alone).read_text(encoding="utf-8")
     assert name == folder.name
     again = lighten.evaluate(alone, **MEASURED)
     assert again.models[1]["losses"] == trained["losses"]

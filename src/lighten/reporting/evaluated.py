@@ -34,9 +34,17 @@ def section(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _against(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was trained beside what the other run trained; the bases are in the file."""
+    """What was measured beside what the other run measured.
+
+    Bases that stand beside what was trained on them are in the file; of a model that was measured
+    alone the base is all there is.
+    """
     compared = evaluation.get("comparisons", [])
-    rows = [row for row in compared if "base" not in (row["model"], row["against"])]
+    hidden = {
+        side: "base" if len({row[side] for row in compared}) > 1 else None
+        for side in ("model", "against")
+    }
+    rows = [row for row in compared if all(row[side] != name for side, name in hidden.items())]
     if not rows:
         return None
     metrics = {row["metric"] for row in rows}
