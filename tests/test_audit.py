@@ -19,7 +19,7 @@ from lighten.benchmarking import learning, measuring, ratios, techniques
 from lighten.benchmarking.audit import Audit
 from lighten.errors import UserError
 from lighten.recipe import Recipe
-from lighten.reporting import audit_table
+from lighten.reporting import audit_page, audit_table
 from lighten.training.base import tokenizer_of
 from lighten.training.rows import load_rows
 from tests.processes import Forked, call, in_fork
@@ -333,6 +333,18 @@ def test_a_loss_that_is_no_number_does_not_end_the_page(tmp_path: Path) -> None:
     assert ["all together", "not a number"] in [[row[0], row[-1]] for row in tables["training"]]
 
 
+def test_the_headline_names_what_all_together_is_set_beside() -> None:
+    """Where the plain way runs out of memory, the first row measured stands in its place."""
+    data = json.loads(Path("docs/audit-smollm2-cpu.json").read_text(encoding="utf-8"))
+    assert "as fast as the plain way in" in audit_page.headline(ratios.summarised(data["rows"]))
+    for row in data["rows"]:
+        if (row["group"], row["name"]) == ("training", "plain"):
+            row.update(status="failed", processes=[], why="it holds more than 8.00 GiB")
+    headline = audit_page.headline(ratios.summarised(data["rows"]))
+    assert "as fast as “attention in blocks” (the plain way was not measured) in" in headline
+    assert "as fast as the plain way" not in headline
+
+
 def test_what_runs_out_of_memory_stays_in_the_table() -> None:
     row = {"group": "training", "name": "plain", "what": "", "plain": True, "status": "failed",
            "processes": [], "why": "it holds more than 8.00 GiB", "out_of_memory": True,
@@ -381,6 +393,11 @@ def test_mistakes_are_told(tiny_folder: Path, chat_file: Path, tmp_path: Path) -
     for tokens in (-5, 1):
         with pytest.raises(UserError, match="long_tokens: a row has 2 tokens or more"):
             lighten.audit(str(tiny_folder), long_tokens=tokens, **how)
+    with pytest.raises(UserError, match="dtype has no effect on an audit: each row has its own"):
+        lighten.audit(str(tiny_folder), dtype="float32", **how)
+    with pytest.raises(UserError, match="num_train_epochs has no effect on an audit: give --steps"):
+        lighten.audit(str(tiny_folder), epochs=2, **how)
+    assert not how["output_dir"].exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):

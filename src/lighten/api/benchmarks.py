@@ -110,7 +110,7 @@ def audit(
         new_tokens: Of that answer.
         long_tokens: Of a long row; None: as many as the budget has room for; 0: none.
         log: Given a line about what is being done.
-        overrides: Settings of the recipe that all rows share.
+        overrides: Settings of the recipe that all rows share; none that the rows themselves decide.
 
     Raises:
         UserError: Something the user can mend.
@@ -119,11 +119,16 @@ def audit(
     from lighten.benchmarking import running
     from lighten.benchmarking.audit import Settings
     from lighten.benchmarking.audit import audit as measure
+    from lighten.benchmarking.techniques import DECIDED
     from lighten.errors import UserError
+    from lighten.recipe import aliases
     from lighten.recipe.section import duration
     from lighten.reporting.audit_page import write_audit_page
 
     path_checks.require_model(model)
+    for name in aliases.translate(overrides)[0]:
+        if name in DECIDED:
+            raise UserError(f"{name} has no effect on an audit: {DECIDED[name]}")
     try:
         budget_s = duration(budget)
     except ValueError as error:

@@ -26,6 +26,14 @@ CHOSEN: dict[str, Any] = {
     **LORA, "dtype": "auto", "attn_implementation": "sdpa", "packing": "auto", "workers": "auto",
     "tokens_per_microbatch": "auto",
 }  # fmt: skip
+# Settings that a user has no say in, and why.
+DECIDED = {
+    **dict.fromkeys(
+        [*PLAIN, "lr_scheduler_type", "warmup_steps"], "each row has its own; leave it out"
+    ),
+    **dict.fromkeys(("max_steps", "num_train_epochs"), "give --steps"),
+    "max_eval_samples": "give --examples",
+}
 # Formats that answers are measured in, by name on the page: quantiser's target and plan's storage.
 FORMATS = {
     "INT8": "int8", "NF4": "nf4", "GGUF q8_0": "gguf:q8_0", "GGUF q4_k_m": "gguf:q4_k_m",

@@ -18,7 +18,7 @@ TITLES = {
     "long context": "One long row",
     "answers": "Answering, one token after another",
 }
-TOGETHER = "all together"
+PLAIN, TOGETHER = "plain", "all together"
 
 
 def write_audit_page(folder: Path, output: Path | None = None) -> Path:
@@ -56,9 +56,11 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     if together is None or together["against"] in (None, TOGETHER):
         count = sum(row["status"] == "measured" for row in rows)
         return f"{count} of {len(rows)} techniques were measured."
-    brought = together["brought"]
+    brought, against = together["brought"], "the plain way"
+    if together["against"] != PLAIN:
+        against = f"“{together['against']}” (the plain way was not measured)"
     sentence = (
-        f"All together train {_times(brought['speed'])} as fast as the plain way in "
+        f"All together train {_times(brought['speed'])} as fast as {against} in "
         f"{1 / brought['memory']['value']:.2f} of its memory"
     )
     quality = together.get("quality") or {}
@@ -81,7 +83,7 @@ def _measured(rows: Sequence[Mapping[str, Any]], group: str, name: str) -> Mappi
 def tiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Before and after of what people ask first."""
     tiles = []
-    plain, together = (_measured(rows, "training", name) for name in ("plain", TOGETHER))
+    plain, together = (_measured(rows, "training", name) for name in (PLAIN, TOGETHER))
     if plain and together:
         tiles += [
             {"label": "Training, tokens/s", "before": number(1 / plain["seconds_per_token"]),
@@ -93,7 +95,7 @@ def tiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             {"label": "What it ships", "before": audit_table.ships(plain),
              "after": audit_table.ships(together), "note": "a model, and an adapter"},
         ]  # fmt: skip
-    first = _measured(rows, "answers", "plain")
+    first = _measured(rows, "answers", PLAIN)
     answer_rows = [row for row in rows if row["group"] == "answers" and row["status"] == "measured"]
     if first and answer_rows:
         best = min(answer_rows, key=lambda row: float(row["seconds_per_token"]))
