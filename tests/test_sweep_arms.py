@@ -65,6 +65,10 @@ def test_ranges_become_values(values: dict[str, Any]) -> None:
     assert [arm.options.learning_rate for arm in rates] == [1e-4, 3.16228e-4, 1e-3]
     drops = arms(values, lora_dropout={"min": 0.0, "max": 0.2, "count": 3})
     assert [arm.options.lora_dropout for arm in drops] == [0.0, 0.1, 0.2]
+    epochs = arms(values, num_train_epochs={"min": 1, "max": 3, "count": 5})
+    assert [arm.recipe.num_train_epochs for arm in epochs] == [1.0, 1.5, 2.0, 2.5, 3.0]
+    rounded = arms(values, lora_r={"min": 4, "max": 9, "count": 3})
+    assert [arm.options.lora_r for arm in rounded] == [4, 6, 9]
     with pytest.raises(RecipeError, match=r"sweep\.lora_r: add count or factor"):
         arms(values, lora_r={"min": 8, "max": 128})
 

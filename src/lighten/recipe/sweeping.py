@@ -42,8 +42,11 @@ class Range(Section):
             raise ValueError("count and factor both say how many; keep one")
         return self
 
-    def values(self) -> list[float | int]:
-        """The values; whole numbers if both ends are.
+    def values(self, *, whole: bool) -> list[float | int]:
+        """The values, from the first on.
+
+        Args:
+            whole: The setting takes whole numbers only: between two of them values are rounded.
 
         Raises:
             ValueError: Neither `count` nor `factor` says how many.
@@ -59,7 +62,7 @@ class Range(Section):
         else:
             step = (self.max - self.min) / (self.count - 1)
             values = [self.min + i * step for i in range(self.count)]
-        if self.min.is_integer() and self.max.is_integer():
+        if whole and self.min.is_integer() and self.max.is_integer():
             return list(dict.fromkeys(round(value) for value in values))
         return [float(f"{value:.6g}") for value in values]
 

@@ -87,7 +87,7 @@ def problems(options: SweepOptions) -> list[str]:
             # Without a number of values only a search can draw from it: `values_of` says so.
             ends: list[Any] = [choices.min, choices.max]
             if choices.count is not None or choices.factor is not None:
-                ends = choices.values()
+                ends = choices.values(whole=takes_whole_numbers(key))
             faults += [fault for end in ends if (fault := _fault(key, _as_integer(end)))]
         elif not choices:
             faults.append(f"sweep.{key} is an empty list; give the values to try, or remove it")
@@ -122,6 +122,16 @@ def _contradictions(options: SweepOptions) -> list[str]:
     if options.truncate and (ranks is None or (isinstance(ranks, list) and len(ranks) < 2)):
         faults.append("sweep.truncate needs several ranks: give them as lora_r: [8, 32, 128]")
     return faults
+
+
+def takes_whole_numbers(key: str) -> bool:
+    """Whether a setting takes whole numbers only."""
+    settings = {"model_name_or_path": "m", "dataset": "d", key: 0.5}
+    try:
+        RecipeFields.model_validate(settings)
+    except ValidationError as error:
+        return any(item["type"].startswith("int") for item in error.errors())
+    return False
 
 
 def _as_integer(value: float) -> float | int:

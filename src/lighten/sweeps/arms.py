@@ -13,6 +13,7 @@ from typing import Any
 from lighten.errors import UserError
 from lighten.recipe import COHORT_LISTS, AdapterOptions, Range, Recipe, RecipeError
 from lighten.recipe.fields import AdapterFields, RecipeFields
+from lighten.recipe.swept import takes_whole_numbers
 
 # May differ between the adapters of one run.
 ADAPTER_SETTINGS = tuple(AdapterFields.model_fields)
@@ -120,7 +121,7 @@ def values_of(key: str, tried: list[Any] | Range) -> list[Any]:
     """
     if isinstance(tried, Range):
         try:
-            return tried.values()
+            return tried.values(whole=takes_whole_numbers(key))
         except ValueError as error:
             raise RecipeError(f"sweep.{key}: {error}") from error
     # `1e-4` on a command line and in YAML are numbers already; text that a field reads as a

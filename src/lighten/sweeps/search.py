@@ -16,11 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from lighten.errors import UserError, missing_extra
 from lighten.recipe import Range, Recipe
-from lighten.recipe.fields import RecipeFields
+from lighten.recipe.swept import takes_whole_numbers
 from lighten.sweeps.arms import Arm, Group, expand, group_arms
 from lighten.sweeps.ray_tune import spread
 
@@ -182,20 +180,9 @@ def _distribution(key: str, tried: list[Any] | Range) -> Any:
         return optuna.distributions.CategoricalDistribution(
             [json.dumps(choice) for choice in tried]
         )
-    if _is_whole(key, tried.min):
+    if takes_whole_numbers(key):
         return optuna.distributions.IntDistribution(int(tried.min), int(tried.max), log=tried.log)
     return optuna.distributions.FloatDistribution(tried.min, tried.max, log=tried.log)
-
-
-def _is_whole(key: str, low: float) -> bool:
-    """Whether a setting takes whole numbers only."""
-    try:
-        RecipeFields.model_validate(
-            {"model_name_or_path": "m", "dataset": "d", key: math.floor(low) + 0.5}
-        )
-    except ValidationError as error:
-        return any(item["type"].startswith("int") for item in error.errors())
-    return False
 
 
 def _value(drawn: Any) -> Any:
