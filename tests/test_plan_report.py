@@ -17,6 +17,7 @@ from lighten.cli.plan import print_changes, print_plan
 from lighten.machine import devices
 from lighten.planning import predict, text
 from lighten.planning.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.reporting import planned
 from lighten.reporting.bars import Bar, Segment, stacked_bars
 from lighten.reporting.page import page
 from lighten.reporting.planned import figure, section, verdict
@@ -133,3 +134,34 @@ def test_what_a_plan_notes_after_changes_were_sought_is_printed_once(
     assert printed.count("no data set is given") == 1
     names = [line.split("  ")[0].strip() for line in printed.splitlines()]
     assert names.count("micro-batch") == names.count("micro-batch filled by") == 1
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_figures_on_the_bars_are_legible_in_both_themes(theme: int) -> None:
+    """Text on every colour and strength that a plan's parts have, as the page mixes them."""
+    style = (Path(planned.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    block = style.split(":root")[1 + theme]
+    colours = {
+        name: [int(value[i : i + 2], 16) for i in (0, 2, 4)]
+        for name, value in re.findall(r"--([\w-]+): #(\w{6});", block)
+    }
+
+    def luminance(colour: list[float]) -> float:
+        linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for name, (ink, strength) in planned._INKS.items():
+        drawing = stacked_bars(
+            [Bar("x", [Segment(name, 1.0, ink, strength)])], title="t", unit="GiB"
+        )
+        fill = re.search(r'class="inside".*?fill:([^"]+)"', drawing)
+        assert fill is not None
+        text = {"currentColor": colours["text"]}.get(
+            fill[1], colours.get("inside", [255, 255, 255])
+        )  # fmt: skip
+        behind = [
+            strength * a + (1 - strength) * b
+            for a, b in zip(colours[f"series-{ink + 1}"], colours["card"], strict=True)
+        ]
+        low, high = sorted((luminance([*map(float, text)]), luminance(behind)))
+        assert (high + 0.05) / (low + 0.05) >= 3.0, name

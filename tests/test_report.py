@@ -243,3 +243,10 @@ def test_print_is_light_and_clips_no_table(browser: Any, pages: dict[str, Path])
     tables = "[...document.querySelectorAll('.scroll')]"
     overflow = f"Math.max(...{tables}.map(e => e.scrollWidth - e.clientWidth))"
     assert tab.evaluate(overflow) <= 1
+
+
+def test_a_number_has_three_digits_and_no_point_behind_them() -> None:
+    values = (0.0002, 9.996, 99.94, 99.97, 123.4, 999.6, -99.97)
+    assert [charts.number(value) for value in values] == [
+        "0.000200", "10.0", "99.9", "100", "123", "1,000", "-100",
+    ]  # fmt: skip

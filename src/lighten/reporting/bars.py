@@ -18,6 +18,8 @@ _INKS = ("#0b6e5f", "#b4520e", "#4a56a8", "#8a2f6b", "#6b6f12", "#35617d")
 WIDTH, LEFT, RIGHT, BAR, GAP, TOP, BOTTOM = 640, 4, 16, 34, 34, 30, 58
 # Narrower than this many units of the drawing, a segment shows no text of its own.
 ROOM_FOR_TEXT = 64
+# Text on colours weaker than this is that of the page: they are nearly its background.
+STRONG = 0.7
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,11 @@ def _bar(bar: Bar, y: int, scale: float, unit: str) -> str:
             f'style="{segment.style}"><title>{escape(tooltip)}</title></rect>'
         )
         if width >= ROOM_FOR_TEXT:
+            ink = "var(--inside,#fff)" if segment.strength >= STRONG else "currentColor"
             parts.append(
                 f'<text class="inside" x="{x + width / 2:.1f}" y="{middle + 5}" '
                 f'text-anchor="middle" '
-                f'font-size="11" fill="#fff" style="pointer-events:none">'
+                f'font-size="11" style="pointer-events:none;fill:{ink}">'
                 f"{number(segment.value)}</text>"
             )
         x += width

@@ -336,4 +336,5 @@ def number(value: float | None) -> str:
         return f"{value:,.0f}"
     if isinstance(value, int) or value == 0:
         return str(int(value))
-    return f"{value:#.3g}" if 1e-4 <= abs(value) < 100 else f"{value:.3g}"
+    # With three digits before its point a number has none behind it.
+    return f"{value:#.3g}" if 1e-4 <= abs(value) < 99.95 else f"{value:.3g}"
