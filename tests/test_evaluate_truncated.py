@@ -15,6 +15,7 @@ from lighten import api
 from lighten.errors import UserError
 from lighten.evaluation.truncated import truncated_curve
 from lighten.models import load_tokenizer
+from lighten.reporting import sweep_table
 from lighten.runs import Run
 from lighten.training.rows import load_rows
 
@@ -80,3 +81,14 @@ def test_what_cannot_be_cut_is_said(run: Run) -> None:
         truncated_curve(run, [8, 16])
     with pytest.raises(UserError, match="has no adapter 'other'; it has small, large"):
         truncated_curve(run, [1], adapter="other")
+
+
+def test_too_few_examples_name_no_rank(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
+    few = lighten.train(
+        model_name_or_path=str(tiny_folder), dataset=str(chat_file), val_size=4, max_steps=2,
+        lora_r=4, dtype="float32", progress=False, output_dir=str(tmp_path / "few"),
+    )  # fmt: skip
+    curve = truncated_curve(few, [1]).to_dict()
+    assert curve["enough"] is None
+    (sentence,) = sweep_table.truncated({"truncated": {"r4": curve}})
+    assert "too few examples to tell" in sentence

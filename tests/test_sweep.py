@@ -20,11 +20,13 @@ from lighten.errors import UserError
 from lighten.evaluation import together
 from lighten.evaluation.partial_results import PartialResults
 from lighten.generation import kernels
+from lighten.recipe import EvaluateOptions
 from lighten.reporting import charts
 from lighten.runs import Run
 from lighten.sweeps.arms import expand, group_arms
 from lighten.sweeps.budget import Halving, Speed, keep, longest
-from lighten.sweeps.result import SweepResult
+from lighten.sweeps.measure import Measurement
+from lighten.sweeps.result import SweepResult, _add_measured
 from tests import processes
 from tests.processes import Forked
 from tests.test_report import CONTRAST, opened
@@ -116,6 +118,10 @@ def test_the_page_shows_all_of_it(settings: dict[str, Any]) -> None:
     assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org)""", text)
     rewritten = lighten.report(result.folder, output=result.folder / "again.html")
     assert rewritten.read_text() == text
+    place = result.folder / "cohort-1" / "adapters" / str(result.recommended)
+    assert f"{result.recommended} is in <code>{place}</code>" in text
+    with pytest.raises(UserError, match=r"is a sweep; what it trained .*: name \S*cohort-1"):
+        lighten.evaluate(result.folder)
 
 
 @pytest.mark.slow
@@ -432,3 +438,12 @@ def test_groups_of_the_recipe_are_what_the_result_names(settings: dict[str, Any]
         {k: v for k, v in settings.items() if "." not in k} | {"sweep": {"lora_r": [2, 4]}}
     )
     assert [group.name for group in group_arms(expand(recipe))] == ["cohort-1"]
+
+
+def test_errors_are_drawn_by_the_evaluations_seed() -> None:
+    measurement = Measurement("r2", [1.0, 2.0, 5.0] * 10, [2] * 30)
+    rows: list[dict[str, Any]] = [{}, {}]
+    for seed, row in enumerate(rows):
+        _add_measured(row, measurement, "loss", EvaluateOptions(seed=seed))
+    assert rows[0]["loss"]["value"] == rows[1]["loss"]["value"]
+    assert rows[0]["loss"]["se"] != rows[1]["loss"]["se"]

@@ -87,3 +87,18 @@ def test_no_word_of_the_terminals_table_is_cut(
     assert max(map(len, output.splitlines())) <= 80
     words = {word for row in [columns, *rows] for text in row for word in text.split()}
     assert words <= set(output.split())
+
+
+def test_large_figures_are_written_out(data: dict[str, Any]) -> None:
+    data["arms"] = [arm("r512", 1_540_000_000, 2.0, served={"share_of_base": 1.16})]
+    (row,) = sweep_table.narrow(data, "loss")[1]
+    assert row[5:8] == ["1,540M", "6,160", "+116%"]
+    (row,) = sweep_table.table(data, "loss")[1]
+    assert "116 % FLOPs" in row
+
+
+def test_an_arm_that_a_search_numbered_says_what_was_drawn(data: dict[str, Any]) -> None:
+    data["arms"] = [arm("trial-7", 10**6, 2.0, sets={"learning_rate": 0.00047, "lora_r": 16})]
+    for make in (sweep_table.table, sweep_table.narrow):
+        (row,) = make(data, "loss")[1]
+        assert row[0] == "trial-7: learning_rate 0.00047, lora_r 16"

@@ -88,6 +88,10 @@ def test_a_search_trains_cohorts_and_tells_their_losses(
     assert result.data["recommendation"]["arm"] in {row["name"] for row in trained}
     resumed = sweep(search_recipe, resume=True, progress=False)
     assert resumed.data["groups"] == result.data["groups"]
+    more = search_recipe.changed({"sweep.trials": 8})
+    longer = sweep(more, resume=True, progress=False)
+    assert [arm["name"] for arm in longer.arms if arm["name"] == "trial-7"]
+    assert longer.data["groups"][:2] == result.data["groups"]
 
 
 def test_groups_are_spread_over_what_there_is(

@@ -24,3 +24,8 @@ def first_line(error: BaseException) -> str:
 def counted(count: int, noun: str) -> str:
     """A number with its noun, which takes an s unless it is one: 1 step, 0 steps, 1,200 steps."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def significant(value: float, digits: int) -> str:
+    """A number in so many digits, all of those before its point shown: 0.98, 39.1, 1,081."""
+    return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"

@@ -86,11 +86,16 @@ class TruncatedCurve:
     points: tuple[Point, ...]
 
     @property
-    def enough(self) -> int:
-        """The smallest rank whose loss, like every larger one's, is not found to be worse."""
+    def enough(self) -> int | None:
+        """The smallest rank whose loss, like every larger one's, is not found to be worse.
+
+        None where there are too few examples to find that by.
+        """
         rank = self.trained_rank
         for point in self.points:
-            if point.verdict == "worse":
+            if point.verdict == "too few examples":
+                return None
+            if point.verdict in ("worse", "not a number"):
                 break
             rank = point.rank
         return rank

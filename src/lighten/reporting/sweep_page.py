@@ -47,6 +47,7 @@ def sweep_page(folder: Path) -> str:
         title=f"{data['name']} · sweep",
         data={**dict.fromkeys(parts), **data},
         reasons=(data.get("recommendation") or {}).get("reasons", []),
+        taken=sweep_table.adapter_of(folder, data),
         tiles=_tiles(data, metric),
         against_full=sweep_table.against_full(data, metric),
         columns=columns,

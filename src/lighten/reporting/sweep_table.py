@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import yaml
 
 from lighten import runs
 from lighten.evaluation.metrics import METRICS
+from lighten.reporting import comparison
 from lighten.reporting.charts import number
 from lighten.reporting.text import duration, gib, size
+from lighten.wording import significant
 
 FILE = "sweep.json"
 LABELS = {metric.name: metric.label for metric in METRICS}
+# What a search calls its arms.
+_DRAWN = re.compile(r"trial-\d+")
 
 
 def table(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
@@ -32,7 +37,7 @@ def table(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[st
     columns += ["time", "real tokens/s", "peak memory", "trainable", "to ship", "served adds", ""]
     rows = []
     for arm in ordered(data):
-        row = [arm["name"], with_error(arm.get("loss"), 4)]
+        row = [described(arm), with_error(arm.get("loss"), 4)]
         if metric != "loss":
             row.append(with_error(arm.get("metrics", {}).get(metric), 2))
         served = arm["served"]["share_of_base"]
@@ -42,7 +47,7 @@ def table(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[st
             "–" if arm["peak_bytes"] is None else gib(arm["peak_bytes"]),
             f"{arm['trainable_parameters']:,}" if arm["trainable_parameters"] else "–",
             size(arm["file_bytes"]) if arm["file_bytes"] else "–",
-            "–" if not served else f"{100 * served:.2g} % FLOPs",
+            "–" if not served else f"{significant(100 * served, 2)} % FLOPs",
             remark(arm, data),
         ]
         rows.append(row)
@@ -57,7 +62,7 @@ def narrow(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[s
     columns += ["time", "tok/s", "GiB", "params", "MB", "served", ""]
     rows = []
     for arm in ordered(data):
-        row = [arm["name"], with_error(arm.get("loss"), 3)]
+        row = [described(arm), with_error(arm.get("loss"), 3)]
         if metric != "loss":
             row.append(with_error(arm.get("metrics", {}).get(metric), 1))
         served, count, size_bytes = (
@@ -67,13 +72,22 @@ def narrow(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[s
             "–" if arm["seconds"] is None else _clock(arm["seconds"]),
             number(arm["tokens_per_second"]),
             "–" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**30:.2f}",
-            f"{count / 1e6:.3g}M" if count else "–",
-            f"{size_bytes / 1e6:.3g}" if size_bytes else "–",
-            f"+{100 * served:.2g}%" if served else "–",
+            f"{significant(count / 1e6, 3)}M" if count else "–",
+            significant(size_bytes / 1e6, 3) if size_bytes else "–",
+            f"+{significant(100 * served, 2)}%" if served else "–",
             remark(arm, data).replace("← take this", "← take"),
         ]
         rows.append(row)
     return columns, rows
+
+
+def described(arm: Mapping[str, Any]) -> str:
+    """An arm's name, which says what it sets; of one that a search numbered, what was drawn too."""
+    name = str(arm["name"])
+    if not _DRAWN.fullmatch(name):
+        return name
+    drawn = (f"{key} {comparison.setting(value)}" for key, value in arm["sets"].items())
+    return f"{name}: {', '.join(drawn)}"
 
 
 def _clock(seconds: float) -> str:
@@ -87,7 +101,19 @@ def shown(folder: Path) -> tuple[list[str], list[list[str]], list[str]]:
     metric = metric_of(folder)
     sentences = [*data["recommendation"]["reasons"], *data.get("notes", []),
                  against_full(data, metric), shared_peak(data), *truncated(data)]  # fmt: skip
+    if (taken := adapter_of(folder, data)) is not None:
+        sentences.append(f"{data['recommendation']['arm']} is in {taken}")
     return *narrow(data, metric), [sentence for sentence in sentences if sentence]
+
+
+def adapter_of(folder: Path, data: Mapping[str, Any]) -> Path | None:
+    """Where the adapter of the recommended arm is; None where no arm is, or it is gone."""
+    name = (data.get("recommendation") or {}).get("arm")
+    for arm in data.get("arms", []):
+        if arm["name"] == name:
+            path = folder / str(arm["group"]) / "adapters" / str(arm["adapter"])
+            return path if path.is_dir() else None
+    return None
 
 
 def truncated(data: Mapping[str, Any]) -> list[str]:
@@ -96,12 +122,15 @@ def truncated(data: Mapping[str, Any]) -> list[str]:
     for name, curve in (data.get("truncated") or {}).items():
         losses = {point["rank"]: point["loss"] for point in curve["points"]}
         full, enough = curve["trained_rank"], curve["enough"]
-        what = (
-            f"cut to rank {enough} it is not found to be worse ({losses[enough]:.4f} against "
-            f"{losses[full]:.4f})"
-            if enough < full
-            else "every lower rank that it was cut to is worse"
-        )
+        if enough is None:
+            what = "there are too few examples to tell which lower rank is as good"
+        elif enough < full:
+            what = (
+                f"cut to rank {enough} it is not found to be worse ({losses[enough]:.4f} against "
+                f"{losses[full]:.4f})"
+            )
+        else:
+            what = "every lower rank that it was cut to is worse"
         sentences.append(f"{name}, trained at rank {full}: {what}. Trained at a lower rank an "
                          "adapter may do better than one cut to it.")  # fmt: skip
     return sentences

@@ -21,7 +21,7 @@ import numpy as np
 
 from lighten.data import FEWEST
 from lighten.evaluation.bootstrap import LEVEL, Array, Resamples
-from lighten.wording import counted
+from lighten.wording import counted, significant
 
 # Arms that have seen less of the data than this, in fewer steps than this, have hardly warmed up:
 # which of them is ahead says next to nothing of the end.
@@ -194,8 +194,11 @@ def recommend(
     reasons += [] if few else _neighbours(losses, ordered, chosen)
     if base is not None and not few:
         against, worse = _against_base(ordered[chosen], base, tokens, samples, seed)
-        reasons.append(against)
-        verdict = "no better than the base" if worse else verdict
+        if worse:  # nothing says which to take
+            verdict = "no better than the base"
+            reasons = [against, *reasons[1:]]
+        else:
+            reasons.append(against)
     if not few and all(len(candidate.nll) == 1 for candidate in ordered):
         reasons.append(
             "Trained with one seed: what another would change is not in these bounds; --seed 0,1,2 "
@@ -230,7 +233,7 @@ def after_training(recommendation: Recommendation, share: float, steps: int) -> 
         share: Of an epoch that the compared settings trained on, the least of them.
         steps: That they made.
     """
-    amount = f"{counted(steps, 'step')}, {share:.2g} of an epoch"
+    amount = f"{counted(steps, 'step')}, {significant(share, 2)} of an epoch"
     if share < LEAST_SEEN and steps < LEAST_STEPS:
         reason = (
             f"Nothing is recommended after {amount}: settings that are told apart so early often "
@@ -333,8 +336,8 @@ def _neighbours(losses: _Losses, ordered: Sequence[Candidate], chosen: int) -> l
         sentences.append(
             f"The next {what}, {other.name}, {change} {abs(value):.4f} nats per token (95 % "
             f"interval of the difference {value - half:+.4f} to {value + half:+.4f}{noise}) and "
-            f"has {other.size_bytes / 1e6:.3g} MB instead of {candidate.size_bytes / 1e6:.3g} MB"
-            f"{_served(candidate, other)}."
+            f"has {significant(other.size_bytes / 1e6, 3)} MB instead of "
+            f"{significant(candidate.size_bytes / 1e6, 3)} MB{_served(candidate, other)}."
         )
     return sentences
 
@@ -342,10 +345,8 @@ def _neighbours(losses: _Losses, ordered: Sequence[Candidate], chosen: int) -> l
 def _served(chosen: Candidate, other: Candidate) -> str:
     if chosen.extra_flops == other.extra_flops:
         return ""
-    return (
-        f"; served unmerged it adds {100 * other.extra_flops:.2g} % to the arithmetic of a token "
-        f"instead of {100 * chosen.extra_flops:.2g} %"
-    )
+    theirs, ours = (significant(100 * each.extra_flops, 2) for each in (other, chosen))
+    return f"; served unmerged it adds {theirs} % to the arithmetic of a token instead of {ours} %"
 
 
 def _against_base(
@@ -361,7 +362,10 @@ def _against_base(
     )
     if value + half < 0:
         return f"Against the untouched base: {interval}.", False
-    return f"It is no better than the untouched base ({interval}): take none of these.", True
+    return (
+        f"{chosen.name} is no better than the untouched base ({interval}): take none of these.",
+        True,
+    )
 
 
 def _is(names: Sequence[str]) -> str:

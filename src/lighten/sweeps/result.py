@@ -16,7 +16,7 @@ from lighten import runs
 from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Resamples
 from lighten.evaluation.verdicts import verdict
-from lighten.recipe import Recipe
+from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.sweeps import costs
 from lighten.sweeps.arms import FULL, Group
@@ -91,7 +91,7 @@ def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, 
     for row in rows:
         if row["name"] in measured:
             measurement = measured[row["name"]]
-            _add_measured(row, measurement, recipe.sweep.metric, settings.bootstrap_samples)
+            _add_measured(row, measurement, recipe.sweep.metric, settings)
     _add_differences(rows, measured, recipe)
     notes = dict.fromkeys(note for measurement in measured.values() for note in measurement.notes)
     if BASE in measured and len({measurement.model for measurement in measured.values()}) > 1:
@@ -204,9 +204,12 @@ def _base_row(measured_in: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _add_measured(row: dict[str, Any], measurement: Measurement, metric: str, samples: int) -> None:
+def _add_measured(
+    row: dict[str, Any], measurement: Measurement, metric: str, settings: EvaluateOptions
+) -> None:
     """Held-out loss and metric with their standard errors."""
-    row["loss"] = measurement.loss(Resamples(len(measurement.nll), samples)).to_dict()
+    samples, seed = settings.bootstrap_samples, settings.seed
+    row["loss"] = measurement.loss(Resamples(len(measurement.nll), samples, seed)).to_dict()
     row["chosen_on"], row["told_on"] = measurement.chosen_on, measurement.told_on
     row["model"] = measurement.model
     row["generated_tokens_per_second"] = measurement.generated_tokens_per_second
@@ -214,7 +217,7 @@ def _add_measured(row: dict[str, Any], measurement: Measurement, metric: str, sa
     for definition in metrics.METRICS:
         counts = statistics_of(measurement, definition.name)
         if counts is not None and len(counts) and (definition.name != "loss" or metric == "loss"):
-            draws = Resamples(len(counts), samples)
+            draws = Resamples(len(counts), samples, seed)
             values[definition.name] = draws.estimate(counts, formulas()[definition.name]).to_dict()
     row["metrics"] = values
 
@@ -239,7 +242,7 @@ def _add_differences(
             b = statistics_of(measured[name], metric)
             if a is None or b is None or len(a) != len(b) or not len(a):
                 continue
-            draws = Resamples(len(a), recipe.evaluate.bootstrap_samples)
+            draws = Resamples(len(a), recipe.evaluate.bootstrap_samples, recipe.evaluate.seed)
             difference = draws.difference(a, b, formulas()[metric])
             row["against"][name] = {
                 **difference.to_dict(),

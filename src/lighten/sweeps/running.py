@@ -28,7 +28,7 @@ from lighten.sweeps.search import Search
 from lighten.training.progress import TrainingProgress
 from lighten.training.run import train
 from lighten.training.time_budget import Pace, steps_within
-from lighten.wording import counted
+from lighten.wording import counted, significant
 
 # How often the time spent is written down while a group trains: what a kill can lose of it.
 HEARTBEAT_S = 20.0
@@ -173,7 +173,7 @@ class Sweep:
         return {"version": 1, "name": self.folder.resolve().name}
 
     def _require_same(self) -> None:
-        """The same sweep may go on, with another budget too.
+        """The same sweep may go on, with another budget or number of trials too.
 
         Raises:
             UserError: The recipe has changed.
@@ -181,12 +181,14 @@ class Sweep:
         free = ("output_dir", "report_to", "logging_steps", "save_every", "save_total_limit")
         before, now = Run(self.folder).recipe().completed(), self.recipe.completed()
         for settings in (before, now):
-            settings["sweep"] = {k: v for k, v in settings["sweep"].items() if k != "budget"}
+            settings["sweep"] = {
+                k: v for k, v in settings["sweep"].items() if k not in ("budget", "trials")
+            }
         changed = [key for key in now if key not in free and now[key] != before.get(key)]
         if changed:
             key = changed[0]
             raise UserError(
-                f"{self.folder} holds another sweep that is not finished: {key} was "
+                f"{self.folder} holds another sweep: {key} was "
                 f"{before.get(key)!r} and is now {now[key]!r}; go on with the same settings, or "
                 "choose another --output_dir"
             )
@@ -342,7 +344,7 @@ class Sweep:
 
         steps = longest(count, left_s, most, rung, speed)
         note = f"{counted(count, 'arm')}, {steps} of {counted(total_steps, 'step')}, "
-        note += f"{budget_s / 60:.3g} min"
+        note += f"{significant(budget_s / 60, 3)} min"
         return {"steps": steps, "wanted_steps": total_steps, "rung": rung(steps),
                 "speed": speed.to_dict(), "note": note}  # fmt: skip
 
