@@ -125,6 +125,20 @@ def test_tokens_and_texts_have_ends_too() -> None:
     }
 
 
+def test_turns_within_a_text_that_is_learnt_whole_still_end_answers() -> None:
+    tokenizer = tokenizer_for(CHATML)
+    tokenizer.eos_token = "</s>"
+    turn_end, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2,
+        tokenize=False,
+    )
+    ids = (*tokenizer(text)["input_ids"], end)
+    for example in (Example("f", 1, text=text), Example("f", 1, input_ids=ids, labels=ids)):
+        answers = data.learnt_answers(encode([example], tokenizer, max_length=999).findings)
+        assert data.stop_tokens(tokenizer, [turn_end], answers) == [end, turn_end]
+
+
 def test_a_special_token_inside_answers_stops_nothing() -> None:
     tokenizer = tokenizer_for(CHATML)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<|call|>"]})

@@ -114,11 +114,12 @@ class Renderer:
             self.findings.refuse(error, example)
             return None
 
-    def count_end(self, answer: Sequence[int]) -> None:
+    def count_end(self, answer: Sequence[int], *, answer_alone: bool = True) -> None:
         """Count the special token that ends an answer, and those inside it.
 
         Args:
             answer: Its ids, with the end.
+            answer_alone: Its question is not among them.
         """
         if not len(answer):
             return
@@ -126,7 +127,8 @@ class Renderer:
         if last in special:
             self.findings.ends[last] += 1
             answer = answer[:-1]
-        self.findings.inside |= special.intersection(answer)
+        if answer_alone:
+            self.findings.inside |= special.intersection(answer)
 
     def system(self, example: Example) -> tuple[Example, str]:
         """The example with its system messages where the template takes them, and its text.

@@ -190,7 +190,8 @@ def _text_or_tokens(example: Example, renderer: Renderer, place: int) -> Tokenis
     ids = token_ids.astype(np.int32)
     edges = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0, append=0))
     for begin, end in zip(edges[::2], edges[1::2], strict=True):
-        renderer.count_end(ids[begin:end].tolist())
+        # What is learnt from its first token on holds questions too, and turns that end.
+        renderer.count_end(ids[begin:end].tolist(), answer_alone=begin > 1)
     return Tokenised(ids, supervised, example, place)
 
 
