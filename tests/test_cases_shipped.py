@@ -179,5 +179,5 @@ def test_what_an_adapters_model_cannot_become_names_the_adapter(tmp_path: Path) 
     said = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
     config.write_text(json.dumps(said))
     for act in (api.export, api.plan_formats):
-        with pytest.raises(UserError, match="^mine is of the kind 'opt'"):
+        with pytest.raises(UserError, match=r"^mine is of the kind 'opt'"):
             act(tmp_path / "mine", "gguf:q8_0")
