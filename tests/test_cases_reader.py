@@ -158,13 +158,19 @@ def test_arguments_are_decoded_once_however_they_are_written(
     ("tools", "expected"),
     [(json.dumps([TOOL]), [TOOL]), ([json.dumps(TOOL)], [TOOL]), (json.dumps(TOOL), [TOOL]),
      ("[]", None), ("", None), ("null", None), ([], None), (NAN, None), (None, None),
-     (TOOL, [TOOL])],
+     (TOOL, [TOOL]), (json.dumps([TOOL["function"]]), [TOOL]), (TOOL["function"], [TOOL]),
+     ({"type": "search", "name": "s"}, [{"type": "search", "name": "s"}])],
 )  # fmt: skip
 def test_tools_are_decoded_however_they_are_written(
     tools: Any, expected: Any, tmp_path: Path
 ) -> None:
     path = lines(tmp_path / "d.jsonl", [{"messages": a_call()[2:], "tools": tools}])
     assert data.read(path).examples[0].tools == expected
+
+
+def test_functions_of_openai_are_tools(tmp_path: Path) -> None:
+    row = {"messages": a_call()[2:], "functions": [TOOL["function"], json.dumps(TOOL["function"])]}
+    assert data.read(lines(tmp_path / "d.jsonl", [row])).examples[0].tools == [TOOL, TOOL]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     """
     tools = decoded(row.get("tools"), "tools")
     if is_missing(tools):
-        tools = _functions(decoded(row.get("functions"), "functions"))
+        tools = decoded(row.get("functions"), "functions")  # OpenAI's older form
     if is_missing(tools):
         return None
     tools = [tools] if isinstance(tools, Mapping) else tools
@@ -27,16 +27,13 @@ def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     if not all(isinstance(tool, Mapping) for tool in described):
         raise BadRowError("tools must be a list of tool descriptions, each an object")
     check_nested(described, "tools")
-    return described or None
+    return [_wrapped(tool) for tool in described] or None
 
 
-def _functions(functions: Any) -> Any:
-    """OpenAI's older `functions` as `tools`."""
-    if not isinstance(functions, list):
-        return functions
-    return [
-        {"type": "function", "function": decoded(function, "functions")} for function in functions
-    ]
+def _wrapped(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A function's description where templates, and who serves the model, have it."""
+    is_bare = "name" in tool and not {"type", "function"} & tool.keys()
+    return {"type": "function", "function": tool} if is_bare else tool
 
 
 def tool_calls_of(message: Mapping[str, Any], name: str) -> list[Any] | None:
