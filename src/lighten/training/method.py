@@ -8,7 +8,7 @@ import torch
 
 from lighten import models
 from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
-from lighten.adapters.files import check_fit, read_weights
+from lighten.adapters.files import check_fit, own_weights, read_weights
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.models.same import names_another
@@ -38,7 +38,10 @@ def what_learns(recipe: Recipe, base: models.Base, *, layers_later: bool = False
         ) from error
     # A run that is resumed needs it no more.
     if start is not None and (weights := Path(start) / WEIGHTS).is_file():
-        shapes = tensor_shapes(weights)
+        shapes = {
+            key: shape for key, shape in tensor_shapes(weights).items()
+            if not key.endswith(".base_layer.weight")  # the base's, as PEFT saves a head's
+        }  # fmt: skip
         for name in trained.names:
             check_fit(shapes, trained.shapes(name), f"adapter_name_or_path: {start}")
     return trained
@@ -52,7 +55,8 @@ def go_on_from_adapter(recipe: Recipe, trained: Trained) -> None:
     """
     if recipe.adapter_name_or_path is None:
         return
-    weights = read_weights(Path(recipe.adapter_name_or_path))
+    folder = Path(recipe.adapter_name_or_path)
+    weights = own_weights(trained.model, read_weights(folder), read_config(folder), alone=False)
     for name in trained.names:
         trained.restore(name, weights)
 
