@@ -178,6 +178,17 @@ def test_what_only_peft_can_merge_is_merged_by_it(tmp_path: Path) -> None:
     assert export.receipt.passed
 
 
+def test_layers_that_share_their_weights_are_not_merged(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    trained(tiny_model("llama"), tmp_path / "a", layer_replication=[[0, 2], [1, 2]])
+    path = tmp_path / "a" / CONFIG
+    said = json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}
+    path.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="layer_replication repeats share their weights"):
+        lighten.export(tmp_path / "a", "merged", output_dir=tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lighten.artifacts import Artefact, added_words, copy_companions
 from lighten.errors import UserError
 from lighten.models.load import weight_files
-from lighten.peft_config import WEIGHTS, tensor_shapes
+from lighten.peft_config import WEIGHTS, read_config, tensor_shapes
 from lighten.quantization.export_card import DEQUANTIZED, ONTO_KEY, ORIGINAL, card, write_manifest
 from lighten.quantization.gguf_source import read_json
 from lighten.quantization.merge import Unmergeable, merge
@@ -114,6 +114,11 @@ def _merge_in_memory(
     from lighten.quantization.dense import dense_base, untie
 
     assert artefact.adapter is not None
+    if read_config(artefact.adapter).get("layer_replication"):
+        raise UserError(
+            f"{artefact.adapter} cannot be merged: layers that layer_replication repeats share "
+            "their weights, and each has another update"
+        )
     config = read_json(artefact.base_folder / "config.json")
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     dtype_name = stored if dtype == "auto" else dtype
