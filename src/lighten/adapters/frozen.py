@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from lighten.cpu import products
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -66,7 +67,7 @@ def weight_of(base: nn.Module) -> Tensor:
 
 def product(base: nn.Module, x: Tensor) -> Tensor:
     """The layer's own x Wᵀ + b: [N, I] → [N, O]."""
-    return F.linear(x, weight_of(base), base.bias)  # type: ignore[arg-type]
+    return products.linear(x, weight_of(base), base.bias)  # type: ignore[arg-type]
 
 
 def formats(module: nn.Module) -> dict[str, torch.dtype]:

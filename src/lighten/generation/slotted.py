@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lighten.cpu import products
 from lighten.errors import UserError
 from lighten.generation import attention, kernels
 from lighten.generation.attention import Batch, Prefill, SlotCache
@@ -59,7 +60,8 @@ def slots_in(model: PreTrainedModel) -> Iterator[None]:
     attention.register()
     model.set_attn_implementation(attention.NAME)
     try:
-        yield
+        with products.by_onednn(model):
+            yield
     finally:
         model.set_attn_implementation(implementation)
 
