@@ -41,16 +41,10 @@ LIBRARIES = [
     "typer.main", "rich.console", "rich.table", "rich.progress", "rich.markup", "shellingham",
     "pydantic.type_adapter", "zoneinfo", "encodings.utf_8_sig",
 ]  # fmt: skip
-_PACKAGE = Path(forked_jobs.__file__).parent
-OURS = sorted(
-    ".".join(file.relative_to(_PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-    for file in _PACKAGE.rglob("*.py")
-    if file.name != "__main__.py"
-)
 # Beside a GPU nothing that computes can be forked: the libraries have asked for it while they were
 # imported. Processes begin afresh there, and slowly.
 _FORKS = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-_FORKS.set_forkserver_preload([*LIBRARIES, *OURS, "tests.imported"])
+_FORKS.set_forkserver_preload([*LIBRARIES, "tests.imported"])
 MOST_SECONDS = 900.0
 # Verbs whose work is done by `lighten.jobs`.
 WITH_JOBS = {"quantize", "bench", "audit", "export", "run"}

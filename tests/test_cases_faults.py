@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import sys
 import threading
@@ -32,7 +33,9 @@ def test_a_measurements_thread_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> 
     before = samplers()
     peaks = [hardware.PeakMemory() for _ in range(3)]
     assert len(samplers() - before) == 3
-    block = np.ones(64 * 2**20, dtype=np.uint8)
+    # Of the system, not of the heap, which may have room for it that is resident already.
+    block = mmap.mmap(-1, 64 * 2**20)
+    block.write(b"1" * len(block))
     time.sleep(0.1)
     assert all(peak.read()["peak_bytes"] > 60 * 2**20 for peak in peaks)
     del peaks, block

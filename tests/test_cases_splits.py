@@ -503,7 +503,7 @@ def test_rows_that_are_not_asked_are_told_once_per_reason(
 )
 def test_answers_cut_by_the_models_positions_are_told(cut: int, expected: Any) -> None:
     results = [
-        Measured(name, None, {}, Answers([], 0, 1.0, shortened))
+        Measured(name, None, {}, Answers([], 0, 1.0, shortened), [])
         for name, shortened in (("base", 0), ("r8", cut))
     ]
     sentences = shortened_sentence(cut, results)

@@ -78,7 +78,7 @@ def load(
         if rows > vocabulary:
             model.resize_token_embeddings(rows, mean_resizing=False)
             model.requires_grad_(False)
-        weights = files.own_weights(model, weights, config, alone=len(folders) == 1)
+        weights = files.adapter_tensors(model, weights, config, alone=len(folders) == 1)
         if needs_peft(config) or any(".lora_embedding_" in key for key in weights):
             if len(folders) > 1:
                 raise UserError(

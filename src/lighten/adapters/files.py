@@ -193,10 +193,10 @@ def word_rows(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> 
     return max(shapes.get(key, (0,))[0] for key in keys)
 
 
-def own_weights(
+def adapter_tensors(
     model: PreTrainedModel, weights: Mapping[str, Tensor], config: Mapping[str, Any], *, alone: bool
 ) -> dict[str, Tensor]:
-    """An adapter's own tensors, without those of its base that PEFT saved beside them.
+    """What an adapter trained, without tensors of its base that PEFT saved beside it.
 
     Those are the head beside its factors, and both embeddings where the vocabulary was resized:
     PEFT puts them into the base again.
@@ -209,7 +209,7 @@ def own_weights(
     """
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
     paths = {path: part for path, part in model.named_modules() if part in parts}
-    own = {}
+    trained = {}
     for key, value in weights.items():
         if ".original_module." in key:
             continue
@@ -223,8 +223,8 @@ def own_weights(
         if fits and (alone or torch.equal(value.to(weight), weight)):
             weight.data.copy_(value)
         else:
-            own[key] = value
-    return own
+            trained[key] = value
+    return trained
 
 
 def spec_from_peft(

@@ -381,7 +381,7 @@ def load(
         model: The base.
         name: What it shall be called.
         folder: Its folder.
-        weights: Its own tensors, see `files.own_weights`.
+        weights: Its own tensors, see `files.adapter_tensors`.
 
     Raises:
         UserError: The method is not known here, or does not fit the base.

@@ -8,7 +8,7 @@ import torch
 
 from lighten import models
 from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
-from lighten.adapters.files import check_fit, own_weights, read_weights
+from lighten.adapters.files import check_fit, adapter_tensors, read_weights
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.models.same import names_another
@@ -56,7 +56,7 @@ def go_on_from_adapter(recipe: Recipe, trained: Trained) -> None:
     if recipe.adapter_name_or_path is None:
         return
     folder = Path(recipe.adapter_name_or_path)
-    weights = own_weights(trained.model, read_weights(folder), read_config(folder), alone=False)
+    weights = adapter_tensors(trained.model, read_weights(folder), read_config(folder), alone=False)
     for name in trained.names:
         trained.restore(name, weights)
 
