@@ -8,7 +8,7 @@ import torch
 
 from lighten import models
 from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
-from lighten.adapters.files import check_fit, adapter_tensors, read_weights
+from lighten.adapters.files import adapter_tensors, check_fit, read_weights
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.models.same import names_another
