@@ -51,8 +51,9 @@ def sent_bytes() -> int:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         except OSError:  # it was closed, or is none of TCP's
             continue
-        if len(info) >= BYTES_SENT + 8:
-            total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+        if len(info) >= BYTES_SENT + 16:
+            sent, again = struct.unpack_from("QQ", info, BYTES_SENT)
+            total += sent - again  # a busy machine's kernel sends some twice
     return total
 
 
