@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lighten import hub_errors
 from lighten.errors import UserError
 from lighten.safetensors_header import read_header
-from lighten.wording import first_line
 
 # Settings of a LoRA adapter whose update is more than scale·B·A on a linear layer.
 NOT_PLAIN = (
@@ -90,26 +90,10 @@ def from_hub(name: str) -> Path:
         UserError: It is no hub id, has no adapter in safetensors, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
 
     missing = f"the adapter {name} does not exist: no folder is there"
-    try:
+    with hub_errors.told(missing, "nothing of that name"):
         folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *_TOKENIZER]))
-    except HFValidationError as error:
-        raise UserError(missing) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{missing}, and the hub has nothing of that name, or it is private (set HF_TOKEN)"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{missing}, and the hub cannot be reached ({first_line(error)})"
-        ) from error
     if absent := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
         raise UserError(f"the hub's {name} is not an adapter in safetensors: it has no {absent[0]}")
     return folder

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lighten import hub_errors
 from lighten.data.files import files_of, has_split
 from lighten.errors import UserError
 from lighten.paths import DATA_SUFFIXES, data_sets, exists, of_hub, split_limit
 from lighten.streams import download_bar
-from lighten.wording import first_line
 
 
 @dataclass(frozen=True)
@@ -103,35 +103,22 @@ def _snapshot(name: str, *, cached: bool) -> Path | None:
             read.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
 
     owner, repository, *parts = name.split("/")
     repo, inside = f"{owner}/{repository}", "/".join(parts)
     patterns = [inside, *(f"{inside}/*{suffix}" for suffix in DATA_SUFFIXES)]
     missing = f"the dataset {name} does not exist: no file or folder is there"
-    try:
-        snapshot = snapshot_download(
-            repo, repo_type="dataset", local_files_only=cached,
-            allow_patterns=patterns if inside else [f"*{suffix}" for suffix in DATA_SUFFIXES],
-            tqdm_class=download_bar(f"downloading {name}"),
-        )  # fmt: skip
-    except HFValidationError as error:
-        raise UserError(missing) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{missing}, and the hub has no data set {repo}, or it is private (set HF_TOKEN)"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if cached:
-            return None
-        raise UserError(
-            f"{missing}, and the hub cannot be reached ({first_line(error)})"
-        ) from error
+    with hub_errors.told(missing, f"no data set {repo}"):
+        try:
+            snapshot = snapshot_download(
+                repo, repo_type="dataset", local_files_only=cached,
+                allow_patterns=patterns if inside else [f"*{suffix}" for suffix in DATA_SUFFIXES],
+                tqdm_class=download_bar(f"downloading {name}"),
+            )  # fmt: skip
+        except OSError:
+            if cached:
+                return None
+            raise
     path = Path(snapshot, inside)
     if not exists(path) or not (path.is_file() or any(_readable(path))):
         raise UserError(
