@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from lighten.data import sources
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from tests.conftest import HUB_COMMIT
+from tests.local_server import serving
 
 
 def rows(prefix: str, count: int) -> bytes:
@@ -40,7 +40,6 @@ FILES = {
 class Hub:
     """What the server was asked for."""
 
-    address: str = ""
     fetched: list[str] = field(default_factory=list)
 
 
@@ -102,21 +101,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     del cache
     hub = Hub()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler_of(hub))
-    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-    )
-    yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(handler_of(hub)) as address:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        )
+        yield hub
 
 
 @pytest.fixture

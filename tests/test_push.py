@@ -7,7 +7,6 @@ import hashlib
 import http.server
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 import lighten
 from lighten.errors import UserError
+from tests.local_server import serving
 from tests.tiny import save_tiny
 
 PART = 20_000  # bytes of a part of a large file
@@ -161,20 +161,15 @@ def handler_of(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     fake_hub = Hub()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler_of(fake_hub))
-    fake_hub.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", fake_hub.address)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    # The server speaks git LFS for large files, and not the hub's newer storage of chunks.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", fake_hub.address)
-    yield fake_hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(handler_of(fake_hub)) as address:
+        fake_hub.address = address
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        # The server speaks git LFS for large files, and not the hub's newer storage of chunks.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        yield fake_hub
 
 
 @pytest.fixture
