@@ -231,6 +231,10 @@ def test_the_table_of_the_largest_models_ends_with_its_ratios(
      {"strategy": "zero2", "offload_optimizer": "none"}),
     ("zero2_offload", {"strategy": "zero2", "offload_optimizer": "cpu"}),
     ({"gradient_clipping": 0.0}, {"max_grad_norm": None}),
+    # How a disk is read changes no result, and what is off asks for nothing.
+    ({"zero_optimization": {"stage": 3}, "aio": {"block_size": 262144, "queue_depth": 32},
+      "flops_profiler": {"enabled": True}, "tensorboard": {"enabled": False}, "amp": None},
+     {"strategy": "zero3"}),
     ({"optimizer": {"type": "Adam", "params": {"lr": "auto", "torch_adam": True,
                                                "adam_w_mode": True}}}, {"learning_rate": 2e-4}),
 ])  # fmt: skip
@@ -304,27 +308,59 @@ def test_a_recipe_may_say_again_what_its_deepspeed_configuration_says(chat_file:
         recipe(chat_file, deepspeed=config, fp16=True)
 
 
-@pytest.mark.parametrize(("variables", "strategy"), [
-    ({}, None),
-    ({"ACCELERATE_USE_FSDP": "true"}, "fsdp"),
-    ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}, "zero2"),
-    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"},
-     "zero2"),
-    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
-      "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}, "zero3"),
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+@pytest.mark.parametrize(("variables", "settings"), [
+    ({}, {"strategy": "auto"}),
+    (FSDP, {"strategy": "fsdp", "gradient_checkpointing": False}),
+    ({**FSDP, "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}, {"strategy": "zero2"}),
+    # As `accelerate config` has it now; under the older name is what nobody said.
+    ({**FSDP, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+      "FSDP_RESHARD_AFTER_FORWARD": "shard_grad_op"}, {"strategy": "zero2"}),
+    ({**FSDP, "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}, {"strategy": "zero2"}),
+    ({**FSDP, "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+      "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+     {"strategy": "fsdp", "gradient_checkpointing": True}),
+    ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+      "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}, {"strategy": "zero3"}),
+    ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme",
+      "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": "/data"},
+     {"strategy": "zero2", "offload_optimizer": "nvme", "nvme_path": "/data"}),
+    ({**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "0.0"}, {"max_grad_norm": None}),
 ])  # fmt: skip
-def test_accelerate_s_configuration_is_a_strategy(
-    variables: dict[str, str], strategy: str | None
+def test_what_accelerate_was_configured_for_is_in_the_recipe(
+    variables: dict[str, str], settings: dict[str, Any], chat_file: Path
 ) -> None:
-    assert launch.recognise({**RANK, **variables}).strategy == strategy
+    place = launch.recognise({**RANK, **variables})
+    configured = training._as_configured(recipe(chat_file), place)
+    assert {name: getattr(configured, name) for name in settings} == settings
+
+
+def test_a_deepspeed_file_that_accelerate_names_is_read(chat_file: Path, tmp_path: Path) -> None:
+    params = {"total_num_steps": 40, "warmup_num_steps": 5, "warmup_max_lr": 1e-3,
+              "warmup_type": "linear"}  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps({
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "scheduler": {"type": "WarmupDecayLR", "params": params},
+        "train_micro_batch_size_per_gpu": 3, "bf16": {"enabled": True},
+    }))  # fmt: skip
+    named = {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
+    place = launch.recognise({**RANK, **named})
+    configured = training._as_configured(recipe(chat_file, max_steps=40), place)
+    expected = {"strategy": "zero2", "offload_optimizer": "cpu", "learning_rate": 1e-3,
+                "per_device_train_batch_size": 3, "dtype": "bfloat16"}  # fmt: skip
+    assert {name: getattr(configured, name) for name in expected} == expected
+    with pytest.raises(UserError, match=r"total_num_steps is 40.*or choose plain multi-GPU"):
+        training._as_configured(recipe(chat_file), place)
 
 
 def test_a_step_is_what_accelerate_was_configured_for(chat_file: Path) -> None:
-    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    deepspeed = {**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
                  "ACCELERATE_GRADIENT_CLIPPING": "0.5"}  # fmt: skip
     place = launch.recognise({**RANK, **deepspeed})
     asked = {"gradient_accumulation_steps": 4, "max_grad_norm": 0.5}
-    assert place.settings == asked
     configured = training._as_configured(recipe(chat_file), place)
     assert {name: getattr(configured, name) for name in asked} == asked
     assert any("configured for gradient_accumulation_steps 4" in n for n in configured.notices)
@@ -335,23 +371,25 @@ def test_a_step_is_what_accelerate_was_configured_for(chat_file: Path) -> None:
     # What it writes where nobody said it, and where its DeepSpeed part is not used.
     unsaid = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_GRADIENT_CLIPPING": "auto"}
     for variables in ({**deepspeed, **unsaid}, {**deepspeed, "ACCELERATE_USE_DEEPSPEED": "false"}):
-        assert launch.recognise({**RANK, **variables}).settings == {}
+        configured = training._as_configured(
+            recipe(chat_file), launch.recognise({**RANK, **variables})
+        )
+        assert {name: getattr(configured, name) for name in asked} == {
+            "gradient_accumulation_steps": 1, "max_grad_norm": 1.0
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "in main memory"),
-    ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "HYBRID_SHARD"),
-    ({"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
-     "gradient_checkpointing: true"),
-    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
-     "deepspeed: ds.json"),
-    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"},
-     "offload_optimizer: nvme"),
-    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"},
-     "DeepSpeed with offload_param: set offload_params: nvme"),
+    ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "cpu_offload: 'true' has no equal here"),
+    ({**FSDP, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "'hybrid_shard' is not built"),
+    ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}, "activations in main memory"),
+    ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"}, "nowhere.json cannot be"),
+    ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "4"}, "stage 4 is none of"),
+    ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"},
+     "offload_params: nvme moves weights that learn.*configured so; choose plain multi-GPU"),
 ])  # fmt: skip
 def test_what_accelerate_asks_for_and_is_not_the_same_is_refused(
-    variables: dict[str, str], message: str
+    variables: dict[str, str], message: str, chat_file: Path
 ) -> None:
-    with pytest.raises(UserError, match=message):
-        launch.recognise({**RANK, **variables})
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        training._as_configured(recipe(chat_file), launch.recognise({**RANK, **variables}))

@@ -12,9 +12,10 @@ from lighten.api.recipes import RecipeLike, recipe_of
 from lighten.api.results import Progress, evaluate, report
 from lighten.errors import NoHeldOut, UserError
 from lighten.parallel import launch
+from lighten.parallel.foreign import MEND
 from lighten.parallel.launch import Launch
 from lighten.quantization.verbs import quantize
-from lighten.recipe import Recipe, spread
+from lighten.recipe import Recipe, aliases, spread
 from lighten.runs import Run
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def train(
 
     Args:
         recipe: A recipe, its file, or None to take settings from the overrides alone.
-        resume: Go on from the newest whole checkpoint of the run folder.
+        resume: Go on from the newest whole checkpoint of the run folder, as is done too where
+            torchrun or SLURM has started an unfinished run again.
         progress: Show what happens on standard error.
         planned: Predict memory and time first, and compare at the end; `LIGHTEN_PLAN=off` in the
             environment turns it off for all runs.
@@ -49,12 +51,15 @@ def train(
     Raises:
         UserError: Something the user can mend; the plan says that it surely does not fit; a rank
             was lost, and the others were ended.
-        Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
+        Interrupted: A signal to stop; the state is saved and the run is marked interrupted.
     """
     place = launch.recognise()  # what it says is needed before anything else looks at the rank
     count = launch.rank_count(place, processes=processes, gpus=gpus)
     chosen = _as_configured(recipe_of(recipe, **overrides), place)
     spread.require_ranks(chosen, max(count, place.world_size))
+    if not resume and (restarted := launch.restarted_by()) and Run.goes_on(chosen.run_folder):
+        chosen.notices.append(f"{restarted} has started this again: going on with the run")
+        resume = True
     done = path_checks.finished(chosen, resume=resume, announce=progress and place.main)
     if done is not None and place.world_size == 1:
         return done
@@ -83,14 +88,12 @@ def _as_configured(recipe: Recipe, place: Launch) -> Recipe:
     """The recipe with what the launcher of these ranks was configured for.
 
     Raises:
-        UserError: The recipe says something else.
+        UserError: The recipe says something else, or it cannot be had.
     """
-    configured: dict[str, Any] = dict(place.settings)
-    if place.strategy is not None:
-        configured["strategy"] = place.strategy
-    configured = {
-        name: value for name, value in configured.items() if value != getattr(recipe, name)
-    }
+    asked, _, problems = aliases.translate(place.configured, beside={"max_steps": recipe.max_steps})
+    if problems:
+        raise UserError(f"{place.launcher}'s configuration: {'; '.join(problems)}; or {MEND}")
+    configured = {name: value for name, value in asked.items() if value != getattr(recipe, name)}
     for name, value in configured.items():
         if (said := getattr(recipe, name)) != type(recipe).model_fields[name].default:
             raise UserError(
@@ -99,7 +102,10 @@ def _as_configured(recipe: Recipe, place: Launch) -> Recipe:
             )
     if not configured:
         return recipe
-    changed = recipe.changed(configured)
+    try:
+        changed = recipe.changed(configured)
+    except UserError as error:
+        raise UserError(f"{error} ({place.launcher} was configured so; {MEND})") from error
     changed.notices.extend(
         f"{place.launcher} was configured for {name} {value}" for name, value in configured.items()
     )

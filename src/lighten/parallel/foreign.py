@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 from lighten.errors import UserError
 
@@ -16,50 +17,38 @@ UNBUILT = {
 _ITS_OWN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 _FIRST_RANK_READS = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers; FSDP hands out what it read
 _NONE = ("", "none", "auto")
-# What its DeepSpeed part says of a step: our setting, and what it writes where nobody said it.
+# What its DeepSpeed part says of a step: DeepSpeed's name, and what nobody said.
 _OF_STEP = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", 1.0),
-    "ACCELERATE_GRADIENT_CLIPPING": ("max_grad_norm", 1.0),
+    "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", 1.0),
 }
+MEND = (
+    "choose plain multi-GPU in accelerate config and set strategy in the recipe, or start with: "
+    "lighten train RECIPE --gpus N"
+)
 
 
-def strategy_of(variables: Mapping[str, str]) -> str | None:
-    """The strategy that `accelerate launch` was configured for; None: it says nothing.
+def asked_of(variables: Mapping[str, str]) -> dict[str, Any]:
+    """What `accelerate launch` was configured for, as recipes of other tools say it.
+
+    Args:
+        variables: Of the environment.
+
+    Returns:
+        `deepspeed`, or `fsdp` and `fsdp_config`, as `lighten.recipe.foreign` reads them; empty
+        where it says nothing.
 
     Raises:
-        UserError: It asks for what is not built, or would be another thing here.
+        UserError: It asks for what is not built.
     """
     for name, what in UNBUILT.items():
         if _on(variables, name):
             raise _refused(f"{what}, which lighten does not build on")
-    try:
-        if _on(variables, "ACCELERATE_USE_FSDP"):
-            return _of_fsdp(variables)
-        if _on(variables, "ACCELERATE_USE_DEEPSPEED"):
-            return _of_deepspeed(variables)
-    except ValueError as error:
-        raise _refused(str(error)) from error
-    return None
-
-
-def settings_of(variables: Mapping[str, str]) -> dict[str, float]:
-    """Settings of a recipe that accelerate's DeepSpeed part was configured for, by name.
-
-    Raises:
-        UserError: One is not a number.
-    """
-    settings = {}
-    for variable, (name, unsaid) in _OF_STEP.items():
-        word = variables.get(variable, "").lower()
-        if not _on(variables, "ACCELERATE_USE_DEEPSPEED") or word in _NONE:
-            continue
-        try:
-            value = float(word)
-        except ValueError:
-            raise _refused(f"{name} {word}, which is not a number") from None
-        if value != unsaid:
-            settings[name] = int(value) if value.is_integer() else value
-    return settings
+    if _on(variables, "ACCELERATE_USE_FSDP"):
+        return _of_fsdp(variables)
+    if _on(variables, "ACCELERATE_USE_DEEPSPEED"):
+        return {"deepspeed": _of_deepspeed(variables)}
+    return {}
 
 
 @contextmanager
@@ -74,40 +63,52 @@ def set_aside(variables: MutableMapping[str, str]) -> Iterator[None]:
         variables.update(held)
 
 
-def _of_fsdp(variables: Mapping[str, str]) -> str:
-    from lighten.recipe import foreign  # help is shown without it
+def _of_fsdp(variables: Mapping[str, str]) -> dict[str, Any]:
+    if _on(variables, "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"):
+        raise _refused("FSDP with activations in main memory, which is not built")
+    word = variables.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
+    if variables.get("FSDP_VERSION", "1") == "1":
+        # It asks for the strategy under the newer name, and has a default under the older one.
+        older = variables.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").lower()
+        fsdp: dict[str, Any] = {"fsdp": older if word == "true" else word, "fsdp_config": {}}
+    else:
+        fsdp = {"fsdp": True, "fsdp_config": {"reshard_after_forward": word}}
+    fsdp["fsdp_config"] |= {
+        "activation_checkpointing": variables.get("FSDP_ACTIVATION_CHECKPOINTING", "false"),
+        "cpu_offload": variables.get("FSDP_OFFLOAD_PARAMS", "false"),
+    }
+    return fsdp
 
-    if _on(variables, "FSDP_OFFLOAD_PARAMS"):
-        raise ValueError("FSDP with parameters in main memory, which is not built")
-    if _on(variables, "FSDP_ACTIVATION_CHECKPOINTING"):
-        raise ValueError("FSDP's activation checkpointing: set gradient_checkpointing: true in the "
-                         "recipe, and this to false")  # fmt: skip
-    version = variables.get("FSDP_VERSION", "1")
-    if version == "2" and "FSDP_RESHARD_AFTER_FORWARD" in variables:
-        return "fsdp" if _on(variables, "FSDP_RESHARD_AFTER_FORWARD") else "zero2"
-    word = variables.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").lower()
-    if word not in foreign.SHARDING:
-        raise ValueError(f"FSDP with {word.upper()}, which is not built")
-    return foreign.SHARDING[word]
 
-
-def _of_deepspeed(variables: Mapping[str, str]) -> str:
-    from lighten.recipe import foreign
-
+def _of_deepspeed(variables: Mapping[str, str]) -> str | dict[str, Any]:
+    """The path of its file, or what such a file would hold."""
     if (path := variables.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) not in _NONE:
-        raise ValueError(f"DeepSpeed by {path}: name the file in the recipe, deepspeed: {path}, "
-                         "and choose plain multi-GPU in accelerate config")  # fmt: skip
-    for part in ("OPTIMIZER", "PARAM"):
-        device = variables.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none")
-        if device in _NONE:
-            continue
-        setting = {"OPTIMIZER": "offload_optimizer", "PARAM": "offload_params"}[part]
-        raise ValueError(f"DeepSpeed with {setting.rstrip('s')}: set {setting}: {device} in the "
-                         "recipe")  # fmt: skip
-    stage = variables.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if stage not in ("0", "1", "2", "3"):
-        raise ValueError(f"DeepSpeed's stage {stage}, which is none of 0, 1, 2, 3")
-    return foreign.STAGES[int(stage)]
+        return path
+    stage = _number("ACCELERATE_DEEPSPEED_ZERO_STAGE", variables, 2)
+    zero: dict[str, Any] = {"stage": stage}
+    for part in ("optimizer", "param"):
+        prefix = f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}"
+        path = variables.get(f"{prefix}_NVME_PATH", "none")
+        zero[f"offload_{part}"] = {
+            "device": variables.get(f"{prefix}_DEVICE", "none"),
+            "nvme_path": None if path in _NONE else path,
+        }
+    config: dict[str, Any] = {"zero_optimization": zero}
+    for variable, (name, unsaid) in _OF_STEP.items():
+        if (value := _number(variable, variables, unsaid)) != unsaid:
+            config[name] = value
+    return config
+
+
+def _number(name: str, variables: Mapping[str, str], unsaid: float) -> float:
+    word = variables.get(name, "").lower()
+    if word in _NONE:
+        return unsaid
+    try:
+        value = float(word)
+    except ValueError:
+        raise _refused(f"{name} {word}, which is not a number") from None
+    return int(value) if value.is_integer() else value
 
 
 def _on(variables: Mapping[str, str], name: str) -> bool:
@@ -115,7 +116,4 @@ def _on(variables: Mapping[str, str], name: str) -> bool:
 
 
 def _refused(what: str) -> UserError:
-    return UserError(
-        f"accelerate's configuration asks for {what}; choose plain multi-GPU in accelerate config "
-        "and set strategy in the recipe, or start with: lighten train RECIPE --gpus N"
-    )
+    return UserError(f"accelerate's configuration asks for {what}; {MEND}")

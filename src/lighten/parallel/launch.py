@@ -15,16 +15,19 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lighten.errors import UserError
 from lighten.machine.forks import TRANSLATED
-from lighten.parallel.foreign import settings_of, strategy_of
+from lighten.parallel.foreign import asked_of
 from lighten.wording import counted
 
 ERROR_FILE = "LIGHTEN_ERROR_FILE"
 PORTS = range(20_000, 30_000)  # below those that systems give to connections
 # What names a job of Open MPI's, so that two of them on one machine do not meet each other.
 _MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+# Counts of those that start a command again: `torchrun --max-restarts`, `sbatch --requeue`.
+_RESTARTS = {"TORCHELASTIC_RESTART_COUNT": "torchrun", "SLURM_RESTART_COUNT": "SLURM"}
 # How `mpirun` tells of the ranks: Open MPI's, and Hydra, which is MPICH's and Intel's.
 _MPI = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -43,8 +46,7 @@ class Launch:
         world_size: How many there are, on all machines.
         local_rank: Its number on this machine.
         local_world_size: How many there are on this machine.
-        strategy: What the launcher was configured to spread over them; None: it says nothing.
-        settings: Of a recipe, by name, which the launcher was configured for beside it.
+        configured: What the launcher was configured for, as recipes of other tools say it.
         own_gpu: Whether it sees one GPU alone, which no other rank of this machine has.
     """
 
@@ -53,8 +55,7 @@ class Launch:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    strategy: str | None = None
-    settings: Mapping[str, float] = field(default_factory=dict)
+    configured: Mapping[str, Any] = field(default_factory=dict)
     own_gpu: bool = False
 
     @property
@@ -73,7 +74,7 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
         UserError: The launcher asks for something that is not built, or contradicts itself.
     """
     variables = os.environ if environment is None else environment
-    strategy = strategy_of(variables)
+    configured = asked_of(variables)
     launch = None
     # Scripts of SLURM jobs set WORLD_SIZE for their tasks. Where this was asked before, PyTorch's
     # names are ours.
@@ -86,9 +87,7 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
                 "MPI_LOCALRANKID does not say which device is this one's; start with torchrun"
             )
     if launch is None and ("RANK" in variables or "WORLD_SIZE" in variables):
-        return replace(
-            _from_torch(variables), strategy=strategy, settings=settings_of(variables)
-        )  # fmt: skip
+        return replace(_from_torch(variables), configured=configured)
     if launch is None:
         return Launch()
     variables.update(
@@ -97,6 +96,16 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
         **{TRANSLATED: launch.launcher},
     )  # fmt: skip
     return launch
+
+
+def restarted_by(environment: Mapping[str, str] | None = None) -> str | None:
+    """What has started this command a second time, after its processes or its machine had ended.
+
+    Args:
+        environment: The environment variables; None: this process's.
+    """
+    variables = os.environ if environment is None else environment
+    return next((name for count, name in _RESTARTS.items() if _number(variables, count, 0)), None)
 
 
 def rank_count(place: Launch, *, processes: int | None, gpus: int | None) -> int:

@@ -20,11 +20,11 @@ SHARDING = {
     "full_shard": "fsdp", "shard_grad_op": "zero2", "no_shard": "ddp",
     "1": "fsdp", "2": "zero2", "3": "ddp",
 }  # fmt: skip
-# What a DeepSpeed configuration says of logging and checks alone.
+# What a DeepSpeed configuration says of logging, checks and how disks are read alone.
 _QUIET = {
-    "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "dump_state",
-    "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
-    "train_batch_size",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "zero_allow_untested_optimizer",
+    "dump_state", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
+    "train_batch_size", "aio", "checkpoint", "flops_profiler", "comms_logger",
 }  # fmt: skip
 # ZeRO++ sends weights and gradients in fewer bits; ZenFlow moves some weights steps later.
 _OTHER_RESULTS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
@@ -132,7 +132,9 @@ def deepspeed(
     settings |= _scheduler(_section(config, "scheduler"), max_steps)
     supported = {*_EQUIVALENT, *_QUIET, "zero_optimization", "bf16", "fp16", "optimizer",
                  "scheduler"}  # fmt: skip
-    if unknown := sorted(key for key in config if key not in supported and config[key] != "auto"):
+    if unknown := sorted(
+        key for key, value in config.items() if key not in supported and not _is_off(value)
+    ):
         raise ValueError(f"{unknown[0]} has no equal here; set it in the recipe, or remove it")
     return settings
 
@@ -215,6 +217,13 @@ def _switch(values: Mapping[str, Any], key: str, *, default: bool) -> bool:
     if word not in (*_TRUE, *_FALSE):
         raise ValueError(f"fsdp_config: {key}: {values[key]!r} does not do; use true or false")
     return word in _TRUE
+
+
+def _is_off(value: Any) -> bool:
+    """Whether part of a configuration asks for nothing."""
+    if isinstance(value, Mapping):
+        return value.get("enabled") is False
+    return value is None or value is False or value == "auto"
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
