@@ -212,6 +212,26 @@ def train_until_the_disk_is_full(ports: str, file: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
+def train_one_after_another(ports: str, file: str) -> None:
+    """In a rank, as a script's loop over settings does that torchrun has started."""
+    os.environ["MASTER_PORT"] = ports.partition(",")[0]
+    for settings in json.loads(Path(file).read_text()):
+        lighten.train(progress=False, **settings)
+
+
+def test_a_script_of_ranks_may_train_several_times(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"max_steps": 2, "eval_steps": 2}
+    runs = [
+        {**settings, "strategy": strategy, "output_dir": str(tmp_path / strategy)}
+        for strategy in ("ddp", "zero3")
+    ]
+    started = processes.start_ranks(train_one_after_another, runs, tmp_path / "runs.json")
+    processes.wait_for(started)
+    assert_equal_runs(*(Run(run["output_dir"]) for run in runs))
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
 def test_a_rank_that_hands_its_rows_to_a_full_disk_is_told(
     strategy: str, settings: dict[str, Any], tmp_path: Path

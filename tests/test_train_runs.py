@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 import lighten
 from lighten import adapters, models
 from lighten.errors import UserError
+from lighten.machine import stops
+from lighten.parallel import spawn
 from lighten.recipe import Recipe
 from lighten.runs import Run
-from lighten.training import checkpoints
+from lighten.training import checkpoints, interrupt
 from lighten.training.interrupt import Interrupted
 from lighten.training.run import train as train_verb
 from tests import processes
@@ -113,7 +115,7 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_bitwise_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_run_saves_says_so_and_resumes(
     settings: dict[str, Any], number: signal.Signals
 ) -> None:
@@ -156,6 +158,35 @@ def test_an_interrupt_in_the_same_process_raises_interrupted(
     monkeypatch.undo()
     run = train(settings, resume=True)
     assert run.info()["status"] == "finished"
+
+
+def test_a_stop_that_a_launcher_passes_on_again_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` tells its command, and then the group that it is in; so does `deepspeed`."""
+    before = [signal.getsignal(number) for number in stops.STOPS]
+    with interrupt.StopSignals() as signals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert signals.received == signal.SIGINT
+        monkeypatch.setattr(interrupt, "AGAIN_S", 0.0)  # somebody has waited, and presses again
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in stops.STOPS] == before
+
+
+def test_under_nohup_a_run_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupt.StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        monkeypatch.setattr(sys, "executable", shutil.which("true"))
+        ended = spawn._Ranks(["train"], 1, Path(), device="cpu", shown=True)
+        with ended.forwarding():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert ended.wait() is None
+        assert ended._stopped is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("damage", ["truncate weights", "truncate state", "remove optimizer"])
@@ -385,6 +416,38 @@ def test_resuming_with_another_recipe_is_refused_with_the_key(settings: dict[str
     train(settings, max_steps=2)
     with pytest.raises(UserError, match=r"learning_rate was 0\.01 and is now 0\.02"):
         train(settings, max_steps=2, learning_rate=0.02, resume=True)
+
+
+def test_what_a_launcher_starts_again_goes_on(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"max_steps": 4}
+    whole = train(settings)
+    settings["output_dir"] = str(cut_short(whole, tmp_path / "cut").folder)
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        train(settings)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert losses(train(settings)) == losses(whole)
+    again = train(settings)  # a run that is finished is no run to go on with
+    assert again.folder == tmp_path / "cut"
+    assert (tmp_path / "cut-1" / "run.json").is_file()
+
+
+def test_what_changes_no_result_may_change_where_a_run_goes_on(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its memory ran out, or another machine has more of it."""
+    settings |= {"max_steps": 4, "lora_dropout": 0.0}
+    whole = train(settings)
+    settings["output_dir"] = str(cut_short(whole, tmp_path / "cut").folder)
+    smaller = {"per_device_train_batch_size": 3, "gradient_checkpointing": True, "workers": 1,
+               "offload_base": "disk", "save_steps": 3}  # fmt: skip
+    with pytest.raises(UserError, match="per_device_train_batch_size was 6 and is now 3"):
+        train(settings, resume=True, **smaller)  # a step of other examples
+    resumed = train(settings, resume=True, gradient_accumulation_steps=4, **smaller)
+    for line, expected in zip(losses(resumed), losses(whole), strict=True):
+        assert line[:3] == expected[:3]
+        assert line[3] == pytest.approx(expected[3], rel=1e-5)
 
 
 def test_resuming_on_changed_data_is_refused(

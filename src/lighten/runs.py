@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,18 @@ from lighten.whole_files import write_text as write_text
 
 # How it stands with a run that can go on.
 UNFINISHED = ("running", "interrupted", "killed")
+# What a run may go on with otherwise than it began: it changes no result.
+FREE = frozenset({
+    "output_dir", "report_to", "logging_steps", "save_every", "save_steps", "save_total_limit",
+    "evaluate", "quantize", "sweep",
+    # Where things lie, and what is computed twice to hold less.
+    "strategy", "offload_optimizer", "offload_params", "nvme_path", "offload_base",
+    "activation_offload", "gradient_checkpointing", "gradient_checkpointing_layers",
+    "gradient_checkpointing_part", "gradient_checkpointing_kwargs", "tokens_per_microbatch",
+    "workers", "per_device_eval_batch_size", "torch_compile",
+})  # fmt: skip
+# Nor does how the examples of a step are cut, while they are as many.
+CUT = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 MODEL_ALONE = "model alone"  # of one that measures a model and trains nothing
 
 
@@ -145,11 +158,10 @@ class Run:
         return None if folder is None else Path(folder)
 
     def _require_same(self, recipe: Recipe) -> None:
-        free = {"output_dir", "report_to", "logging_steps", "save_every", "save_total_limit",
-                "evaluate", "quantize", "sweep",
-                # Which change where things lie, and no result.
-                "strategy", "offload_optimizer", "offload_params", "nvme_path"}  # fmt: skip
         before, now = self.recipe().completed(), recipe.completed()
+        free = FREE
+        if math.prod(before[key] for key in CUT) == math.prod(now[key] for key in CUT):
+            free = FREE | CUT
         changed = [key for key in now if key not in free and now[key] != before.get(key)]
         if changed:
             key = changed[0]

@@ -35,7 +35,7 @@ from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.forward_backward import measure
 from lighten.engine.loss import Objective
 from lighten.engine.workers import GradientSums, Pool, Workers, in_order, shared_out
-from lighten.machine import hardware
+from lighten.machine import hardware, stops
 from lighten.machine.forks import computing, end_with_parent, freeze
 
 possible = computing  # whether workers can be processes at all
@@ -263,8 +263,8 @@ class _Child:
                 for pipe in (self._pipe, *(child._pipe for child in elder)):
                     pipe.close()
                 # Ctrl-C reaches the whole group: the parent finishes its step and closes the pipe.
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                for number in stops.STOPS:
+                    signal.signal(number, signal.SIG_IGN)
                 end_with_parent()
                 # A thread of its own: OpenMP's team of the forked one has no members here.
                 worker = threading.Thread(

@@ -12,17 +12,18 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, check_cuda_p2p_ib_support
 from torch import Tensor
 
 from lighten.errors import UserError
+from lighten.machine.stops import STOPS
 from lighten.parallel.foreign import set_aside
 from lighten.parallel.launch import Launch
 from lighten.wording import counted, first_line
 
 Value = TypeVar("Value")
-STOPS = (signal.SIGINT, signal.SIGTERM)
 # While the first rank plans, encodes or saves, the others wait for it: as long as gloo waits by
 # itself. NCCL would give up after ten minutes, in the midst of a large model's checkpoint.
 PATIENCE = timedelta(minutes=30)
@@ -54,6 +55,9 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
         # Two RTX 40 under an old driver: accelerate refuses them unless NCCL is told.
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
+    met_before = PartialState._shared_state.get("num_processes", 1) > 1
+    if met_before and not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)  # the run before has ended
     meeting = InitProcessGroupKwargs(backend=None, timeout=PATIENCE)
     threads = torch.get_num_threads()
     try:

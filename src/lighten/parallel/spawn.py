@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from lighten.errors import UserError
-from lighten.machine import forks
+from lighten.machine import forks, stops
 from lighten.parallel.launch import ERROR_FILE, PORTS
 
 # Ranks that lost one end by themselves, with their state told in the run's folder; what hangs in a
@@ -115,11 +115,10 @@ class _Ranks:
 
     @contextlib.contextmanager
     def forwarding(self) -> Iterator[None]:
-        """Pass on what this process is told; a closed terminal means a stop."""
+        """Pass on what this process is told."""
         before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT, signal.SIGTERM, *_hangup()]
-            before = {number: signal.signal(number, self._forward) for number in numbers}
+            before = {number: signal.signal(number, self._forward) for number in stops.heard()}
         try:
             yield
         finally:
@@ -127,9 +126,8 @@ class _Ranks:
                 signal.signal(number, handler)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
-        stop = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        self._stopped = stop
-        self._send(stop)
+        self._stopped = signal.Signals(number)
+        self._send(self._stopped)
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._processes:
@@ -218,10 +216,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _hangup() -> list[signal.Signals]:
-    return [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 
 
 def free_port() -> int:

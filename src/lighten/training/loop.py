@@ -102,7 +102,7 @@ class Loop:
         """Train from the state's step to the end.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the state is saved.
+            Interrupted: A signal to stop came; the state is saved.
             UserError: A loss is not finite, or the disk is full.
         """
         setup, state, recipe = self.setup, self.state, self.setup.recipe

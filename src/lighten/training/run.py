@@ -70,7 +70,7 @@ def train(
 
     Raises:
         UserError: Something the user can mend; the run is marked failed.
-        Interrupted: SIGINT or SIGTERM; the state is saved and the run is marked interrupted.
+        Interrupted: A signal to stop; the state is saved and the run is marked interrupted.
     """
     place = launch.recognise()
     spread.require_ranks(recipe, place.world_size)
