@@ -190,6 +190,30 @@ def test_a_lock_of_another_machine_says_how_to_go_on(tmp_path: Path, chat_file: 
     assert Run.create(recipe_for(run.folder, chat_file), resume=True).folder == run.folder
 
 
+def test_a_lock_that_another_machine_left_when_it_was_taken_away_is_taken_over(
+    tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(recipe_for(tmp_path / "r", chat_file))
+    locks.release(run.folder)
+    monkeypatch.setattr(locks, "TOUCHED_S", 0.05)
+    monkeypatch.setattr(locks, "WATCHED_S", 1.0)
+    elsewhere = {"pid": 7, "began": 1.0, "host": "elsewhere", "touched": True}
+    with monkeypatch.context() as there:
+        there.setattr(locks, "_this_process", lambda: elsewhere)
+        locks.acquire(run.folder)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="by process 7 on elsewhere"):
+        Run.create(recipe_for(run.folder, chat_file), resume=True)
+    assert time.monotonic() - began < 0.9  # it was seen to be touched
+    locks._touched.pop((run.folder / locks.LOCK).absolute()).set()  # the machine is gone
+    time.sleep(0.1)
+    began = time.monotonic()
+    assert Run.create(recipe_for(run.folder, chat_file), resume=True).folder == run.folder
+    assert time.monotonic() - began < 1.9  # watched once, before and as the lock is taken
+    assert locks.holder(run.folder)["pid"] == os.getpid()
+    locks.release(run.folder)
+
+
 def test_of_processes_that_take_a_dead_lock_at_once_one_gets_it(tmp_path: Path) -> None:
     code = (
         "import os, sys, json, platform, time; from pathlib import Path\n"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +15,11 @@ from typing import Any
 
 from lighten.errors import UserError
 
+log = logging.getLogger(__name__)
 LOCK = ".lock"
+# Whether a process on another machine runs can only be seen from its lock, which it touches now and
+# then; whoever wants the folder watches for longer, as network folders tell of it late.
+TOUCHED_S, WATCHED_S = 15.0, 60.0
 # The start of a process is told relative to the clock, which is set now and then.
 CLOCK_S = 5.0
 
@@ -33,6 +40,45 @@ def acquire(folder: Path) -> None:
         with suppress(OSError):
             written.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    if (key := path.absolute()) not in _touched:
+        _touched[key] = threading.Event()
+        threading.Thread(target=_touch, args=(key, _touched[key]), name="lock", daemon=True).start()
+
+
+# What ends the touching of this process's locks, and when others' were that nobody touches now.
+_touched: dict[Path, threading.Event] = {}
+_unheld: dict[Path, int | None] = {}
+
+
+def _touch(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(TOUCHED_S):
+        with suppress(OSError):
+            os.utime(path)
+
+
+def _touched_at(path: Path) -> int | None:
+    """When a lock was touched, as its file has it now; None without one."""
+    with suppress(OSError), path.open("rb") as file:  # opened: a network folder asks anew then
+        return os.fstat(file.fileno()).st_mtime_ns
+    return None
+
+
+def _runs_elsewhere(folder: Path, host: str) -> bool:
+    """Whether a process on another machine goes on touching its lock."""
+    path = (folder / LOCK).absolute()
+    before = _touched_at(path)
+    if path in _unheld and _unheld[path] == before:
+        return False
+    log.warning(
+        "%s was being written on %s; looking for %g s whether it still is", folder, host, WATCHED_S
+    )
+    until = time.monotonic() + WATCHED_S
+    while time.monotonic() < until:
+        time.sleep(TOUCHED_S / 15)
+        if (now := _touched_at(path)) != before:
+            return now is not None
+    _unheld[path] = before
+    return False
 
 
 @contextmanager
@@ -59,12 +105,14 @@ def release(folder: Path) -> None:
     """Let a folder go; a lock of somebody else stays."""
     held = holder(folder)
     if held is not None and held["pid"] == os.getpid() and held["host"] == platform.node():
+        if (ended := _touched.pop((folder / LOCK).absolute(), None)) is not None:
+            ended.set()
         with suppress(OSError):
             (folder / LOCK).unlink()
 
 
 def require_unlocked(folder: Path) -> None:
-    """Nobody else may be writing the folder.
+    """Nobody else may be writing the folder; of another machine's process it is watched for.
 
     Raises:
         UserError: Somebody is.
@@ -72,7 +120,11 @@ def require_unlocked(folder: Path) -> None:
     held = holder(folder)
     if held is None or not is_held(folder):
         return
-    if (held["pid"], held["host"]) != (os.getpid(), platform.node()):
+    here = held["host"] == platform.node()
+    if here and held["pid"] == os.getpid():
+        return
+    # Older versions do not touch theirs.
+    if here or not held.get("touched") or _runs_elsewhere(folder, held["host"]):
         raise UserError(_refusal(folder, held))
 
 
@@ -104,7 +156,8 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
 
 def _this_process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "began": _began(os.getpid()), "host": platform.node()}
+    pid = os.getpid()
+    return {"pid": pid, "began": _began(pid), "host": platform.node(), "touched": True}
 
 
 def _began(pid: int) -> float | None:
