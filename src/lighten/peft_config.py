@@ -26,7 +26,8 @@ NARROWED = ("exclude_modules", "layers_pattern", "layers_to_transform")
 # Initial weights that PEFT takes out of the base's own.
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_TOKENIZER = ["tokenizer*", "*tokens*.json", "vocab.*", "merges.txt", "chat_template.jinja"]
+# Files of a tokenizer beside an adapter.
+TOKENIZER = ["tokenizer*", "*tokens*.json", "vocab.*", "merges.txt", "chat_template.jinja"]
 # What `peft.LoraConfig` takes for what a file leaves out.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
 FACTOR = re.compile(
@@ -93,7 +94,7 @@ def from_hub(name: str) -> Path:
 
     missing = f"the adapter {name} does not exist: no folder is there"
     with hub_errors.told(missing, "nothing of that name"):
-        folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *_TOKENIZER]))
+        folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *TOKENIZER]))
     if absent := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
         raise UserError(f"the hub's {name} is not an adapter in safetensors: it has no {absent[0]}")
     return folder

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from lighten import data, models
 from lighten.errors import UserError
@@ -18,7 +20,7 @@ from lighten.machine.hardware import cache_folder
 from lighten.models import configuration, gguf
 from lighten.models.load import checksum, locate, tokenizer_in, weight_files
 from lighten.models.same import names_another
-from lighten.peft_config import CONFIG, WEIGHTS, read_config
+from lighten.peft_config import CONFIG, TOKENIZER, WEIGHTS, read_config
 from lighten.quantization.export_card import MANIFEST
 from lighten.quantization.gguf_adapter import write_gguf_adapter
 from lighten.quantization.gguf_source import read_json
@@ -46,19 +48,17 @@ class Model:
         asking: How it is asked.
         adapter: Which adapter it is; None: the base.
         created: Unix time at which it was named.
-        path: Where it lies, as it was given.
     """
 
     name: str
     asking: Asking
     adapter: Adapter | None
     created: int
-    path: str
 
 
 @dataclass
 class Base:
-    """The base: where it lies, and how it is asked."""
+    """The base: where it lies, how it is asked, and the tokenizers of its adapters in use."""
 
     name: str
     folder: Path
@@ -67,6 +67,7 @@ class Base:
     gguf: Path | None  # where it is a GGUF file itself
     checksum: str | None = None
     declared: Any = None
+    tokenizers: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary)
 
     def contents(self) -> str:
         """SHA-256 over all that its conversion reads."""
@@ -157,24 +158,39 @@ def open_adapter(name: str, folder: Path, base: Base) -> Model:
             "%s: %s names %s as its base, and %s is served: over another model's weights it "
             "answers wrongly, without any error", folder, CONFIG, recorded, base.name,
         )  # fmt: skip
-    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = (
-        tokenizer_in(folder, str(folder)) if has_tokenizer else models.load_tokenizer(base.name)
-    )
+    if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+        tokenizer, template = _tokenizer(folder, base), None
+    else:
+        tokenizer = copy.copy(base.asking.tokenizer)  # which shares all but the template
+        own = folder / _TEMPLATE
+        template = str(own) if own.is_file() else template
     if len(tokenizer) > base.config.get_text_config().vocab_size:
         raise UserError(
             f"{folder} has a tokenizer of {len(tokenizer):,} tokens and the base "
             f"{base.config.get_text_config().vocab_size:,}: tokens were added, which cannot be "
             f"served unmerged; merge it first: {_merge(folder)}"
         )
-    own = folder / _TEMPLATE  # a tokenizer brings its own along
-    if not has_tokenizer and own.is_file():
-        template = str(own)
-    if has_tokenizer and template is None and tokenizer.chat_template is None:
-        tokenizer.chat_template = base.asking.tokenizer.chat_template
     declared = _declared(folder, None) or base.declared
-    how_asked = asking(tokenizer, None if has_tokenizer else template, declared, handling, learnt)
-    return Model(name, how_asked, Adapter(key, folder), now(), str(folder))
+    how_asked = asking(tokenizer, template, declared, handling, learnt)
+    return Model(name, how_asked, Adapter(key, folder), now())
+
+
+def _tokenizer(folder: Path, base: Base) -> Any:
+    """The tokenizer beside an adapter, one object for all that have the same.
+
+    It takes tens of megabytes and half a second, and adapters come in hundreds.
+    """
+    digest = hashlib.sha256()
+    files = {file for kind in TOKENIZER for file in folder.glob(kind) if file.is_file()}
+    for file in sorted(files):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    key = digest.hexdigest()
+    tokenizer = base.tokenizers.get(key)
+    if tokenizer is None:
+        tokenizer = base.tokenizers[key] = tokenizer_in(folder, str(folder))
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = base.asking.tokenizer.chat_template
+    return tokenizer
 
 
 def resolve(paths: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:

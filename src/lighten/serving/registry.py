@@ -31,7 +31,7 @@ class Registry:
     def __init__(self, base: Base, name: str, *, root: Path | None, most: int) -> None:
         self.base, self.name, self._most = base, name, most
         self._root = None if root is None else root.resolve()
-        first = Model(name, base.asking, None, adapters.now(), str(base.folder))
+        first = Model(name, base.asking, None, adapters.now())
         self.models: dict[str, Model] = {name: first}
         self._changing = asyncio.Lock()
         # Models as long as somebody holds one: a request that was taken under a name is answered
