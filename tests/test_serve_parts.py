@@ -28,6 +28,7 @@ from lighten.serving import adapters
 from lighten.serving.engine import Adapter
 from lighten.serving.stopping import StopTexts
 from lighten.serving.texts import Texts
+from tests.conftest import HUB_COMMIT
 from tests.serving import save_adapter, save_adapters
 from tests.tiny import CHATML, save_tiny, tiny_tokenizer
 
@@ -134,6 +135,56 @@ def test_an_adapter_that_names_another_base_is_served_with_a_warning(
         (adapter / CONFIG).write_text(json.dumps(named))
         assert adapters.open_adapter("it", adapter, base).name == "it"
         assert (f"names {recorded} as its base" in caplog.text) == warned
+
+
+def test_adapters_with_the_same_tokenizer_share_it(tiny_folder: Path, tmp_path: Path) -> None:
+    """Hundreds of them take the memory of one; a template of its own is an adapter's alone."""
+    base = adapters.open_base(str(tiny_folder))
+    plain = save_adapter(tiny_folder, tmp_path / "plain", seed=1)
+    folders = {name: Path(shutil.copytree(plain, tmp_path / name)) for name in ("a", "b", "c", "d")}
+    for name in ("a", "b", "c"):
+        models.load_tokenizer(str(tiny_folder)).save_pretrained(folders[name])
+    for name in ("c", "d"):
+        (folders[name] / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    opened = {
+        name: adapters.open_adapter(name, folder, base)
+        for name, folder in {**folders, "plain": plain}.items()
+    }
+    tokenizers = {name: model.asking.tokenizer for name, model in opened.items()}
+    assert tokenizers["a"] is tokenizers["b"]
+    core = base.asking.tokenizer.backend_tokenizer
+    assert tokenizers["d"].backend_tokenizer is tokenizers["plain"].backend_tokenizer is core
+    templates = {name: tokenizer.chat_template for name, tokenizer in tokenizers.items()}
+    assert templates["c"] == templates["d"] != templates["plain"]
+    assert templates["a"] == templates["plain"] == base.asking.tokenizer.chat_template
+    del opened, tokenizers
+    assert not base.tokenizers
+
+
+def test_an_adapter_takes_the_tokenizer_of_the_revision_that_is_served(
+    hub_model: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Here the only one that is on this machine."""
+    (tmp_path / "hub" / "models--someone--tiny" / "refs" / "main").unlink()
+    base = adapters.open_base(hub_model, revision=HUB_COMMIT)
+    folder = save_adapter(tiny_folder, tmp_path / "adapter", seed=1)
+    asked = adapters.open_adapter("it", folder, base).asking
+    assert asked.text("the user") == base.asking.text("the user")
+
+
+def test_an_adapter_of_the_hub_is_given_by_its_id(
+    hub_model: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    repository = tmp_path / "hub" / "models--someone--helper"
+    snapshot = repository / "snapshots" / HUB_COMMIT
+    save_adapter(tiny_folder, snapshot, seed=1)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(HUB_COMMIT)
+    assert adapters.resolve(["someone/helper"]) == {"helper": snapshot}
+    assert adapters.resolve(["sql=someone/helper"]) == {"sql": snapshot}
+    for name in ("someone/nothing", hub_model):
+        with pytest.raises(UserError, match=name):
+            adapters.resolve([name])
 
 
 def test_stop_texts_across_pieces() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import pytest
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+from lighten.peft_config import CONFIG
 from lighten.serving.answering import Front
+from lighten.serving.engine import Adapter
 from lighten.serving.front import application
 from lighten.serving.options import Options
-from lighten.serving.running import prepare
+from lighten.serving.requests import Refused
+from lighten.serving.running import open_served, prepare
 from tests.processes import run_async
 from tests.serving import save_adapter, save_adapters
 
@@ -58,6 +62,41 @@ def test_memory_of_an_adapter_is_given_back_with_its_last_answer(
         await engine.stop()
 
     run_async(held_after_answers())
+
+
+class Taking:
+    """An engine that takes whatever it is given."""
+
+    async def set_adapters(self, adapters: list[Adapter]) -> None:
+        self.adapters = adapters
+
+
+def test_a_folder_of_one_adapter_is_that_adapter(tiny_folder: Path, tmp_path: Path) -> None:
+    """As a run is; one that lies elsewhere is refused however it is reached."""
+    inside = save_adapters(tiny_folder, tmp_path) / "inside"
+    for group, names in (("single", ["one"]), ("pair", ["one", "two"]), ("astray", [])):
+        (inside / group).mkdir()
+        for name in names:
+            shutil.copytree(inside / name, inside / group / name)
+    (inside / "astray" / "outside").symlink_to(tmp_path / "outside")
+    registry, _ = open_served(str(tiny_folder), Options(adapter_dir=inside))
+    engine: Any = Taking()
+
+    async def refused(path: str) -> tuple[int, str]:
+        with pytest.raises(Refused) as caught:
+            await registry.load("it", path, engine)
+        return caught.value.status, caught.value.message
+
+    async def load() -> None:
+        assert await registry.load("it", "single", engine) == "it is loaded"
+        assert [adapter.folder for adapter in engine.adapters] == [inside / "single" / "one"]
+        status, message = await refused("pair")
+        assert (status, "one, two" in message) == (400, True)
+        assert (await refused("astray"))[0] == 403
+        (inside / "astray" / "outside").unlink()
+        assert await refused("astray") == (400, f"{inside / 'astray'} holds no adapter ({CONFIG})")
+
+    run_async(load())
 
 
 def refused_as(**fields: Any) -> dict[str, Any]:

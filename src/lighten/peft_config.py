@@ -60,6 +60,11 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def may_be_on_hub(name: str) -> bool:
+    """Whether a name is written as the hub's ids are, and not as a path."""
+    return name.count("/") == 1 and not name.startswith((".", "~", "/"))
+
+
 def on_hub(name: str) -> Path | None:
     """The folder of an adapter that the hub has under an id; None of a model, or of nothing.
 
@@ -71,7 +76,7 @@ def on_hub(name: str) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+    if not may_be_on_hub(name):
         return None
     for file in ("config.json", CONFIG):
         try:

@@ -12,6 +12,7 @@ from lighten.peft_config import (
     CONFIG,
     WEIGHTS,
     from_hub,
+    may_be_on_hub,
     more_than_low_rank,
     needs_peft,
     read_config,
@@ -126,7 +127,7 @@ def find(name: str) -> Path:
     if exists(folder / CONFIG):
         return folder
     if not exists(folder):
-        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        if not may_be_on_hub(name):
             raise UserError(f"{START}: {name} does not exist; give the folder of an adapter")
         try:
             return from_hub(name)

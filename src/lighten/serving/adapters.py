@@ -20,7 +20,7 @@ from lighten.machine.hardware import cache_folder
 from lighten.models import configuration, gguf
 from lighten.models.load import checksum, locate, tokenizer_in, weight_files
 from lighten.models.same import names_another
-from lighten.peft_config import CONFIG, TOKENIZER, WEIGHTS, read_config
+from lighten.peft_config import CONFIG, TOKENIZER, WEIGHTS, from_hub, may_be_on_hub, read_config
 from lighten.quantization.export_card import MANIFEST
 from lighten.quantization.gguf_adapter import write_gguf_adapter
 from lighten.quantization.gguf_source import read_json
@@ -197,8 +197,8 @@ def resolve(paths: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:
     """Folders of adapters by name from what a user gives.
 
     Args:
-        paths: `name=path`, or paths alone: a path is an adapter's folder, a run, or a folder of
-            adapters.
+        paths: `name=path`, or paths alone: a path is an adapter's folder, a run, a folder of
+            adapters, or an adapter's id on the hub.
 
     Raises:
         UserError: No adapter there, or two of one name.
@@ -206,7 +206,7 @@ def resolve(paths: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:
     pairs = paths.items() if isinstance(paths, Mapping) else [_pair(word) for word in paths]
     folders: dict[str, Path] = {}
     for name, path in pairs:
-        for key, folder in _below(name, Path(path).expanduser()).items():
+        for key, folder in _below(name, path).items():
             if key in folders:
                 raise UserError(
                     f"two adapters are called {key!r}: {folders[key]} and {folder}; name them: "
@@ -221,8 +221,9 @@ def _pair(word: str) -> tuple[str | None, str]:
     return (name, path) if equals and not Path(word).exists() else (None, word)
 
 
-def _below(name: str | None, path: Path) -> dict[str, Path]:
-    """The adapters at a path."""
+def _below(name: str | None, given: str) -> dict[str, Path]:
+    """The adapters at a path, or the one of the hub."""
+    path = Path(given).expanduser()
     if (path / CONFIG).is_file():
         return {name or path.resolve().name: path}
     run = run_of(str(path))
@@ -232,6 +233,8 @@ def _below(name: str | None, path: Path) -> dict[str, Path]:
             raise UserError(f"{path} trained a whole model, no adapter: lighten serve {path}")
     elif path.is_dir():
         folders = {config.parent.name: config.parent for config in sorted(path.glob(f"*/{CONFIG}"))}
+    elif may_be_on_hub(given):
+        folders = {given.rpartition("/")[2]: from_hub(given)}
     else:
         raise UserError(f"{path} does not exist; give an adapter's folder, a run, or NAME=PATH")
     if not folders:

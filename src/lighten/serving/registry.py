@@ -94,7 +94,7 @@ class Registry:
             self._require_free(name)
         except UserError as error:
             raise Refused(400, str(error), "lora_name") from error
-        folder = self._inside(path)
+        folder = self._adapter_inside(path)
         async with self._changing:
             previous = self.models.get(name)
             if previous is None and len(self.models) > self._most:
@@ -160,6 +160,19 @@ class Registry:
         self._settling.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("an adapter that nothing takes any more stays in memory: %s", error)
+
+    def _adapter_inside(self, path: str) -> Path:
+        """The folder of the one adapter at a path below the root: its own, or a run's."""
+        try:
+            folders = adapters.resolve([str(self._inside(path))])
+        except UserError as error:
+            raise Refused(400, str(error), "lora_path") from error
+        if len(folders) > 1:
+            names = ", ".join(list(folders)[:20])
+            raise Refused(400, f"{path[:200]!r} holds {len(folders)} adapters; give the folder of "
+                          f"one: {names}", "lora_path")  # fmt: skip
+        (folder,) = folders.values()
+        return self._inside(str(folder))
 
     def _inside(self, path: str) -> Path:
         """A folder below the root, links followed."""
