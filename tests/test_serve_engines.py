@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+from lighten import models
 from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.machine.hardware import Gpu
@@ -23,9 +25,9 @@ from lighten.serving.adapters import open_base
 from lighten.serving.engine import Adapter
 from lighten.serving.engines import base_as_gguf, choose_engine, choose_here
 from lighten.serving.options import Options
-from lighten.serving.running import open_served
+from lighten.serving.running import open_served, prepare
 from tests.serving import save_adapter
-from tests.tiny import VOCAB
+from tests.tiny import VOCAB, save_tiny
 
 T4 = Gpu("NVIDIA T4", 16 * 10**9, "7.5")
 PASCAL = Gpu("NVIDIA P100", 16 * 10**9, "6.0")
@@ -54,7 +56,9 @@ def test_a_base_that_is_quantised_has_ours(tmp_path: Path, tiny_folder: Path) ->
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     base = open_base(str(folder))
-    chosen = choose_here(Options(), [], base.config, gguf=False)
+    chosen = choose_here(
+        Options(), [], base.config, gguf=False, shape=lambda: models.skeleton(str(folder))
+    )
     assert (chosen.value, "quantised already" in chosen.reason) == ("lighten", True)
     with pytest.raises(UserError, match="--engine lighten"):
         base_as_gguf(base, "q8_0")
@@ -102,11 +106,39 @@ def test_an_adapted_head_that_is_the_word_embeddings_has_ours(
     assert choose_engine(Options(), adapters[:1], tied=True).value == "llamacpp"
 
 
+@pytest.mark.parametrize(
+    ("arch", "changes", "reason"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
+                                       "rope_theta": 10000.0}}, "rotary"),
+        ("gptj", {}, "takes no logits_to_keep"),
+    ],
+)  # fmt: skip
+def test_a_base_that_ours_does_not_take_has_llama_cpp(
+    arch: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """However many adapters there are; where ours is wanted that is said before it is loaded."""
+    base = save_tiny(tmp_path / "base", arch, **changes)
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(base, tmp_path / "adapters" / name, seed=seed)
+    registry, _ = open_served(str(base), Options(adapters=[str(tmp_path / "adapters")]))
+    chosen = choose_here(
+        Options(), registry.adapters, registry.base.config, gguf=False,
+        shape=lambda: models.skeleton(str(base)),
+    )  # fmt: skip
+    assert chosen.value == "llamacpp"
+    assert reason in chosen.reason
+    with pytest.raises(UserError, match=f"{reason}.*--engine llamacpp"):
+        prepare(str(base), Options(engine="lighten"), lambda _: None)
+
+
 def test_what_is_wanted_is_taken(adapters: list[Adapter]) -> None:
     for engine in ("llamacpp", "lighten", "vllm"):
         chosen = choose_engine(Options(engine=engine), adapters, gpu=T4, program=VLLM)
         assert chosen.value == engine
-    for options in (Options(storage="f16"), Options(engine_flags={"n_batch": 512})):
+    for options in (
+        Options(storage="f16"), Options(engine_flags={"n_batch": 512}), Options(gpu_layers=20)
+    ):  # fmt: skip
         assert choose_engine(options, adapters, gpu=T4, program=VLLM).value == "llamacpp"
 
 
@@ -118,7 +150,10 @@ def test_it_is_looked_for_where_it_is_installed(
     assert context == 256
 
     def chosen() -> str:
-        return choose_here(Options(), registry.adapters, registry.base.config, gguf=False).value
+        return choose_here(
+            Options(), registry.adapters, registry.base.config, gguf=False,
+            shape=lambda: models.skeleton(str(tiny_folder)),
+        ).value  # fmt: skip
 
     monkeypatch.setattr(hardware, "chosen_gpu", lambda: T4)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -79,6 +79,7 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     refused("positions", context=10_000)
     refused("storage", storage="q3")
     refused("engine", engine="nothing")
+    refused("gpu-layers is for --engine llamacpp", engine="lighten", gpu_layers=4)
     other_base = save_tiny(tmp_path / "other", "phi3")
     alien = save_adapter(other_base, tmp_path / "alien", seed=1)
     refused("alien.*(base|model)", adapters=[str(alien)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,9 +38,6 @@ def open_engine(
     model = base.model
     if base.feed is not None:
         raise UserError("the base's layers are read from disk as they are needed")
-    taken = inspect.signature(model.forward).parameters
-    if missing := [name for name in ("position_ids", "logits_to_keep") if name not in taken]:
-        raise UserError(f"{type(model).__name__} takes no {missing[0]}")
     attention.require_plain(model)
     paths = linear_paths(model)
     for folder in adapters.values():

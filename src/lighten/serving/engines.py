@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from lighten import models
 from lighten.errors import UserError
+from lighten.generation.attention import require_plain
 from lighten.machine import hardware
 from lighten.machine.hardware import Choice, Gpu, cache_folder
 from lighten.peft_config import FACTOR, WEIGHTS, tensor_shapes
 from lighten.serving import adapters, vllm
 from lighten.serving.adapters import Base
 from lighten.serving.engine import Adapter, Engine
-from lighten.serving.options import STORAGE, STORED, STORED_BY_VLLM, Options
+from lighten.serving.options import ALL_LAYERS, STORAGE, STORED, STORED_BY_VLLM, Options
 from lighten.serving.registry import Registry
 
 # Of a GPU; older ones vLLM does not compute on (its documentation, "GPU: requirements").
@@ -28,6 +32,7 @@ def choose_engine(
     gguf: bool = False,
     tied: bool = False,
     quantized: bool = False,
+    obstacle_of_ours: Callable[[], str | None] = lambda: None,
     gpu: Gpu | None = None,
     program: str | None = None,
 ) -> Choice:
@@ -42,12 +47,13 @@ def choose_engine(
         gguf: Whether the base is a GGUF file.
         tied: Whether the base shares its head with its word embeddings.
         quantized: Whether the base is stored in a quantised format of transformers'.
+        obstacle_of_ours: Says why ours does not take the base; None: it does.
         gpu: The one that is computed on; None: the processor is.
         program: vLLM's command; None: it is not installed.
     """
     if options.engine != "auto":
         return Choice(options.engine, "as wanted")
-    if options.engine_flags or options.storage != STORAGE:
+    if options.engine_flags or options.storage != STORAGE or options.gpu_layers != ALL_LAYERS:
         return Choice("llamacpp", "whose settings were given")
     without_vllm = ""
     if gpu is not None:
@@ -66,6 +72,8 @@ def choose_engine(
         )
     if len(adapters) < 2:
         return Choice("llamacpp", f"the embedded one, which takes the least memory{without_vllm}")
+    if (obstacle := obstacle_of_ours()) is not None:
+        return Choice("llamacpp", f"since ours does not take this base: {obstacle}{without_vllm}")
     return Choice(
         "lighten",
         f"which computes the tokens of all {len(adapters)} adapters together{without_vllm}",
@@ -99,8 +107,9 @@ def _changes_head(folder: Path) -> bool:
 
 
 def choose_here(
-    options: Options, adapters: Sequence[Adapter], config: Any, *, gguf: bool
-) -> Choice:
+    options: Options, adapters: Sequence[Adapter], config: Any, *, gguf: bool,
+    shape: Callable[[], PreTrainedModel],
+) -> Choice:  # fmt: skip
     """Which engine answers on this machine, and why.
 
     Args:
@@ -108,6 +117,7 @@ def choose_here(
         adapters: Served from the start.
         config: Of the base.
         gguf: Whether the base is a GGUF file.
+        shape: Makes the base, of whose weights it needs no numbers.
 
     Raises:
         UserError: `LIGHTEN_VLLM` or `LIGHTEN_DEVICE` names what is not there.
@@ -116,7 +126,16 @@ def choose_here(
     return choose_engine(
         options, adapters, gguf=gguf, tied=bool(getattr(config, "tie_word_embeddings", False)),
         quantized=_is_quantized(config), gpu=gpu, program=None if gpu is None else vllm.installed(),
+        obstacle_of_ours=lambda: _obstacle_of_ours(shape()),
     )  # fmt: skip
+
+
+def _obstacle_of_ours(model: PreTrainedModel) -> str | None:
+    try:
+        require_plain(model)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _is_quantized(config: Any) -> bool:
@@ -146,6 +165,9 @@ def _cohort(
 ) -> Engine:
     from lighten.serving.cohort import CohortEngine
 
+    shape = models.skeleton(registry.base.name, revision=options.revision)
+    if (obstacle := _obstacle_of_ours(shape)) is not None:
+        raise UserError(f"our engine does not take this base: {obstacle}; use --engine llamacpp")
     log("base: transformers' model in this process")
     return CohortEngine(
         registry.base.name, context=context, slots=options.slots, revision=options.revision,

@@ -17,6 +17,7 @@ STORAGE = STORAGES[0]  # unless another is asked for; ours has the processor's o
 STORED = {"f32": "float32", "bf16": "bfloat16"}  # what our engine holds a base as
 _CONTEXT = 4096  # of a server whose user names none, where the base has so many positions
 _LAST_PORT = 65535
+ALL_LAYERS = -1  # on a GPU
 STORED_BY_VLLM = {**STORED, "f16": "float16"}
 
 
@@ -54,7 +55,7 @@ class Options:
     context: int | None = None
     slots: int = 8
     threads: int | None = None
-    gpu_layers: int = -1
+    gpu_layers: int = ALL_LAYERS
     adapter_dir: Path | None = None
     most_adapters: int = 64
     api_keys: tuple[str, ...] = ()
@@ -85,6 +86,8 @@ def require_valid(options: Options) -> None:
             f"--storage {options.storage} is for --engine llamacpp; vLLM holds a base as "
             f"{', '.join(STORED_BY_VLLM)}, or as its configuration says"
         )
+    if options.engine in ("lighten", "vllm") and options.gpu_layers != ALL_LAYERS:
+        raise UserError(f"--gpu-layers is for --engine llamacpp, not for {options.engine}")
     if options.storage not in STORAGES:
         raise UserError(f"--storage {options.storage} is not known; use {', '.join(STORAGES)}")
     if not is_loopback(options.host) and not options.api_keys:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from lighten import models
 from lighten.errors import require_package
 from lighten.serving import adapters, address
 from lighten.serving.answering import Front, Limits
@@ -123,8 +124,9 @@ def prepare(name: str, options: Options, log: Callable[[str], None]) -> tuple[Re
     """
     registry, context = open_served(name, options)
     chosen = choose_here(
-        options, registry.adapters, registry.base.config, gguf=registry.base.gguf is not None
-    )
+        options, registry.adapters, registry.base.config, gguf=registry.base.gguf is not None,
+        shape=lambda: models.skeleton(registry.base.name, revision=options.revision),
+    )  # fmt: skip
     engine = engine_of(chosen.value, registry, options, context, log)
     log(
         f"engine: {chosen.value}, {chosen.reason}; {counted(options.slots, 'answer')} at once, "

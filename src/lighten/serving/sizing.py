@@ -91,7 +91,7 @@ def sizes(name: str, options: Options) -> Sizes:
     source, path = locate(name, revision=options.revision, weights=False)
     shape = models.skeleton(name, revision=options.revision)
     served = [Adapter(key, folder) for key, folder in adapters.resolve(options.adapters).items()]
-    engine = choose_here(options, served, shape.config, gguf=source == "gguf")
+    engine = choose_here(options, served, shape.config, gguf=source == "gguf", shape=lambda: shape)
     factors = [factor for adapter in served for factor in _factors(adapter.folder)]
     rank = max((ranks for _, ranks, _ in factors), default=0)
     numbers = sum(ranks * columns for _, ranks, columns in factors)
