@@ -135,6 +135,12 @@ def test_what_cannot_be_served_is_not_planned(tiny_folder: Path, tmp_path: Path)
         lighten.api.plan_server(str(tiny_folder), context=10_000)
     with pytest.raises(UserError, match="storage"):
         lighten.api.plan_server(str(tiny_folder), storage="q3")
+    for name in ("one", "two"):
+        save_adapter(tiny_folder, tmp_path / "many" / name, seed=1)
+    with pytest.raises(UserError, match="2 adapters are more than --max-cpu-loras 1"):
+        lighten.api.plan_server(
+            str(tiny_folder), adapters=[str(tmp_path / "many")], most_adapters=1
+        )
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"adapter_model.safetensors cannot be read"):

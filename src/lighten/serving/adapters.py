@@ -193,15 +193,16 @@ def _tokenizer(folder: Path, base: Base) -> Any:
     return tokenizer
 
 
-def resolve(paths: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:
+def resolve(paths: Mapping[str, str] | Iterable[str], most: int | None = None) -> dict[str, Path]:
     """Folders of adapters by name from what a user gives.
 
     Args:
         paths: `name=path`, or paths alone: a path is an adapter's folder, a run, a folder of
             adapters, or an adapter's id on the hub.
+        most: Adapters at most; None: any number.
 
     Raises:
-        UserError: No adapter there, or two of one name.
+        UserError: No adapter there, two of one name, or too many.
     """
     pairs = paths.items() if isinstance(paths, Mapping) else [_pair(word) for word in paths]
     folders: dict[str, Path] = {}
@@ -213,6 +214,8 @@ def resolve(paths: Mapping[str, str] | Iterable[str]) -> dict[str, Path]:
                     f"--adapters first={folders[key]} second={folder}"
                 )
             folders[key] = folder
+    if most is not None and len(folders) > most:
+        raise UserError(f"{len(folders)} adapters are more than --max-cpu-loras {most}")
     return folders
 
 

@@ -41,8 +41,6 @@ class Registry:
 
     def open(self, folders: Mapping[str, Path]) -> None:
         """Take the adapters that are there from the start."""
-        if len(folders) > self._most:
-            raise UserError(f"{len(folders)} adapters are more than --max-cpu-loras {self._most}")
         for name, folder in folders.items():
             self._require_free(name)
             self.models[name] = adapters.open_adapter(name, folder, self.base)

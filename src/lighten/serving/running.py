@@ -144,7 +144,7 @@ def open_served(name: str, options: Options) -> tuple[Registry, int]:
     base = adapters.open_base(name, revision=options.revision)
     called = options.served_name or name
     registry = Registry(base, called, root=options.adapter_dir, most=options.most_adapters)
-    registry.open(adapters.resolve(options.adapters))
+    registry.open(adapters.resolve(options.adapters, options.most_adapters))
     return registry, context_of(options, base.config, name)
 
 

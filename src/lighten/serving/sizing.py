@@ -28,6 +28,7 @@ from lighten.serving.options import (
     context_of,
     require_valid,
 )
+from lighten.wording import counted
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -67,10 +68,11 @@ class Sizes:
 
     def sentence(self) -> str:
         """What is planned for, in words."""
+        rank = f" of rank {self.rank} at most" if self.adapters else ""
         return (
             f"engine: {self.engine.value}, {self.engine.reason}; the base as {self.storage}; "
-            f"{self.adapters} adapters{f' of rank {self.rank} at most' if self.adapters else ''}; "
-            f"{self.slots} answers at once, each of {self.context} tokens with its prompt"
+            f"{counted(self.adapters, 'adapter')}{rank}; {counted(self.slots, 'answer')} at once, "
+            f"each of {self.context} tokens with its prompt"
         )
 
 
@@ -90,7 +92,8 @@ def sizes(name: str, options: Options) -> Sizes:
         name = str(run.model())
     source, path = locate(name, revision=options.revision, weights=False)
     shape = models.skeleton(name, revision=options.revision)
-    served = [Adapter(key, folder) for key, folder in adapters.resolve(options.adapters).items()]
+    folders = adapters.resolve(options.adapters, options.most_adapters)
+    served = [Adapter(key, folder) for key, folder in folders.items()]
     engine = choose_here(options, served, shape.config, gguf=source == "gguf", shape=lambda: shape)
     factors = [factor for adapter in served for factor in _factors(adapter.folder)]
     rank = max((ranks for _, ranks, _ in factors), default=0)
