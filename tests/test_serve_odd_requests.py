@@ -204,6 +204,46 @@ def test_what_a_template_does_not_write_is_told(
     assert answer.json()["error"]["message"] == message
 
 
+def chat(client: httpx.Client, **changes: Any) -> httpx.Response:
+    messages = [{"role": "user", "content": "the answer"}]
+    body = {"model": "base", "messages": messages, "max_tokens": 2, **changes}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def test_a_client_chooses_whether_an_answer_begins_with_a_thought(
+    client: httpx.Client, folder: Path
+) -> None:
+    """By vLLM's name for it; what else a template may know is not applied."""
+    own = changed(folder / "good", folder / "thinking")
+    (own / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{% if enable_thinking %} the user{% endif %}"
+    )
+    client.post(
+        "/v1/load_lora_adapter", json={"lora_name": "thinking", "lora_path": "thinking"},
+        headers={"Authorization": f"Bearer {ADMIN}"},
+    )  # fmt: skip
+    shutil.rmtree(own)
+
+    def tokens(**options: Any) -> int:
+        answer = chat(client, model="thinking", **options)
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["usage"]["prompt_tokens"])
+
+    plain = tokens()
+    assert tokens(chat_template_kwargs={"enable_thinking": False}) == plain
+    assert tokens(chat_template_kwargs={"enable_thinking": True}) > plain
+    assert tokens(chat_template_kwargs=None) == tokens(chat_template_kwargs={}) == plain
+    refused = chat(client, chat_template_kwargs={"reasoning": 1})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "chat_template_kwargs.reasoning"
+
+
+def test_a_system_message_may_be_all_that_is_said(client: httpx.Client) -> None:
+    assert chat(client, messages=[{"role": "system", "content": "the answer"}]).status_code == 200
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the"}]
+    assert chat(client, messages=begun).json()["error"]["param"] == "messages"
+
+
 def test_ends_of_answers_that_are_no_tokens_are_refused(
     folder: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -265,7 +265,7 @@ async def _chat(request: Request, front: Front) -> Reply:
         # Thoughts in an assistant's messages may be left out; other messages are not.
         texts = [message.content for message in messages if message.role != "assistant"]
         require_texts_fit(texts, "messages", context, model.asking.text)
-        return model.asking.conversation(messages)
+        return model.asking.conversation(messages, chat_request.thinking)
 
     long = sum(len(message.content) for message in messages) > _LONG_TEXT
     try:

@@ -29,14 +29,19 @@ class Asking:
     stop_ids: frozenset[int]
     shown: tuple[str, ...]
 
-    def conversation(self, messages: Sequence[Message]) -> list[int]:
+    def conversation(self, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
         """Token ids of a conversation up to the answer (traps 9 and 18).
+
+        Args:
+            messages: The conversation.
+            thinking: Whether the answer begins with a thought; None: as those of the training did.
 
         Raises:
             UserError: The chat template refuses it.
         """
+        thinks = self.learnt.thinks if thinking is None else thinking
         return data.question_ids(
-            messages, self.tokenizer, self.handling, self.learnt, thinking=self.learnt.thinks
+            messages, self.tokenizer, self.handling, self.learnt, thinking=thinks
         )
 
     def ends(self, stops: Iterable[str]) -> frozenset[int]:

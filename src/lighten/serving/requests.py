@@ -211,6 +211,11 @@ class _Turn(BaseModel):
         return Message("system" if self.role == "developer" else self.role, str(text or ""))
 
 
+class _TemplateOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    enable_thinking: StrictBool | None = None
+
+
 class ChatRequest(_Common):
     """The body of `/v1/chat/completions`."""
 
@@ -218,6 +223,7 @@ class ChatRequest(_Common):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    chat_template_kwargs: _TemplateOptions | None = None  # vLLM's
 
     @property
     def most_tokens(self) -> int | None:
@@ -237,10 +243,16 @@ class ChatRequest(_Common):
             return None
         return self.top_logprobs or 0
 
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the answer begins with a thought; None: as the model's do."""
+        options = self.chat_template_kwargs
+        return None if options is None else options.enable_thinking
+
     def conversation(self) -> list[Message]:
-        """The messages; the last one is a user's."""
+        """The messages; the last one is no assistant's."""
         messages = [turn.message(place) for place, turn in enumerate(self.messages)]
-        if messages[-1].role != "user":
+        if messages[-1].role == "assistant":
             raise Refused(400, "messages: the last one has to be the user's; going on with an "
                           "assistant's is not applied by this server", "messages")  # fmt: skip
         return messages
