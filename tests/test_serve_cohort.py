@@ -462,6 +462,21 @@ def test_memory_of_replaced_adapters_is_given_back(engine: Engine, tmp_path: Pat
     assert {len(group.updates) for group in groups} == {2}
 
 
+def test_an_adapter_that_memory_has_no_room_for_leaves_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's memory would stay taken by one that nothing names."""
+
+    def full(*_: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine._each_group[-1], "add", full)
+    with pytest.raises(UserError, match="no memory for the adapter"):
+        engine.load_adapter("more", tmp_path / "b")
+    assert {len(group.updates) for group in engine._each_group} == {2}
+    assert "more" not in engine.adapters
+
+
 def test_an_answer_ends_where_it_must(engine: Engine) -> None:
     answer = finished(ask(engine, PROMPTS[3], "a", count=100))
     assert (answer.how, len(answer.tokens)) == ("length", 48 - len(PROMPTS[3]))

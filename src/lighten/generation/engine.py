@@ -183,7 +183,7 @@ class Engine:
         """Take an adapter in, in place of one of the same name: answers under way end with that.
 
         Raises:
-            UserError: It cannot be served unmerged, or is of another base.
+            UserError: It cannot be served unmerged, is of another base, or finds no memory.
         """
         factors, saved = read_factors(folder, self._groups)
         for path, weight in saved.items():
@@ -199,7 +199,15 @@ class Engine:
                 )
         adapter = LoadedAdapter(name)
         device = self._model.device
-        adapter.size_bytes = sum(group.add(adapter, factors, device) for group in self._each_group)
+        try:
+            for group in self._each_group:
+                adapter.size_bytes += group.add(adapter, factors, device)
+        except RuntimeError as error:  # PyTorch's, of a processor's memory and of a GPU's
+            for group in self._each_group:
+                group.forget(adapter)
+            raise UserError(
+                f"there is no memory for the adapter {folder}; unload another one first"
+            ) from error.with_traceback(None)
         self._call(lambda: self._adopt(adapter))
 
     def _weight_at(self, path: str, places: torch.Tensor) -> torch.Tensor:
