@@ -83,6 +83,14 @@ def test_a_stream_that_breaks_is_told(answer: Callable[[bytes, Any], bytes]) -> 
     assert url in out.getvalue() or "broke off" in out.getvalue()
 
 
+def test_events_of_a_stream_may_stand_close_to_their_name() -> None:
+    """The space after `data:` is a server's to leave out."""
+    stream = EVENT.replace(b"data: ", b"data:") + b"data:[DONE]\n\n"
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(stream)
+    with answering(lambda *_: head + stream) as url:
+        assert list(Remote(url).stream("it", [], Streamed())) == ["begun"]
+
+
 def test_a_load_ends_though_every_stream_breaks() -> None:
     with answering(broken_off) as url:
         outcomes: list[Any] = []

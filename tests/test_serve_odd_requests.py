@@ -204,6 +204,20 @@ def test_what_a_template_does_not_write_is_told(
     assert answer.json()["error"]["message"] == message
 
 
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [({"load_inplace": True, "lora_int_id": None}, 200), ({"load_inplace": False}, 400)],
+)
+def test_vllms_word_for_loading_anew_is_known(
+    client: httpx.Client, more: dict[str, Any], status: int
+) -> None:
+    answer = client.post(
+        "/v1/load_lora_adapter", json={"lora_name": "known", "lora_path": "good", **more},
+        headers={"Authorization": f"Bearer {ADMIN}"},
+    )  # fmt: skip
+    assert answer.status_code == status, answer.text
+
+
 def chat(client: httpx.Client, **changes: Any) -> httpx.Response:
     messages = [{"role": "user", "content": "the answer"}]
     body = {"model": "base", "messages": messages, "max_tokens": 2, **changes}

@@ -248,7 +248,10 @@ def _text_fields(body: Any, *names: str) -> list[str]:
     for name in names:
         if not isinstance(body, dict) or not isinstance(body.get(name), str) or not body[name]:
             raise Refused(400, f"{name} is missing", name)
-    if extra := sorted(body.keys() - {*names}):
+    given = {key for key, value in body.items() if value is not None}
+    if body.get("load_inplace") is True:  # vLLM's; a name that is loaded already always is
+        given.remove("load_inplace")
+    if extra := sorted(given - {*names}):
         raise Refused(400, f"{extra[0]} is not applied by this server; leave it out", extra[0])
     return [body[name] for name in names]
 

@@ -120,12 +120,12 @@ class Remote:
         with self._open("POST", "/v1/chat/completions", body) as response, self._telling():
             ended = False
             while line := response.readline():
-                if not line.startswith(b"data: "):
+                if not line.startswith(b"data:"):
                     continue
-                if line.strip() == b"data: [DONE]":
+                if (data := line[5:].strip()) == b"[DONE]":
                     ended = True
                     break
-                event = json.loads(line[6:])
+                event = json.loads(data)
                 if "error" in event:
                     raise ServerError(500, str(event["error"].get("message", event["error"])))
                 if usage := event.get("usage"):
