@@ -91,6 +91,24 @@ def test_events_of_a_stream_may_stand_close_to_their_name() -> None:
         assert list(Remote(url).stream("it", [], Streamed())) == ["begun"]
 
 
+@pytest.mark.parametrize("url", ["http://here:80a", "http://[::1", "ftp://here", "http://:80", ""])
+def test_an_address_that_is_none_is_told(url: str) -> None:
+    with pytest.raises(UserError, match="is no address of a server"):
+        Remote(url)
+
+
+def test_where_a_missing_key_belongs_is_told() -> None:
+    body = json.dumps({"error": {"message": "a key is missing"}}).encode()
+    head = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with (
+        answering(lambda *_: head + body) as url,
+        pytest.raises(UserError, match="LIGHTEN_API_KEY"),
+    ):
+        Remote(url).models()
+    with answering(lambda *_: head) as url, pytest.raises(UserError, match="broke off"):
+        Remote(url).models()
+
+
 def test_a_load_ends_though_every_stream_breaks() -> None:
     with answering(broken_off) as url:
         outcomes: list[Any] = []

@@ -60,8 +60,12 @@ class Remote:
     """
 
     def __init__(self, url: str, key: str | None = None, timeout_s: float = 600.0) -> None:
-        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
+            named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number, half of a bracket
+            named = False
+        if not named:
             raise UserError(f"{url!r} is no address of a server; write http://127.0.0.1:8000")
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._parts, self._timeout_s = parts, timeout_s
@@ -80,7 +84,8 @@ class Remote:
             listed = self.request("GET", "/v1/models")["data"]
             return {model["id"]: model.get("parent") for model in listed}
         except (ServerError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{self.url} does not list its models: {error}") from error
+            key = "; set LIGHTEN_API_KEY" if getattr(error, "status", 0) in (401, 403) else ""
+            raise UserError(f"{self.url} does not list its models: {error}{key}") from error
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON that a request is answered with.
@@ -170,8 +175,8 @@ class Remote:
             connection.close()
             raise ServerError(0, f"{self.url} does not answer: {error}") from error
         if response.status != 200:
-            error_body = response.read()
-            response.close()
+            with self._telling(), response:
+                error_body = response.read()
             raise ServerError(response.status, _message(error_body))
         return response
 
