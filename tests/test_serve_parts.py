@@ -26,6 +26,8 @@ from lighten.peft_config import CONFIG
 from lighten.quantization.gguf_adapter import write_gguf_adapter
 from lighten.serving import adapters
 from lighten.serving.engine import Adapter
+from lighten.serving.options import Options
+from lighten.serving.running import prepare
 from lighten.serving.stopping import StopTexts
 from lighten.serving.texts import Texts
 from tests.conftest import HUB_COMMIT
@@ -160,6 +162,30 @@ def test_adapters_with_the_same_tokenizer_share_it(tiny_folder: Path, tmp_path: 
     assert templates["a"] == templates["plain"] == base.asking.tokenizer.chat_template
     del opened, tokenizers
     assert not base.tokenizers
+
+
+def test_a_chat_template_is_the_bases_and_of_adapters_that_bring_none(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    base = adapters.open_base(str(tiny_folder), chat_template="plain")
+    folder = save_adapter(tiny_folder, tmp_path / "adapter", seed=1)
+    messages = [data.Message("user", "the answer")]
+    plain = base.asking.conversation(messages)
+    assert plain != adapters.open_base(str(tiny_folder)).asking.conversation(messages)
+    assert adapters.open_adapter("it", folder, base).asking.conversation(messages) == plain
+    models.load_tokenizer(str(tiny_folder)).save_pretrained(folder)
+    assert adapters.open_adapter("it", folder, base).asking.conversation(messages) != plain
+    with pytest.raises(UserError, match="chat_template"):
+        adapters.open_base(str(tiny_folder), chat_template="nowhere.jinja")
+
+
+def test_a_template_that_was_chosen_for_a_base_without_one_is_said(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", template=None)
+    lines: list[str] = []
+    prepare(str(base), Options(engine="lighten"), lines.append)
+    prepare(str(base), Options(engine="lighten", chat_template="plain"), lines.append)
+    told = [line for line in lines if line.startswith("chat template")]
+    assert told == ["chat template: chatml, the model has no chat template; it has chatml's tokens"]
 
 
 def test_an_adapter_takes_the_tokenizer_of_the_revision_that_is_served(

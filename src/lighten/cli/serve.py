@@ -59,6 +59,9 @@ def serve(
         bool, typer.Option(help="Compute beginnings that prompts of one adapter share once.")
     ] = True,
     revision: Annotated[str | None, typer.Option(help="Of a model of the hub.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Of the base: a .jinja file, alpaca, chatml or plain.")
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what memory it will take, and end.")
     ] = False,
@@ -73,7 +76,7 @@ def serve(
         "gpu_layers": gpu_layers, "adapter_dir": adapter_dir, "most_adapters": max_cpu_loras,
         "api_keys": api_key or (), "admin_keys": admin_key or (), "waiting": max_waiting,
         "engine_flags": _flags(engine_flag or []), "prefix_caching": prefix_caching,
-        "revision": revision,
+        "revision": revision, "chat_template": chat_template,
     }  # fmt: skip
     if plan:
         _plan(base, options)

@@ -79,16 +79,17 @@ class Base:
         return digest.hexdigest()
 
 
-def open_base(name: str, *, revision: str | None = None) -> Base:
+def open_base(name: str, *, revision: str | None = None, chat_template: str | None = None) -> Base:
     """Find a base and read all but its weights.
 
     Args:
         name: As for `lighten train`: a hub id, a folder, a GGUF file, a packaged model; or a run
             of full fine-tuning.
         revision: Of a hub id.
+        chat_template: As a recipe's; None: its own.
 
     Raises:
-        UserError: No such model, or no tokenizer.
+        UserError: No such model, no tokenizer, or no such template.
     """
     run = run_of(name)
     if run is not None:
@@ -108,7 +109,7 @@ def open_base(name: str, *, revision: str | None = None) -> Base:
     tokenizer = models.load_tokenizer(name, revision=revision)
     config = configuration.read_config(folder)
     declared = _declared(folder, config)
-    how_asked = asking(tokenizer, template, declared, handling, learnt)
+    how_asked = asking(tokenizer, chat_template or template, declared, handling, learnt)
     return Base(
         name, folder, config, how_asked, path if source == "gguf" else None, declared=declared
     )

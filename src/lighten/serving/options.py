@@ -44,6 +44,8 @@ class Options:
         engine_flags: llama.cpp's or vLLM's own settings, passed on.
         prefix_caching: Whether beginnings that prompts of one adapter share are computed once.
         revision: Of a hub id.
+        chat_template: As a recipe's; of the base, and of adapters that bring none. Default the
+            base's own.
     """
 
     adapters: Iterable[str] | Mapping[str, str] = ()
@@ -64,6 +66,7 @@ class Options:
     engine_flags: Mapping[str, Any] = field(default_factory=dict)
     prefix_caching: bool = True
     revision: str | None = None
+    chat_template: str | None = None
 
 
 def require_valid(options: Options) -> None:

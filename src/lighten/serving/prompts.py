@@ -17,6 +17,7 @@ class Asking:
 
     Attributes:
         tokenizer: With its chat template chosen.
+        template: Which one that is, and why.
         handling: What happened to system messages and thoughts in training.
         learnt: The answers that it learnt.
         stop_ids: Tokens that end its answers.
@@ -24,6 +25,7 @@ class Asking:
     """
 
     tokenizer: Any
+    template: data.TemplateChoice
     handling: data.Handling
     learnt: data.LearntAnswers
     stop_ids: frozenset[int]
@@ -80,13 +82,14 @@ def asking(
     Raises:
         UserError: No such template.
     """
-    data.choose_template(tokenizer, template)
+    choice = data.choose_template(tokenizer, template)
     learnt = learnt or data.LearntAnswers()
     stops = frozenset(data.stop_tokens(tokenizer, declared, learnt))
     special = special_tokens(tokenizer).ids
     inside = [token for token in learnt.inside if token in special and token not in stops]
     return Asking(
         tokenizer,
+        choice,
         handling or data.Handling(),
         learnt,
         stops,

@@ -127,6 +127,9 @@ def prepare(name: str, options: Options, log: Callable[[str], None]) -> tuple[Re
         options, registry.adapters, registry.base.config, gguf=registry.base.gguf is not None,
         shape=lambda: models.skeleton(registry.base.name, revision=options.revision),
     )  # fmt: skip
+    template = registry.base.asking.template
+    if template.name != "model" and options.chat_template is None:
+        log(f"chat template: {template.name}, {template.reason}")
     engine = engine_of(chosen.value, registry, options, context, log)
     log(
         f"engine: {chosen.value}, {chosen.reason}; {counted(options.slots, 'answer')} at once, "
@@ -141,7 +144,7 @@ def open_served(name: str, options: Options) -> tuple[Registry, int]:
     Raises:
         UserError: A model or an adapter that cannot be served.
     """
-    base = adapters.open_base(name, revision=options.revision)
+    base = adapters.open_base(name, revision=options.revision, chat_template=options.chat_template)
     called = options.served_name or name
     registry = Registry(base, called, root=options.adapter_dir, most=options.most_adapters)
     registry.open(adapters.resolve(options.adapters, options.most_adapters))
