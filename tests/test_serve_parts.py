@@ -78,6 +78,7 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     refused("two adapters are called", adapters=[f"a={folder / 'inside' / 'one'}"] * 2)
     refused("api-key", host="0.0.0.0")
     refused("adapter-dir", admin_keys=["key"])
+    refused("needs --admin-key.*--adapters", adapter_dir=folder / "inside")
     refused("positions", context=10_000)
     refused("storage", storage="q3")
     refused("engine", engine="nothing")

@@ -85,10 +85,16 @@ def _options(
 
     if admin_keys and adapter_dir is None:
         raise UserError("--admin-key needs --adapter-dir FOLDER, which adapters are loaded from")
+    every_admin_key = keys(admin_keys, "LIGHTEN_ADMIN_KEY")
+    if adapter_dir is not None and not every_admin_key:
+        raise UserError(
+            "--adapter-dir is where adapters are loaded from at run time, which needs --admin-key "
+            f"(or LIGHTEN_ADMIN_KEY); to serve those in it from the start: --adapters {adapter_dir}"
+        )
     return Options(
-        adapter_dir=None if adapter_dir is None else Path(adapter_dir),
+        adapter_dir=None if adapter_dir is None else Path(adapter_dir).expanduser(),
         api_keys=keys(api_keys, "LIGHTEN_API_KEY"),
-        admin_keys=keys(admin_keys, "LIGHTEN_ADMIN_KEY"),
+        admin_keys=every_admin_key,
         **options,
     )
 
