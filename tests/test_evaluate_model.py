@@ -271,6 +271,13 @@ def test_an_adapter_of_the_hub_is_measured_and_talked_to_by_its_id(
     assert Conversation("someone/helper").names == ("helper",)
 
 
+def test_the_command_talks_to_an_adapters_folder(run: Run, tmp_path: Path) -> None:
+    (folder,) = run.adapters().values()
+    shutil.copytree(folder, tmp_path / "copied")
+    result = call("chat", "copied", "--max-new-tokens", "2", cwd=tmp_path, stdin="hello\n")
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize(
     ("base", "options", "message"),
     [

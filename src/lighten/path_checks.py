@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lighten.errors import UserError
 from lighten.paths import exists, expanded
+from lighten.peft_config import CONFIG, is_adapter, read_config
 from lighten.recipe import Recipe
 from lighten.runs import RECIPE, Run, folder_of
 from lighten.runs import is_run as is_begun
@@ -38,6 +39,20 @@ def require_answerable(target: str) -> None:
         require_model(target)
 
 
+def require_base(name: str) -> None:
+    """There is a model that adapters are served over, or a run of one.
+
+    Raises:
+        UserError: There is not, or it is an adapter.
+    """
+    if is_adapter(expanded(name)):
+        base = read_config(expanded(name)).get("base_model_name_or_path") or "BASE"
+        raise UserError(
+            f"{name} is an adapter; serve its base with it: lighten serve {base} --adapters {name}"
+        )
+    require_answerable(name)
+
+
 def is_run(target: str) -> bool:
     """Whether a run lies in that folder, or under `runs/` by that name."""
     return folder_of(target) is not None
@@ -57,7 +72,7 @@ def source_of(source: RunLike) -> Run | str:
         UserError: Nothing is there.
     """
     target = source if isinstance(source, Run) else os.fspath(source)
-    if isinstance(target, Run) or (expanded(target) / "adapter_config.json").is_file():
+    if isinstance(target, Run) or exists(expanded(target) / CONFIG):
         return target
     require_answerable(target)
     folder, path = folder_of(target), expanded(target)
@@ -123,7 +138,7 @@ def adapter_folder(target: RunLike, name: str | None = None) -> Path:
     """
     if not isinstance(target, Run):
         folder = Path(target).expanduser()
-        if (folder / "adapter_config.json").is_file():
+        if exists(folder / CONFIG):
             return folder
     run = run_of(target)
     folders = run.adapters()

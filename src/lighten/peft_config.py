@@ -12,6 +12,7 @@ from typing import Any
 
 from lighten import hub_errors
 from lighten.errors import UserError
+from lighten.paths import exists
 from lighten.safetensors_header import read_header
 
 # Settings of a LoRA adapter whose update is more than scale·B·A on a linear layer.
@@ -58,6 +59,11 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     return config
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return exists(folder / CONFIG) and not exists(folder / "config.json")
 
 
 def may_be_on_hub(name: str) -> bool:

@@ -41,7 +41,7 @@ def serve(
     Raises:
         UserError: Something the user can mend; an adapter cannot be served unmerged.
     """
-    path_checks.require_answerable(base)
+    path_checks.require_base(base)
     from lighten.serving import running
 
     running.serve(
@@ -60,6 +60,7 @@ def plan_server(base: str, **options: Any) -> tuple[Sizes, Serving]:
     Raises:
         UserError: It cannot be served so.
     """
+    path_checks.require_base(base)
     from lighten.machine import devices
     from lighten.planning.serve import serve as memory
     from lighten.serving.sizing import sizes

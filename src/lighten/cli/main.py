@@ -284,7 +284,7 @@ def chat(
     if url is not None or target is None:
         cli_serve.chat(target, url, adapter, compare, system, max_new_tokens, temperature, thinking)
         return
-    path_checks.require_answerable(target)
+    path_checks.source_of(target)
     from lighten.evaluation.chat import chat as talk
 
     with progress_bar():  # shows how the model is loaded

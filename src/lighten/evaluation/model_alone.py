@@ -12,7 +12,7 @@ from lighten import runs
 from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.paths import data_label, exists
-from lighten.peft_config import CONFIG, WEIGHTS, on_hub, read_config
+from lighten.peft_config import CONFIG, WEIGHTS, is_adapter, on_hub, read_config
 from lighten.recipe import EvaluateOptions, Recipe, aliases, start
 from lighten.runs import Run
 
@@ -88,8 +88,7 @@ def adapter_folder(name: str) -> Path | None:
     folder = Path(name).expanduser()
     if not exists(folder):
         return on_hub(name)
-    is_adapter = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-    return folder.resolve() if is_adapter else None
+    return folder.resolve() if is_adapter(folder) else None
 
 
 def _adapter_of(model: str, named: Mapping[str, Any]) -> tuple[Path | None, str | None]:

@@ -12,6 +12,7 @@ from lighten.peft_config import (
     CONFIG,
     WEIGHTS,
     from_hub,
+    is_adapter,
     may_be_on_hub,
     more_than_low_rank,
     needs_peft,
@@ -76,7 +77,7 @@ def _split(recipe: MutableMapping[str, Any]) -> list[str]:
     if not isinstance(name, str) or not name:
         return []
     folder = _path(name)
-    if not exists(folder / CONFIG) or exists(folder / "config.json"):
+    if not is_adapter(folder):
         return []
     config = read_config(folder)
     base = config.get("base_model_name_or_path")
