@@ -210,6 +210,9 @@ def test_every_model_is_asked_among_others(monkeypatch: pytest.MonkeyPatch) -> N
     identity = checks.identity(Remote("http://127.0.0.1:1"), models, requests=20, clients=1)
     assert (identity.same, identity.wrong) == (20, 0)
     assert set(requested[-20:]) == set(models)
+    requested.clear()
+    checks.identity(Remote("http://127.0.0.1:1"), models, requests=4, clients=1)
+    assert len(requested) == 8  # each alone, then among others
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -140,18 +141,21 @@ def identity(
     """
     # Every model is asked before any is asked again, also where the requests are few.
     pairs = [(model, question) for question, model in itertools.product(_QUESTIONS, models)]
-    alone = {pair: _answer(remote, *pair) for pair in pairs}
     order = (pairs * (requests // len(pairs) + 1))[:requests]
+    # There may be hundreds of models: none is asked what nothing is compared with.
+    alone = functools.cache(functools.partial(_answer, remote))
+    for pair in order:
+        alone(*pair)
     random.Random(seed).shuffle(order)
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda pair: _answer(remote, *pair), order))
     same = rounding = 0
     for (model, question), answer in zip(order, answers, strict=True):
-        if answer[0] == alone[model, question][0]:
+        if answer[0] == alone(model, question)[0]:
             same += 1
             continue
         distances = {
-            name: _largest_difference(answer[1], alone[name, question][1]) for name in models
+            name: _largest_difference(answer[1], alone(name, question)[1]) for name in models
         }
         nearest = min(distances.values())
         rounding += distances[model] == nearest and nearest <= _ROUNDING
