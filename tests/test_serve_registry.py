@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+from lighten.errors import UserError
 from lighten.peft_config import CONFIG
 from lighten.serving.answering import Front
 from lighten.serving.engine import Adapter
@@ -62,6 +63,19 @@ def test_memory_of_an_adapter_is_given_back_with_its_last_answer(
         await engine.stop()
 
     run_async(held_after_answers())
+
+
+def test_all_adapters_that_cannot_be_served_are_told_together(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("good", "broken", "odd name"):
+        save_adapter(tiny_folder, tmp_path / "adapters" / name, seed=1)
+    (tmp_path / "adapters" / "broken" / CONFIG).write_text("{")
+    with pytest.raises(UserError) as caught:
+        open_served(str(tiny_folder), Options(adapters=[str(tmp_path / "adapters")]))
+    broken, named = str(caught.value).splitlines()
+    assert "broken" in broken
+    assert "'odd name'" in named
 
 
 class Taking:

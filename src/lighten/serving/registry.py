@@ -40,11 +40,21 @@ class Registry:
         self._settling: set[asyncio.Task[None]] = set()
 
     def open(self, folders: Mapping[str, Path]) -> None:
-        """Take the adapters that are there from the start."""
+        """Take the adapters that are there from the start.
+
+        Raises:
+            UserError: What is wrong with each that cannot be served.
+        """
+        problems = []
         for name, folder in folders.items():
-            self._require_free(name)
-            self.models[name] = adapters.open_adapter(name, folder, self.base)
-            self._in_use.add(self.models[name])
+            try:
+                self._require_free(name)
+                self.models[name] = adapters.open_adapter(name, folder, self.base)
+                self._in_use.add(self.models[name])
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError("\n".join(problems))
 
     def _require_free(self, name: str) -> None:
         if name == self.name:
