@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel
+from tokenizers.decoders import ByteFallback, ByteLevel, Fuse, Replace, Sequence, Strip
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -25,7 +26,7 @@ from lighten.models.same import names_another
 from lighten.peft_config import CONFIG
 from lighten.quantization.gguf_adapter import write_gguf_adapter
 from lighten.serving import adapters
-from lighten.serving.engine import Adapter
+from lighten.serving.engine import Adapter, Generation
 from lighten.serving.options import Options
 from lighten.serving.running import prepare
 from lighten.serving.stopping import StopTexts
@@ -260,6 +261,21 @@ def test_a_token_that_ends_a_character_and_begins_another_shows_the_first_at_the
         stream = texts.stream(())
         assert "".join(stream.text(token) for token in tokens) == shown
         assert stream.rest() == rest
+
+
+def test_a_completion_goes_on_with_the_space_that_a_text_would_not_begin_with() -> None:
+    """Decoders as Llama 2's, Mistral's and Phi-3's leave out the first of what they are given."""
+    core = Tokenizer(WordLevel({"\u2581is": 0, "\u2581a": 1, "<0xEA>": 2, "b": 3}, "b"))
+    core.decoder = Sequence(
+        [Replace("\u2581", " "), ByteFallback(), Fuse(), Strip(content=" ", left=1)]
+    )
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=core))
+    for prompt, shown in (((), "a is"), ((0,), " a is"), ((0, 2), "a is"), ((2, 0), " a is")):
+        stream = texts.stream((), prompt)
+        assert "".join(map(stream.text, (1, 0))) == shown
+    asked = Generation((0,), None, 1, continues=True)
+    assert texts.stream_of(asked).text(1) == texts.token_logprob(1, -1.0, ()).text == " a"
+    assert texts.stream_of(dataclasses.replace(asked, continues=False)).text(1) == "a"
 
 
 def test_an_adapters_file_for_llama_cpp_is_that_of_the_base_that_is_served(

@@ -133,7 +133,7 @@ class CohortEngine:
             cancel = engine.submit(request)
         except UserError as error:
             raise EngineRefused(str(error)) from error
-        stream = texts.stream(generation.shown)
+        stream = texts.stream_of(generation)
         tokens, cached, ended = 0, 0, False
         try:
             while not ended:

@@ -35,6 +35,8 @@ class Generation:
         logprobs: As many alternatives for each token, 0 for none but its own; None: no
             log-probabilities at all.
         schema: JSON schema that the answer has to follow, None for free text.
+        continues: Whether the answer goes on in the prompt's text, as completions do, and does not
+            begin one.
     """
 
     prompt: Sequence[int]
@@ -45,6 +47,7 @@ class Generation:
     shown: tuple[str, ...] = ()
     logprobs: int | None = None
     schema: dict[str, Any] | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True)

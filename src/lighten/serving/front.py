@@ -355,4 +355,5 @@ def _generation(
         model.asking.shown,
         parsed.alternatives,
         None if response_format is None else response_format.schema_wanted(),
+        continues=isinstance(parsed, CompletionRequest),
     )

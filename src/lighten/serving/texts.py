@@ -9,8 +9,10 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
-from lighten.serving.engine import TokenLogprob
+from lighten.serving.engine import Generation, TokenLogprob
 
+# Tokens that the last character of a prompt may have.
+_OF_A_CHARACTER = 8
 _BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 
 
@@ -27,14 +29,21 @@ class Texts:
         byte_level = "ByteLevel" in str(getattr(tokenizer.backend_tokenizer, "decoder", ""))
         self._bytes = {c: b for b, c in bytes_to_unicode().items()} if byte_level else {}
 
-    def stream(self, shown: Sequence[str]) -> Stream:
+    def stream_of(self, generation: Generation) -> Stream:
+        """A decoder of the answer that is made."""
+        prompt = generation.prompt if generation.continues else ()
+        return self.stream(generation.shown, prompt)
+
+    def stream(self, shown: Sequence[str], prompt: Sequence[int] = ()) -> Stream:
         """A decoder of one answer.
 
         Args:
             shown: Special tokens that are part of its text.
+            prompt: What it goes on with; none: it begins a text, where tokenizers as Llama 2's
+                leave out a space.
         """
         hidden = self._special - set(self._tokenizer.convert_tokens_to_ids(list(shown)))
-        return Stream(self, self._tokenizer.backend_tokenizer, hidden)
+        return Stream(self, self._tokenizer.backend_tokenizer, hidden, prompt)
 
     def token_logprob(
         self, token: int, logprob: float, top: Sequence[tuple[int, float]]
@@ -67,9 +76,13 @@ class Texts:
 class Stream:
     """The text of an answer, whole characters at a time."""
 
-    def __init__(self, texts: Texts, core: Any, hidden: set[int]) -> None:
+    def __init__(
+        self, texts: Texts, core: Any, hidden: set[int], prompt: Sequence[int] = ()
+    ) -> None:
         self._texts, self._core, self._hidden = texts, core, hidden
         self._decoder = DecodeStream(skip_special_tokens=False)
+        for token in _whole_end(prompt, core):
+            self._decoder.step(core, token)
         self._held: list[int] = []
 
     def text(self, token: int) -> str:
@@ -93,3 +106,13 @@ class Stream:
             return ""  # tokens that write nothing
         data = b"".join(self._texts.bytes_of(token) for token in held)
         return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+
+
+def _whole_end(prompt: Sequence[int], core: Any) -> Sequence[int]:
+    """The fewest last tokens of a prompt that are whole characters; none where it ends in half."""
+    for count in range(1, min(_OF_A_CHARACTER, len(prompt)) + 1):
+        end = list(prompt[-count:])
+        text: str = core.decode(end, False)
+        if text and "\N{REPLACEMENT CHARACTER}" not in text:
+            return end
+    return ()

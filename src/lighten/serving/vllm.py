@@ -165,7 +165,7 @@ class Vllm:
             except UserError as error:
                 raise EngineRefused(f"response_format: {error}") from error
         process = self._supervisor.running()
-        stream, tokens = self._texts.stream(generation.shown), 0
+        stream, tokens = self._texts.stream_of(generation), 0
         with process.answering():
             events = wire.post_stream(process.socket, "/v1/completions", request_body(generation))
             async with contextlib.aclosing(events):
