@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ import pytest
 pytest.importorskip("xllamacpp")
 pytest.importorskip("uvicorn")
 
+from lighten import models
 from lighten.errors import UserError
 from lighten.serving.answering import Front, Limits
+from lighten.serving.cohort import CohortEngine
 from lighten.serving.engine import EngineFailed
 from lighten.serving.front import application
 from lighten.serving.options import Options
@@ -122,6 +125,35 @@ def test_one_that_crashes_again_and_again_is_left_down_until_it_is_exchanged() -
 
     run_async(run())
     assert children("socketserver") == []
+
+
+def test_a_server_that_is_stopped_while_it_loads_its_base_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loading takes minutes, and nothing can call it off."""
+    begun, enough = threading.Event(), threading.Event()
+
+    def load(*_: Any, **__: Any) -> Any:
+        begun.set()
+        enough.wait(60)
+        raise UserError("nothing")
+
+    monkeypatch.setattr(models, "load", load)
+    engine = CohortEngine("base", context=16, slots=1)
+
+    async def stopped() -> None:
+        starting = asyncio.create_task(engine.start([]))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await engine.stop()
+
+    began = time.monotonic()
+    run_async(stopped())
+    took = time.monotonic() - began
+    enough.set()
+    assert took < 20
 
 
 def test_a_process_that_is_exchanged_ends_after_its_last_answer() -> None:

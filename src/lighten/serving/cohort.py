@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+import contextvars
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +64,7 @@ class CohortEngine:
         Raises:
             UserError: The base or an adapter cannot be served.
         """
-        await asyncio.to_thread(self._open)
+        await _unless_cancelled(self._open)
         await self.set_adapters(adapters)
 
     def _open(self) -> None:
@@ -196,3 +199,34 @@ class CohortEngine:
         if self._engine is None:
             raise EngineFailed("the engine has not started")
         return self._engine
+
+
+async def _unless_cancelled(work: Callable[[], None]) -> None:
+    """Run what may take minutes in a thread that nobody waits for once this is cancelled.
+
+    The loop's own threads are waited for at its end: a server that is stopped while it loads its
+    base would go on loading.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def tell(error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error = None
+        try:
+            work()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, error)
+
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(run,), daemon=True).start()
+    await done
