@@ -111,7 +111,7 @@ def test_an_adapted_head_that_is_the_word_embeddings_has_ours(
     [
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
                                        "rope_theta": 10000.0}}, "rotary"),
-        ("gptj", {}, "takes no logits_to_keep"),
+        ("falcon", {}, "cannot be replaced"),
     ],
 )  # fmt: skip
 def test_a_base_that_ours_does_not_take_has_llama_cpp(

@@ -189,7 +189,8 @@ def test_a_template_that_was_chosen_for_a_base_without_one_is_said(tmp_path: Pat
     prepare(str(base), Options(engine="lighten"), lines.append)
     prepare(str(base), Options(engine="lighten", chat_template="plain"), lines.append)
     told = [line for line in lines if line.startswith("chat template")]
-    assert told == ["chat template: chatml, the model has no chat template; it has chatml's tokens"]
+    choice = data.choose_template(models.load_tokenizer(str(base)), None)
+    assert told == [f"chat template: {choice.name}, {choice.reason}"]
 
 
 def test_an_adapter_takes_the_tokenizer_of_the_revision_that_is_served(
