@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "whole_files": set(),
     "wording": set(),
     "cpu": {"machine"},
-    "peft_config": {"hub_errors", "safetensors_header"},
+    "peft_config": {"hub_errors", "paths", "safetensors_header"},
     "adapters": {"cpu", "peft_config", "safetensors_stream"},
     "data": {"hub_errors", "machine", "paths", "streams"},
     "dialogue": {"streams"},
@@ -88,7 +88,7 @@ ALLOWED: dict[str, set[str]] = {
         "runs",
         "training",
     },
-    "path_checks": {"models", "paths", "recipe", "runs", "training"},
+    "path_checks": {"models", "paths", "peft_config", "recipe", "runs", "training"},
     "quantization": {
         "adapters",
         "artifacts",
