@@ -151,6 +151,7 @@ ALLOWED: dict[str, set[str]] = {
         "quantization",
         "reporting",
         "runs",
+        "streams",
         "whole_files",
     },
     "benchmarking": {

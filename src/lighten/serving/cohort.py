@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import contextvars
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import torch
 
-from lighten import models
+from lighten import models, streams
 from lighten.errors import UserError
 from lighten.generation import kernels
 from lighten.generation.engine import Engine, Request
@@ -57,6 +54,7 @@ class CohortEngine:
         self._opened: models.Base | None = None
         self._texts: Texts | None = None
         self._grammars: Grammars | None = None
+        self._stopped = False
 
     async def start(self, adapters: Sequence[Adapter]) -> None:
         """Load base and adapters.
@@ -64,16 +62,18 @@ class CohortEngine:
         Raises:
             UserError: The base or an adapter cannot be served.
         """
-        await _unless_cancelled(self._open)
+        await asyncio.to_thread(self._open)
         await self.set_adapters(adapters)
 
     def _open(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
-        opened = models.load(
-            self._base, revision=self._revision, dtype=self._dtype, attn_implementation="eager",
-            device=choose_device().value,
-        )  # fmt: skip
+        with streams.heard_by(self._require_wanted):
+            opened = models.load(
+                self._base, revision=self._revision, dtype=self._dtype,
+                attn_implementation="eager", device=choose_device().value,
+            )  # fmt: skip
+        self._require_wanted()
         self._engine = Engine(
             opened.model, max_sequences=self.slots, max_tokens=self.context,
             prefix_caching=self._prefix_caching,
@@ -82,8 +82,18 @@ class CohortEngine:
         vocabulary: int = opened.model.config.get_text_config().vocab_size
         self._grammars = Grammars(opened.tokenizer, vocabulary)
 
+    def _require_wanted(self, *_progress: Any) -> None:
+        """Called while the base is loaded, which takes minutes: nobody waits for the rest.
+
+        Raises:
+            UserError: The engine was stopped.
+        """
+        if self._stopped:
+            raise UserError("the engine was stopped while it loaded its base")
+
     async def stop(self) -> None:
         """End it."""
+        self._stopped = True
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close, 10.0)
 
@@ -199,34 +209,3 @@ class CohortEngine:
         if self._engine is None:
             raise EngineFailed("the engine has not started")
         return self._engine
-
-
-async def _unless_cancelled(work: Callable[[], None]) -> None:
-    """Run what may take minutes in a thread that nobody waits for once this is cancelled.
-
-    The loop's own threads are waited for at its end: a server that is stopped while it loads its
-    base would go on loading.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def tell(error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    def run() -> None:
-        error = None
-        try:
-            work()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(tell, error)
-
-    context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(run,), daemon=True).start()
-    await done
