@@ -16,7 +16,7 @@ from lighten import api
 from lighten.adapters import shards
 from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.errors import DiskFull, UserError
-from lighten.machine import filesystems
+from lighten.machine import disk
 from lighten.parallel.offloaded import adamw, stores
 from lighten.parallel.offloaded.adamw import OffloadedAdamW
 from lighten.parallel.offloaded.stores import MainMemory, Scratch
@@ -77,7 +77,7 @@ def test_a_file_that_does_not_fit_is_refused_in_words(
     scratch = Scratch(tmp_path, "nvme_path")
     with pytest.raises(DiskFull, match=r"the disk is full: .* bytes were missing"):
         scratch.zeros_like([torch.empty(2**50, device="meta")])
-    monkeypatch.setattr(filesystems, "kind_of", lambda folder: "tmpfs")
+    monkeypatch.setattr(disk, "file_system", lambda folder: "tmpfs")
     with pytest.raises(UserError, match=r"nvme_path: .* is in memory \(tmpfs\)"):
         Scratch(tmp_path, "nvme_path")
     with pytest.raises(UserError, match="cannot write"):

@@ -25,7 +25,7 @@ from lighten.engine.forward_backward import shares_of
 from lighten.engine.loss import Objective
 from lighten.engine.offload import Offload, PinnedMemory, ScratchFile, wrap
 from lighten.errors import DiskFull, UserError
-from lighten.machine import filesystems, hardware, heap
+from lighten.machine import disk, hardware, heap
 from lighten.recipe import Recipe, RecipeError
 from tests.test_train_step import (
     UNEVEN,
@@ -282,7 +282,7 @@ def test_a_full_disk_and_a_folder_in_memory_are_told(
     monkeypatch.setattr(store, "file", Full())
     with pytest.raises(DiskFull, match=r"activation_offload: cannot write 8 bytes: No space left"):
         store.put(torch.zeros(8, dtype=torch.uint8))
-    monkeypatch.setattr(filesystems, "kind_of", lambda folder: "tmpfs")
+    monkeypatch.setattr(disk, "file_system", lambda folder: "tmpfs")
     with pytest.raises(UserError, match="is in memory"):
         ScratchFile(tmp_path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lighten.machine import filesystems
+from lighten.machine import disk
 from lighten.parallel import tried
 from lighten.parallel.tried import Tried
 from tests.processes import call
@@ -47,7 +47,7 @@ def test_each_operation_is_tried_and_leaves_nothing(
 
 
 def test_a_folder_in_memory_is_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystems, "kind_of", lambda folder: "tmpfs")
+    monkeypatch.setattr(disk, "file_system", lambda folder: "tmpfs")
     outcome = tried.tried("offload_optimizer: nvme", tried._nvme, str(tmp_path),
                           limit_s=PATIENCE_S)  # fmt: skip
     assert outcome.works is False

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-from lighten.errors import DiskFull, UserError
-from lighten.machine import filesystems
+from lighten.errors import DiskFull
+from lighten.machine.disk import require_on_disk
 from lighten.machine.hardware import Choice
 
 SMALLEST_BYTES = 256 * 1024  # what is smaller costs more to move than it frees
@@ -84,11 +84,7 @@ class ScratchFile:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if (kind := filesystems.kind_of(folder)) in filesystems.IN_MEMORY:
-            raise UserError(
-                f"activation_offload: {folder} is in memory ({kind}), where nothing would be "
-                "saved; choose an --output_dir on a disk"
-            )
+        require_on_disk(folder, "activation_offload", other="an --output_dir")
         # Unbuffered, so that no bytes wait in Python; closed and gone with this object.
         self.file: BinaryIO = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         self.end, self.waiting = 0, 0

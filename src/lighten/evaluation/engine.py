@@ -15,7 +15,7 @@ from lighten.generation import attention
 from lighten.generation.adapter import read_factors, require_same
 from lighten.generation.engine import Engine
 from lighten.generation.linears import linear_paths
-from lighten.machine.mapped import drop_mapped_weights
+from lighten.machine.heap import drop_mapped_weights
 
 # Of a prompt with its answer where the model says nothing: room is made as it is used.
 MOST_TOKENS = 2**24

@@ -14,7 +14,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lighten.machine.hardware import Choice, choose_dtype, formats
+from lighten.machine.hardware import (
+    Choice,
+    choose_dtype,
+    dtype_of_gpu,
+    formats,
+    formats_of_gpu,
+)
 
 GIB, MIB = 2**30, 2**20
 T = 1e12
@@ -70,12 +76,7 @@ class Device:
         """Number formats that it computes in, each with a word on how well."""
         if self.capability is None:
             return formats("cpu") if self.is_here else {"float32": "assumed"}
-        return {
-            "float32": "yes",
-            "float16": "yes",
-            "bfloat16": "yes" if self.capability >= (8, 0) else "emulated, slow",
-            "float8": "yes" if self.capability >= (8, 9) else "no",
-        }
+        return formats_of_gpu(self.capability)
 
     def dtype(self, requested: str = "auto") -> Choice:
         """The format of the frozen base on this device, with the reason.
@@ -87,12 +88,7 @@ class Device:
             return choose_dtype(requested, self.kind)
         if self.capability is None:
             return Choice("float32", f"assumed: of {self.name} only the memory is known")
-        has = self.capability >= (8, 0)
-        capability = ".".join(map(str, self.capability))
-        return Choice(
-            "bfloat16" if has else "float16",
-            f"compute capability {capability} has {'' if has else 'no '}bfloat16 units",
-        )
+        return dtype_of_gpu(self.capability)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -1,13 +1,17 @@
-"""Room on the disk for what will be written."""
+"""Room on the disk for what will be written, and whether it is a disk at all."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+
+import psutil
 
 from lighten.errors import DiskFull, UserError
 
 _SPARE_BYTES = 2**30  # left on the disk beside a kept copy
+_IN_MEMORY = ("tmpfs", "ramfs")  # file systems
 
 
 def require_room(
@@ -67,3 +71,32 @@ def _existing_parent(folder: Path) -> Path:
 def size_text(nbytes: int) -> str:
     """Bytes as people write them."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def require_on_disk(folder: Path, setting: str, *, other: str = "a folder") -> None:
+    """What is written to a folder leaves memory.
+
+    Args:
+        folder: Where.
+        setting: That writes there, for the error.
+        other: What the error says to choose on a disk.
+
+    Raises:
+        UserError: It lies in memory, where nothing would be saved.
+    """
+    if (kind := file_system(folder)) in _IN_MEMORY:
+        raise UserError(
+            f"{setting}: {folder} is in memory ({kind}), where nothing would be saved; choose "
+            f"{other} on a disk"
+        )
+
+
+def file_system(folder: Path) -> str:
+    """Kind of the file system that holds a folder, empty if the system does not say."""
+    where = os.path.realpath(folder)
+    mounts = [
+        part
+        for part in psutil.disk_partitions(all=True)
+        if os.path.commonpath([where, part.mountpoint]) == part.mountpoint
+    ] if os.name == "posix" else []  # fmt: skip
+    return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""

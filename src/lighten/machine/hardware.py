@@ -39,6 +39,7 @@ ISA_WITHOUT = {
     "AVX512_CORE": ("amx", "avx512_fp16", "avx512_bf16"), "AVX2": ("amx", "avx512"),
     "AVX": ("amx", "avx512", "avx2"),
 }  # fmt: skip
+BFLOAT16_UNITS = (8, 0)  # compute capability from which a GPU has them
 INT8 = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 CORE = (
     "lighten", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers",
@@ -204,15 +205,21 @@ def choose_dtype(requested: str, device: str) -> Choice:
     if device.startswith("cuda"):
         import torch
 
-        major, minor = torch.cuda.get_device_capability(torch.device(device))
-        if major >= 8:
-            return Choice("bfloat16", f"compute capability {major}.{minor} has bfloat16 units")
-        return Choice("float16", f"compute capability {major}.{minor} has no bfloat16 units")
+        return dtype_of_gpu(torch.cuda.get_device_capability(torch.device(device)))
     flags = processor_flags()
     for flag in BFLOAT16:
         if flag in flags:
             return Choice("bfloat16", f"the processor computes in bfloat16 ({flag})")
     return Choice("float32", "the processor has no bfloat16 arithmetic")
+
+
+def dtype_of_gpu(capability: tuple[int, int]) -> Choice:
+    """What `auto` means on a GPU of this compute capability."""
+    number, has = ".".join(map(str, capability)), capability >= BFLOAT16_UNITS
+    return Choice(
+        "bfloat16" if has else "float16",
+        f"compute capability {number} has {'' if has else 'no '}bfloat16 units",
+    )
 
 
 def slow_format(
@@ -332,14 +339,7 @@ def formats(device: str) -> Mapping[str, str]:
     if device.startswith("cuda"):
         import torch
 
-        capability = torch.cuda.get_device_capability(torch.device(device))
-        major = capability[0]
-        return {
-            "float32": "yes",
-            "float16": "yes",
-            "bfloat16": "yes" if major >= 8 else "emulated, slow",
-            "float8": "yes" if capability >= (8, 9) else "no",
-        }
+        return formats_of_gpu(torch.cuda.get_device_capability(torch.device(device)))
     flags = processor_flags()
     native = not flags.isdisjoint(BFLOAT16)
     return {
@@ -347,6 +347,16 @@ def formats(device: str) -> Mapping[str, str]:
         "bfloat16": "yes" if native else "emulated, slow",
         "float16": "yes" if flags & {"avx512_fp16", "asimdhp"} else "emulated, slow",
         "int8": "yes" if flags & INT8 else "emulated, slow",
+    }
+
+
+def formats_of_gpu(capability: tuple[int, int]) -> Mapping[str, str]:
+    """`formats` of a GPU of this compute capability."""
+    return {
+        "float32": "yes",
+        "float16": "yes",
+        "bfloat16": "yes" if capability >= BFLOAT16_UNITS else "emulated, slow",
+        "float8": "yes" if capability >= (8, 9) else "no",
     }
 
 

@@ -23,7 +23,7 @@ from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.frozen import is_quantized
 from lighten.adapters.whole import make_float32
 from lighten.errors import UserError
-from lighten.machine.mapped import drop_mapped_weights
+from lighten.machine.heap import drop_mapped_weights
 from lighten.parallel import ranks
 from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.strategies import InStep, mesh_of, require_share

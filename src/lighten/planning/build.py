@@ -7,6 +7,9 @@ configuration, and nothing is computed.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from lighten.models import gguf, quantized
 from lighten.models.attention_setting import set_attention
 from lighten.models.configuration import read_config
 from lighten.models.load import locate
-from lighten.models.stored import held_as, packed_paths, stored_in
+from lighten.models.stored import held_as, loaded_bytes, packed_paths, stored_in
 from lighten.planning import streamed
 from lighten.planning.storage_tracker import StorageTracker
 from lighten.recipe import Recipe
@@ -63,11 +66,20 @@ def storage_of(recipe: Recipe, config: Any) -> quantized.Storage | None:
     return held_as(recipe.model_name_or_path, stored_in(config), asked)
 
 
+def stored_dtype(config: Any) -> torch.dtype:
+    """The format that a configuration says of the dense weights in its files."""
+    name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def fake_base(
     recipe: Recipe, config: Any, dtype: Choice, device: str, tracker: StorageTracker,
     capability: tuple[int, int] | None = None,
 ) -> models.Base:  # fmt: skip
     """The base that `training.base.load_base` would load, inside fake tensors.
+
+    Its `file_bytes` are those that its configuration says.
 
     Args:
         recipe: What is wanted.
@@ -78,15 +90,16 @@ def fake_base(
         capability: Compute capability of a CUDA device, if known.
     """
     trains_all = recipe.method == "full" and recipe.last_layers is None
-    storage = storage_of(recipe, config)
+    storage, stored = storage_of(recipe, config), stored_dtype(config)
     compute: torch.dtype = getattr(torch, dtype.value)
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
+            copy.deepcopy(config),  # a model that is made changes the format that it says
             dtype=torch.float32 if trains_all else compute,
             trust_remote_code=recipe.trust_remote_code,
         )
     model.tie_weights()
+    file_bytes = loaded_bytes(model, stored.itemsize)  # before it is made otherwise
     if storage is not None:
         _quantise(model, storage, compute, stored_in(config))
     feed = None if recipe.offload_base == "none" else streamed.stream(model, compute)
@@ -101,7 +114,7 @@ def fake_base(
                 tracker.mark(tensor, "quantisation constants")
     return models.Base(
         model=model.eval(), tokenizer=None, name=recipe.model_name_or_path, source="folder",
-        path=Path(), revision=None, file_bytes=None, dtype=dtype,
+        path=Path(), revision=None, file_bytes=file_bytes, dtype=dtype,
         attention=set_attention(model, recipe.attn_implementation, device, capability),
         quantization=None if storage is None else Choice(str(storage), "of the recipe"),
         feed=feed,
@@ -158,3 +171,34 @@ def _packed(
         quant_type=storage.kind, dtype=compute, offset=offset, state2=nested,
     )  # fmt: skip
     return weight
+
+
+@contextmanager
+def converted_in_place() -> Iterator[None]:
+    """Inside, `nn.Module.to`, `float` and their like keep a parameter and change its contents.
+
+    PyTorch's own swap a fake parameter's whole tensor, which it refuses as soon as anything refers
+    to it weakly, as whoever follows its memory does. PEFT calls them for each module it makes.
+    """
+    before = nn.Module._apply
+    nn.Module._apply = _apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = before  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    if recurse:
+        for child in module.children():
+            _apply(child, fn)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.data = fn(parameter.data)
+            if parameter.grad is not None:
+                parameter.grad.data = fn(parameter.grad.data)
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[key] = fn(buffer)
+    return module

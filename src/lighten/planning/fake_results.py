@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
-from lighten.planning.fake_modules import run_fake
-
 PLAIN = (
     int, float, bool, str, type(None),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -189,3 +187,23 @@ def _make(part: _Shaped, mode: Any, tensors: list[FakeTensor]) -> FakeTensor:
         if storage is not None:
             tensor.set_(storage, part.offset, part.shape, part.stride)
     return FakeTensor(mode, tensor, part.device)
+
+
+def run_fake(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """An operation, on fake tensors also where PyTorch's fake form takes fewer formats.
+
+    The product of experts runs in every format, but its shapes are told for bfloat16 alone
+    (torch 2.13): they are the same in the others.
+    """
+    first = args[0] if args else None
+    if (
+        func is not torch.ops.aten._grouped_mm.default
+        or not isinstance(first, FakeTensor)
+        or first.dtype == torch.bfloat16
+    ):
+        return func(*args, **kwargs)
+    alike = [
+        x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
+    ]
+    out: Tensor = func(*alike, **kwargs)
+    return torch.empty_strided(out.shape, out.stride(), dtype=first.dtype, device=out.device)

@@ -31,8 +31,7 @@ from lighten.machine.hardware import Choice
 from lighten.models import quantized
 from lighten.models.packed_rows import groups_of
 from lighten.planning import offloaded, repeat
-from lighten.planning.build import fake_base
-from lighten.planning.fake_modules import converted_in_place
+from lighten.planning.build import converted_in_place, fake_base
 from lighten.planning.few_chunks import FewChunks, with_new_adapters
 from lighten.planning.on_cuda import as_on_cuda, as_unpacked
 from lighten.planning.result import MOST_TOKENS, Shape

@@ -12,7 +12,7 @@ from typing import Any
 from lighten.errors import UserError
 from lighten.jobs import MODELS, in_child
 from lighten.machine.containers import cores
-from lighten.machine.mapped import drop_mapped_weights
+from lighten.machine.heap import drop_mapped_weights
 from lighten.models.resident import load_code, resident_bytes
 from lighten.quantization.scores import EvaluationRow, score, speeds, summary
 from lighten.quantization.targets import GROUP_SIZE

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from lighten.adapters import dtensors
-from lighten.errors import UserError
-from lighten.machine import filesystems
+from lighten.machine.disk import require_on_disk
 from lighten.whole_files import cannot_write
 
 
@@ -87,11 +86,7 @@ class Scratch:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise cannot_write(error, folder) from error
-        if (filesystem := filesystems.kind_of(folder)) in filesystems.IN_MEMORY:
-            raise UserError(
-                f"{setting}: {folder} is in memory ({filesystem}), where nothing would be saved; "
-                "choose a folder on a disk"
-            )
+        require_on_disk(folder, setting)
         self.folder, self.bytes = folder, 0
         self._files: list[mmap.mmap] = []
         self._places: dict[int, _Place] = {}  # by address
