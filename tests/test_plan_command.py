@@ -230,6 +230,11 @@ def test_mistakes_are_one_sentence_and_exit_with_3(tiny_folder: Path) -> None:
         (["plan", str(tiny_folder), "--processes", "2", "--device", "t4"], "leave --device t4 out"),
         (["plan", str(tiny_folder), "--processes", "2", "--fsdp", "hybrid"], "use full"),
         (["plan", str(tiny_folder), "--processes", "2", "--offload", "param"], "is of GPUs"),
+        (["plan", str(tiny_folder), "--gpus", "0"], "--gpus is 0; give 1 or more"),
+        (["plan", str(tiny_folder), "--nodes", "0"], "--nodes is 0; give 1 or more"),
+        (["plan", str(tiny_folder), "--search", "--gpus", "2"], "--search and --gpus are differ"),
+        (["plan", str(tiny_folder), "--probe", "--limits"], "--probe and --limits are different"),
+        (["plan", "serve", str(tiny_folder), "--gpus", "2"], "of one device: it has no --gpus"),
         (["plan", "serve"], "give one base"),
         (["plan", "serve", str(tiny_folder), "--ranks", "3"], "no --ranks"),
         (["plan", "serve", str(tiny_folder), "--context", "4k"], "--context 4k: give a whole"),
@@ -274,6 +279,8 @@ def test_many_gpus(tmp_path: Path) -> None:
     assert zero3["device_bytes"] - offloaded["device_bytes"] == pytest.approx(
         numbers * 8 / 32, rel=0.02
     )
+    alone = json.loads(call(*arguments[:6], *arguments[10:], "--offload", "optimizer:cpu").stdout)
+    assert (alone["ranks"], alone["offload"]) == (1, ["optimizer"])
     table = call(*arguments[:-1], "--fsdp", "full")
     assert "links busy per step" in table.stdout
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten import path_checks
 from lighten.api.recipes import RecipeLike, plannable
+from lighten.errors import UserError
 from lighten.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -193,6 +194,9 @@ def plan_spread(
     if strategy is not None and overrides.get("offload_params", "none") != "none":
         overrides["strategy"] = strategy  # one goes with the other
     chosen = plannable(recipe, **overrides)
+    for name, count in (("gpus", gpus), ("nodes", nodes)):
+        if count < 1:
+            raise UserError(f"--{name} is {count}; give 1 or more")
     if processes is not None:
         _require_processes(processes, device, strategy, gpus * nodes, offload)
     from lighten.machine import devices
@@ -236,8 +240,6 @@ def _require_processes(
     Raises:
         UserError: The first that does not.
     """
-    from lighten.errors import UserError
-
     if processes < 1:
         raise UserError(f"--processes is {processes}; give 1 or more")
     if gpus > 1:

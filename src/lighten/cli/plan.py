@@ -20,6 +20,7 @@ from lighten.cli.console import (
     print_table,
     take_positionals,
 )
+from lighten.errors import UserError
 from lighten.machine.datasheets import DEVICES
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ _Gpus = Annotated[int | None, typer.Option(help="GPUs per node.")]
 _Processes = Annotated[
     int | None, typer.Option(help="Ranks on this machine's processor, which share its memory.")
 ]
-_Nodes = Annotated[int, typer.Option(help="Nodes.")]
+_Nodes = Annotated[int | None, typer.Option(help="Nodes; default 1.")]
 _Zero = Annotated[
     int | None,
     typer.Option(
@@ -76,7 +77,7 @@ def plan(
     write: _Write = None,
     gpus: _Gpus = None,
     processes: _Processes = None,
-    nodes: _Nodes = 1,
+    nodes: _Nodes = None,
     zero: _Zero = None,
     fsdp: _Fsdp = None,
     offload: _Offload = None,
@@ -90,7 +91,8 @@ def plan(
     with _error_exit_code():
         fits = _answer(
             arguments, device, as_json, probe=probe, search=search, largest=largest, limits=limits,
-            write=write, spread=(gpus, processes, nodes, zero, fsdp, offload),
+            write=write, spread={"gpus": gpus, "processes": processes, "nodes": nodes,
+                                 "zero": zero, "fsdp": fsdp, "offload": offload},
         )  # fmt: skip
     raise typer.Exit(exit_code(fits))
 
@@ -105,23 +107,30 @@ def _answer(
     largest: bool,
     limits: bool,
     write: Path | None,
-    spread: tuple[int | None, int | None, int, int | None, str | None, str | None],
+    spread: dict[str, int | str | None],
 ) -> bool | None:
     """Print the answer to whichever question was asked, and say whether it fits."""
+    spread = {name: value for name, value in spread.items() if value is not None}
+    questions = {
+        "probe": probe, "largest": largest, "limits": limits, "search": search or write is not None,
+        **dict.fromkeys([*spread][:1], True),
+    }  # fmt: skip
+    asked = [f"--{name}" for name, is_asked in questions.items() if is_asked]
     if arguments[:1] in (["serve"], ["quantize"]):
+        if asked:
+            raise UserError(f"plan {arguments[0]} is of one device: it has no {asked[0]}")
         return (_serve if arguments[0] == "serve" else _quantize)(arguments[1:], device, as_json)
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} are different questions; ask one at a time")
     if largest:
         return _largest(arguments, device, as_json)
     recipe, settings = _recipe_and_settings(arguments)
-    if search or write is not None:
+    if questions["search"]:
         return _search(recipe, settings, device, write, as_json)
     if limits:
         return _limits(recipe, settings, device, as_json)
-    gpus, processes, nodes, zero, fsdp, offload = spread
-    if nodes > 1 or any(part is not None for part in (gpus, processes, zero, fsdp)):
-        how = {"strategy": _strategy(zero, fsdp), "gpus": gpus or 1, "nodes": nodes,
-               "processes": processes, "offload": _places(offload)}  # fmt: skip
-        return _spread(recipe, settings, device, how, as_json)
+    if spread:
+        return _spread(recipe, settings, device, spread, as_json)
     return _plan(recipe, settings, device, as_json, probe=probe)
 
 
@@ -141,8 +150,6 @@ class _Command(TyperCommand):
 @contextmanager
 def _error_exit_code() -> Iterator[None]:
     """Any error ends with a code of its own: a job's guard must not take it for an answer."""
-    from lighten.errors import UserError
-
     try:
         yield
     except UserError as error:
@@ -168,8 +175,6 @@ def exit_code(fits: bool | None) -> int:
 
 def _recipe_and_settings(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     """A recipe file, or a model and perhaps its data, and the settings after them."""
-    from lighten.errors import UserError
-
     positionals, settings = take_positionals(words), overrides(words)
     if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
         return positionals[0], settings
@@ -281,7 +286,6 @@ def _search(
 
 def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
     from lighten import api
-    from lighten.errors import UserError
     from lighten.planning.text import sized_row
 
     models = take_positionals(words)
@@ -320,12 +324,15 @@ def _spread(
     recipe: str | None,
     settings: dict[str, Any],
     device: str | None,
-    how: dict[str, Any],
+    spread: dict[str, Any],
     as_json: bool,
 ) -> bool | None:
     from lighten import api
     from lighten.planning import text
 
+    how = {name: value for name, value in spread.items() if name in ("gpus", "nodes", "processes")}
+    how |= {"strategy": _strategy(spread.get("zero"), spread.get("fsdp")),
+            "offload": _places(spread.get("offload"))}  # fmt: skip
     # A strategy among the settings is the recipe's; `how` has that of --zero and --fsdp.
     chosen = api.plannable(recipe, **settings)
     spread_plan = api.plan_spread(chosen, device=device, **how)
@@ -360,7 +367,6 @@ def _serve(words: list[str], device: str | None, as_json: bool) -> bool | None:
 
 def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | None:
     from lighten import api
-    from lighten.errors import UserError
     from lighten.planning.text import quantizing_rows
 
     if device not in (None, "cpu", "this"):
@@ -381,7 +387,6 @@ def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | Non
 
 def _formats(source: str, options: dict[str, Any], as_json: bool) -> bool | None:
     from lighten import api
-    from lighten.errors import UserError
 
     if conflicting := sorted({"storage", "double", "revision"} & options.keys()):
         raise UserError(f"--{conflicting[0]} is of loading a base quantised; leave it or --to out")
@@ -404,8 +409,6 @@ _OPTIONS = {
 
 
 def _base(words: list[str], verb: str) -> tuple[str, dict[str, Any]]:
-    from lighten.errors import UserError
-
     positionals, options = take_positionals(words), overrides(words)
     if len(positionals) != 1:
         raise UserError(f"give one base: lighten plan {verb} MODEL")
@@ -417,8 +420,6 @@ def _base(words: list[str], verb: str) -> tuple[str, dict[str, Any]]:
 
 
 def _strategy(zero: int | None, fsdp: str | None) -> str | None:
-    from lighten.errors import UserError
-
     if zero is not None and fsdp is not None:
         raise UserError("--zero and --fsdp exclude each other; keep one")
     if zero is not None:
@@ -434,8 +435,6 @@ def _strategy(zero: int | None, fsdp: str | None) -> str | None:
 
 def _places(offload: str | None) -> tuple[str, ...]:
     """What is offloaded: `optimizer:cpu,param:cpu` gives both names."""
-    from lighten.errors import UserError
-
     offloaded = []
     for word in (offload or "").split(","):
         name, _, place = word.strip().partition(":")
