@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from lighten.planning import predict, text
 from lighten.planning.changes import cheapest, differing
 from lighten.planning.result import Change
 from lighten.recipe import Recipe
+from lighten.training.prediction import compare
 from tests.processes import call
 from tests.test_plan_changes import formula, recipe_for
 from tests.test_plan_trace import Card
@@ -154,3 +156,52 @@ def test_no_word_of_grouped_keys_without_them_and_one_line_of_the_method(tmp_pat
     assert "grouped keys" not in result.stdout
     assert sum(line.strip().startswith("method") for line in result.stdout.splitlines()) == 1
     assert "1 steps" not in result.stdout
+
+
+def test_a_plan_names_what_is_missing_for_changes(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec",
+        lambda name, *arguments: None if name == "bitsandbytes" else plain(name, *arguments),
+    )  # fmt: skip
+    plan = predict.plan(recipe_for(tiny_folder), Card(2**20), calibrate=False)
+    assert plan.fits() is False
+    assert not any("4 bits" in change.what for change in plan.changes)
+    (note,) = [note for note in plan.notes if "bitsandbytes" in note]
+    assert "pip install 'lighten[quant]'" in note
+
+
+def test_a_run_of_several_ranks_is_planned_by_a_rank_s_part_of_its_steps(
+    tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.from_values(
+        {"model_name_or_path": str(tiny_folder), "dataset": str(chat_file), "val_size": 0,
+         "max_length": 64, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+         "max_steps": 10}
+    )  # fmt: skip
+    plans = []
+    for ranks in (1, 2):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))  # as their launcher does
+        plans.append(predict.plan(recipe, Card(2**40), calibrate=False, changes=False, ranks=ranks))
+    alone, one_of_two = plans
+    assert alone.steps == one_of_two.steps == 10
+    assert one_of_two.run_seconds == pytest.approx(alone.run_seconds)
+
+
+def test_one_of_several_ranks_is_compared_with_its_plan() -> None:
+    record: dict[str, Any] = {
+        "memory": {"parts": [], "expected": 100, "allocated": None, "mapped": 20},
+        "time": {"seconds": 3.0}, "step_tokens": 50,
+    }  # fmt: skip
+    lines = [{"kind": "train", "step": step, "tokens": 100, "seconds": 4.0} for step in (1, 2)]
+    measured = {"peak_bytes": 70}
+    alone = compare(record, measured, lines)
+    assert alone["memory"] == {"predicted": 120, "measured": 70}
+    assert alone["step_seconds"] == {"predicted": 3.0, "measured": 2.0}
+    spread = {**record, "spread": {"device_bytes": 65.0, "ranks": 2}}
+    one = compare(spread, measured, lines)
+    assert one["memory"] == {"predicted": 65, "measured": 70}
+    # The two ranks' 100 tokens took 4 s, in which this one trained on 50.
+    assert one["step_seconds"] == {"predicted": 3.0, "measured": 4.0}

@@ -152,7 +152,7 @@ def plan_limits(
 
     require_trainable(chosen)
     planner = predict.planner_for(devices.named(device))
-    return search.limits(chosen, planner, longest=predict.positions_of(chosen))
+    return search.limits(chosen, planner, longest=predict.described(chosen).context_length)
 
 
 def fixed_by(overrides: Mapping[str, Any]) -> tuple[str, ...]:
@@ -208,7 +208,7 @@ def plan_spread(
     ranks = gpus * nodes if processes is None else processes
     full = chosen.method == "full"
     offload = offload or offloaded.places(chosen, where.kind)
-    layers = predict.layers_of(chosen)
+    layers = predict.described(chosen).layers
 
     @functools.cache
     def alone_of(cut: str) -> Plan:

@@ -105,7 +105,7 @@ def largest(
         if first.records:
             room -= max(0, first.process_peak_bytes - first.records[0]["peak_bytes"])
     planner = predict.planner_for(replace(device, memory_bytes=room))
-    positions = predict.positions_of(recipe)
+    positions = predict.described(recipe).context_length
     planned = search.limits(recipe, planner, longest=positions)
     step = SHORTEST // 2
     records = []

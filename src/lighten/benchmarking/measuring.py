@@ -245,7 +245,7 @@ class Measuring:
     def long_tokens(self, left_s: float) -> int | None:
         """The longest row whose steps there is time for, by the plan; None: none of them."""
         planner = predict.planner_for(self.device, None, calibrate=False)
-        positions = predict.positions_of(self._base_recipe()) or LONG_LENGTHS[-1]
+        positions = predict.described(self._base_recipe()).context_length or LONG_LENGTHS[-1]
         longest = None
         for tokens in (length for length in LONG_LENGTHS if length <= positions):
             plan = planner(self.recipe({

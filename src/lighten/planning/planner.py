@@ -14,7 +14,7 @@ from multiprocessing import get_context
 
 import torch
 
-from lighten.errors import UserError
+from lighten.errors import MissingExtra, UserError
 from lighten.machine import containers
 from lighten.machine.forks import computing, end_with_parent
 from lighten.planning.gc_pause import spared
@@ -55,6 +55,12 @@ class Planner:
     def knows(self, recipe: Recipe) -> bool:
         """Whether the recipe is planned already."""
         return _key(recipe) in self._plans
+
+    @property
+    def missing(self) -> list[str]:
+        """What kept recipes from being planned that is not installed, with what installs it."""
+        outcomes = self._plans.values()
+        return sorted({str(outcome) for outcome in outcomes if isinstance(outcome, MissingExtra)})
 
     def plan_ahead(self, recipes: Iterable[Recipe]) -> None:
         """Make plans side by side that will be asked for.

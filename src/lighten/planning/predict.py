@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from lighten.data.sources import size_here
 from lighten.errors import UserError
 from lighten.machine.devices import Device
 from lighten.machine.hardware import processor_name, slow_format
-from lighten.models import Limits, describe, known, limits
+from lighten.models import Description, Limits, describe, known, limits
 from lighten.models.load import TOKENIZER_FILES, locate
 from lighten.planning import calibration
 from lighten.planning.changes import ALONE, cheapest, ideas
@@ -88,23 +87,19 @@ def plan(
     lengths = lengths_of(rows)
     planner = planner_for(device, rows, calibrate=calibrate, ranks=ranks)
     predicted = planner(recipe)
-    steps = steps_of(recipe, lengths)
-    run_s = run_seconds(recipe, predicted, steps, lengths)
+    rows_per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * ranks
+    steps = steps_of(recipe, lengths, rows_per_step)
+    run_s = run_seconds(recipe, predicted, steps, lengths, ranks)
     if recipe.max_time is not None:
-        steps, run_s, note = _within_time(recipe, steps, run_s, predicted.time, lengths)
+        epoch = None if lengths is None else math.ceil(len(lengths) / rows_per_step)
+        steps, run_s, note = _within_time(recipe, steps, run_s, predicted.time, epoch)
         notes.append(note)
     predicted = replace(predicted, steps=steps, run_seconds=run_s, notes=(*predicted.notes, *notes))
     if on_plan is not None:
         on_plan(predicted)
     if changes and predicted.capacity is not None and predicted.fits() is not True:
-        changes_found, complete = _changes(recipe, predicted, planner)
-        predicted = replace(predicted, changes=changes_found)
-        if not complete:
-            cut = (
-                f"no further changes were looked for within {MOST_CHANGES_S:.0f} s; "
-                "lighten plan --search does"
-            )
-            predicted = replace(predicted, notes=(*predicted.notes, cut))
+        changes_found, cut = changes_of(recipe, predicted, planner)
+        predicted = replace(predicted, changes=changes_found, notes=(*predicted.notes, *cut))
     return predicted
 
 
@@ -168,14 +163,9 @@ def _limits_of(name: str, revision: str | None, trust_remote_code: bool) -> Limi
 
 
 def changes_of(
-    recipe: Recipe, device: Device, predicted: Plan, rows: Rows | None = None
-) -> tuple[Change, ...]:
-    """What would need less than a plan that is made already, the cheapest first."""
-    return _changes(recipe, predicted, planner_for(device, rows))[0]
-
-
-def _changes(recipe: Recipe, predicted: Plan, planner: Planner) -> tuple[tuple[Change, ...], bool]:
-    """Changes, and whether there was time for all that was to be looked at."""
+    recipe: Recipe, predicted: Plan, planner: Planner
+) -> tuple[tuple[Change, ...], list[str]]:
+    """What would need less than a plan, the cheapest first, and why not all was looked at."""
     begun, cut = time.monotonic(), False
 
     def over(share: float) -> bool:
@@ -188,7 +178,14 @@ def _changes(recipe: Recipe, predicted: Plan, planner: Planner) -> tuple[tuple[C
     for place in range(0, len(settings), AT_ONCE):
         if not over(ALONE):
             planner.plan_ahead(_valid(recipe, settings[place : place + AT_ONCE]))
-    return cheapest(recipe, predicted, planner, over=over, is_planned=planner.knows), not cut
+    changes = cheapest(recipe, predicted, planner, over=over, is_planned=planner.knows)
+    notes = [f"not all changes could be planned: {missing}" for missing in planner.missing]
+    if cut:
+        notes.append(
+            f"no further changes were looked for within {MOST_CHANGES_S:.0f} s; "
+            "lighten plan --search does"
+        )
+    return changes, notes
 
 
 def _valid(recipe: Recipe, changes: Sequence[Mapping[str, Any]]) -> Iterator[Recipe]:
@@ -215,18 +212,19 @@ def supervised_share(rows: Rows | None) -> float:
     return rows.train.counts.supervised_tokens / rows.train.counts.tokens
 
 
-def steps_of(recipe: Recipe, lengths: Sequence[int] | None) -> int | None:
+def steps_of(recipe: Recipe, lengths: Sequence[int] | None, rows_per_step: int) -> int | None:
     """Optimiser steps of the run; None where neither data nor recipe says.
 
     Args:
         recipe: What would be trained.
         lengths: Tokens of each row of the data.
+        rows_per_step: Of one adapter, over all ranks.
     """
     if recipe.max_steps is not None:
         return recipe.max_steps
     if lengths is None:
         return None
-    return math.ceil(recipe.num_train_epochs * math.ceil(len(lengths) / _rows_per_step(recipe)))
+    return math.ceil(recipe.num_train_epochs * math.ceil(len(lengths) / rows_per_step))
 
 
 def _within_time(
@@ -234,7 +232,7 @@ def _within_time(
     steps: int | None,
     run_s: float | None,
     step: StepTime | None,
-    lengths: Sequence[int] | None,
+    epoch: int | None,
 ) -> tuple[int | None, float | None, str]:
     """Steps, their seconds and a sentence on what `max_time` allows at the predicted speed.
 
@@ -243,68 +241,53 @@ def _within_time(
         steps: That the data and `num_train_epochs` make.
         run_s: What they would take.
         step: The planned step's time.
-        lengths: Tokens of each row of the data.
+        epoch: Steps of one pass over the data; None: without data.
     """
     limit, limit_s = recipe.max_time, seconds(str(recipe.max_time))
     if step is None:
         return steps, None, (
             f"max_time {limit}: no time is predicted here; training measures how many steps fit"
         )  # fmt: skip
-    if steps is None or run_s is None or lengths is None:
+    if steps is None or run_s is None or epoch is None:
         count = max(1, int(limit_s / step.seconds))
         return count, count * step.seconds, (
             f"max_time {limit}: about {counted(count, 'step')} of this size, evaluations left out"
         )  # fmt: skip
     count = min(steps, max(1, int(steps * limit_s / run_s)))
-    share = count / math.ceil(len(lengths) / _rows_per_step(recipe))
     sentence = (
-        f"max_time {limit}: about {counted(count, 'step')} of {steps:,}, {share:.2g} of an epoch"
+        f"max_time {limit}: about {counted(count, 'step')} of {steps:,}, {count / epoch:.2g} of an "
+        "epoch"
     )
     if count == steps:
         sentence = f"max_time {limit} is enough for all {counted(steps, 'step')}"
     return count, run_s * count / steps, f"{sentence}, at the predicted speed without evaluations"
 
 
-def _rows_per_step(recipe: Recipe) -> int:
-    """Of one adapter, over all ranks of the launch that this process belongs to."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * ranks
-
-
 def run_seconds(
-    recipe: Recipe, predicted: Plan, steps: int | None, lengths: Sequence[int] | None
+    recipe: Recipe, predicted: Plan, steps: int | None, lengths: Sequence[int] | None, ranks: int
 ) -> float | None:
     """Seconds of all steps: the planned step is the largest, others take less by their tokens.
 
-    The first one counts as `FIRST_STEP`.
+    The first one counts as `FIRST_STEP`. Of several ranks each takes its part of a step's rows.
     """
     if predicted.time is None or steps is None or not predicted.step_tokens:
         return None
-    per_token, counted_steps = (
-        predicted.time.seconds / predicted.step_tokens,
-        steps - 1 + FIRST_STEP,
-    )
+    counted_steps = steps - 1 + FIRST_STEP
     if lengths is None:
         return predicted.time.seconds * counted_steps
+    per_token = predicted.time.seconds / predicted.step_tokens
     mean = sum(min(length, recipe.max_length) for length in lengths) / len(lengths)
-    rows = min(_rows_per_step(recipe), len(lengths)) * len(recipe.cohort())
+    most = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    rows = min(most, len(lengths) / ranks) * len(recipe.cohort())
     return per_token * mean * rows * counted_steps
 
 
-def layers_of(recipe: Recipe) -> int:
-    """Decoder layers of a recipe's base."""
+def described(recipe: Recipe) -> Description:
+    """A recipe's base by its configuration."""
     return describe(
         recipe.model_name_or_path, revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
-    ).layers  # fmt: skip
-
-
-def positions_of(recipe: Recipe) -> int | None:
-    """Positions that a recipe's base was made for, if it says so."""
-    return describe(
-        recipe.model_name_or_path, revision=recipe.revision,
-        trust_remote_code=recipe.trust_remote_code,
-    ).context_length  # fmt: skip
+    )  # fmt: skip
 
 
 def parameters_of(model: str) -> int | None:

@@ -62,15 +62,15 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
             )  # fmt: skip
         except Exception as error:
             return _none(error)
-    lines, fits = text.lines(plan), plan.fits()
+    lines, fits, record = text.lines(plan), plan.fits(), plan.to_dict()
     if (spread := _over_ranks(recipe, device, plan, place)) is not None:
         lines.append(text.spread_verdict(spread))
-        fits = spread.fits()
+        fits, record["spread"] = spread.fits(), spread.to_dict()
     if fits is False:
         if not force:
             raise UserError(_refusal(plan, spread, _advice(recipe, device, plan, rows)()))
         lines.append("it does not fit by this plan; going on, as --force says")
-    return Prediction(lines, plan.to_dict(), rows, _advice(recipe, device, plan, rows))
+    return Prediction(lines, record, rows, _advice(recipe, device, plan, rows))
 
 
 def _rows(recipe: Recipe, device: Device, shown: TrainingProgress) -> Rows | None:
@@ -136,10 +136,10 @@ def _advice(
 ) -> Callable[[], Sequence[str]]:
     def advice() -> list[str]:
         try:
-            changes = predict.changes_of(recipe, device, plan, rows)
+            changes, cut = predict.changes_of(recipe, plan, predict.planner_for(device, rows))
         except Exception as error:  # memory may be short just now
             return [f"what would need less cannot be planned here: {first_line(error)}"]
-        return [text.change(change) for change in changes[:MOST_ADVICE]]
+        return [*(text.change(change) for change in changes[:MOST_ADVICE]), *cut]
 
     return advice
 
@@ -150,7 +150,7 @@ def _over_ranks(recipe: Recipe, device: Device, plan: Plan, place: Launch) -> Di
         return None
     return on_ranks(
         plan, device, of_recipe(recipe.strategy), ranks=place.world_size,
-        local=place.local_world_size, layers=predict.layers_of(recipe),
+        local=place.local_world_size, layers=predict.described(recipe).layers,
         offload=offloaded.places(recipe, device.kind),
     )  # fmt: skip
 

@@ -39,10 +39,10 @@ def compare(
     Memory is the process's peak above what it held before the base was loaded, or on a GPU what the
     allocator reserved, with the context that the plan counts. The time of a step is the median
     step's seconds per token times the tokens of the planned step: real steps have rows of all
-    lengths.
+    lengths. Of several ranks one is compared: it takes its part of a step's tokens.
 
     Args:
-        record: The plan.
+        record: The plan, with what each of several ranks needs as its `spread`.
         memory: What `PeakMemory.read` gave at the end.
         metrics: The run's lines.
     """
@@ -50,11 +50,15 @@ def compare(
     peak = memory["peak_bytes"]
     if "reserved_bytes" in memory:
         peak = memory["reserved_bytes"] + parts.get("device context", 0)
+    planned, spread = record["memory"], record.get("spread")
+    predicted = planned["expected"] + planned.get("mapped", 0)
+    if spread is not None:
+        predicted = round(spread["device_bytes"])
     comparison: dict[str, Any] = {
-        "memory": {"predicted": record["memory"]["expected"], "measured": peak},
+        "memory": {"predicted": predicted, "measured": peak},
         "step_seconds": None,
     }
-    if "reserved_bytes" in memory and record["memory"].get("allocated"):
+    if "reserved_bytes" in memory and record["memory"].get("allocated") and spread is None:
         comparison["allocated"] = {
             "predicted": record["memory"]["allocated"], "measured": memory["peak_bytes"],
         }  # fmt: skip
@@ -62,7 +66,7 @@ def compare(
     if record.get("time") and record.get("step_tokens") and per_token is not None:
         comparison["step_seconds"] = {
             "predicted": record["time"]["seconds"],
-            "measured": per_token * record["step_tokens"],
+            "measured": per_token * record["step_tokens"] * (spread["ranks"] if spread else 1),
         }
     return comparison
 
