@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from lighten import models
 from lighten.machine.devices import DEVICES, named
@@ -109,3 +109,30 @@ def test_quantising_needs_what_was_said(tmp_path: Path, storage: str, double: bo
     assert plan.peak_bytes > plan.result_bytes
     assert plan.seconds > 0
     assert plan.fits() is True
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "caching"),
+    [
+        ("lfm2", {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
+                  "layer_types": ["conv", "full_attention", "conv"]}, 1),
+        ("mamba", {}, 0),
+        ("jamba", {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
+                   "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2}, 1),
+    ],
+)  # fmt: skip
+def test_layers_that_keep_a_state_alone_have_no_cache_that_grows(
+    arch: str, settings: dict[str, Any], caching: int, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(arch, hidden_size=64, num_hidden_layers=3, vocab_size=128,
+                                  **settings)  # fmt: skip
+    config.save_pretrained(tmp_path)
+    planned = serve(str(tmp_path), named("t4"), context=1024)
+    assert planned.parts["KV cache"] == caching * 1024 * 2 * 2 * 16 * 2
+    assert (planned.most_sequences is None) == (not caching)
+
+
+def test_layers_that_read_the_cache_of_others_have_none() -> None:
+    shared = {"num_hidden_layers": 6, "num_attention_heads": 2, "hidden_size": 64,
+              "num_kv_shared_layers": 2}  # fmt: skip
+    assert kv_cache_bytes(layer_caches(shared), 16, 1) == 4 * 16 * 2 * 64 * 2

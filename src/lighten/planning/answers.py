@@ -19,7 +19,7 @@ from lighten.models.stored import loaded_bytes
 from lighten.planning import serving
 from lighten.planning.memory import TOKENIZER_FACTOR
 from lighten.planning.process_overhead import answer_context
-from lighten.planning.serve import sizes_of
+from lighten.planning.serve import caches_of, sizes_of
 from lighten.planning.storage_tracker import KERNEL_BYTES
 
 SCORES_BYTES = 4  # of one score of attention in float32, which softmax computes in
@@ -59,7 +59,7 @@ def answer_peak(
     config = shape.config.get_text_config()
     number = serving.BYTES_PER_WEIGHT[dtype]
     weights: float = loaded_bytes(shape, number)
-    caches, cached = serving.layer_caches(config.to_dict()), prompt_tokens + new_tokens
+    caches, cached = caches_of(config), prompt_tokens + new_tokens
     cached_rows, read = rows, rows * prompt_tokens
     if slots is not None:
         # All slots have as much room, whatever a layer's window. Where it grew, what was there

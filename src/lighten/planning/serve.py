@@ -123,7 +123,7 @@ def serve(
     shape = skeleton(model, revision=revision)
     config = shape.config.get_text_config()
     sizes = sizes_of(shape)
-    caches = serving.layer_caches(config.to_dict())
+    caches = caches_of(config)
     if not windows:
         caches = [serving.LayerCache(layer.numbers) for layer in caches]
     number = serving.BYTES_PER_WEIGHT[compute]
@@ -213,6 +213,13 @@ def quantize(
 def _require_known(storage: object, known: Collection[str]) -> None:
     if not isinstance(storage, str) or storage not in known:
         raise UserError(f"--storage {storage}: it is not known; use {', '.join(known)}")
+
+
+def caches_of(config: Any) -> list[serving.LayerCache]:
+    """What each layer of a text model caches, by its configuration."""
+    # Some say their layers' kinds by a property alone.
+    kinds = getattr(config, "layer_types", None)
+    return serving.layer_caches({**config.to_dict(), "layer_types": kinds})
 
 
 def sizes_of(shape: PreTrainedModel) -> Sizes:

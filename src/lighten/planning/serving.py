@@ -24,6 +24,9 @@ BYTES_PER_WEIGHT = {
     "nf4 double": 0.5 + 1 / 64 + 4 / (64 * 256),
 }  # fmt: skip
 
+# Kinds of layers, as transformers calls them, that keep nothing of each token: a state at most.
+KEEP_NOTHING = {"linear_attention", "conv", "mamba", "moe", "mlp"}
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -81,23 +84,28 @@ def layer_caches(config: Mapping[str, Any]) -> list[LayerCache]:
     """What each layer of an architecture caches, from its configuration.
 
     Knows grouped and multi-query attention, sliding windows of all or some layers, layers without
-    a cache that grows (linear attention), and DeepSeek's latent attention (arXiv 2405.04434,
-    section 2.1: the compressed vector and one rotary key per token, for all heads).
+    a cache that grows (convolutions, linear attention, Mamba) or of their own (Gemma 3n's last
+    ones), and DeepSeek's latent attention (arXiv 2405.04434, section 2.1: the compressed vector and
+    one rotary key per token, for all heads).
 
     Args:
         config: The text model's configuration, as transformers completes it.
     """
     layers = int(_first(config, "num_hidden_layers", "n_layer"))
+    kinds, windows = _kinds(config, layers)
+    if KEEP_NOTHING.issuperset(kinds):
+        return [LayerCache(0)] * layers
     heads = int(_first(config, "num_attention_heads", "n_head"))
     hidden = int(_first(config, "hidden_size", "n_embd"))
     if config.get("kv_lora_rank"):
-        return [LayerCache(int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"]))] * layers
-    kv_heads = 1 if config.get("multi_query") else int(config.get("num_key_value_heads") or heads)
-    width = int(config.get("head_dim") or hidden // heads)
-    numbers = 2 * kv_heads * width
+        numbers = int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
+    else:
+        groups = 1 if config.get("multi_query") else config.get("num_key_value_heads") or heads
+        numbers = 2 * int(groups) * int(config.get("head_dim") or hidden // heads)
+    keep = layers - int(config.get("num_kv_shared_layers") or 0)
     return [
-        LayerCache(0 if kind == "linear_attention" else numbers, window)
-        for kind, window in zip(*_kinds(config, layers), strict=True)
+        LayerCache(numbers if place < keep and kind not in KEEP_NOTHING else 0, window)
+        for place, (kind, window) in enumerate(zip(kinds, windows, strict=True))
     ]
 
 
