@@ -19,8 +19,8 @@ GIB = 2**30
 
 
 LABELS_GIB = {
-    "t4": 16, "l4": 24, "l40s": 48, "a10": 24, "rtx3060": 12, "rtx3090": 24, "a100-40": 40,
-    "a100-80": 80, "h100": 80, "h200": 141, "b200": 186, "mi300x": 192, "rtx4060": 8,
+    "t4": 16, "l4": 24, "l40s": 48, "a10": 24, "a10g": 24, "rtx3060": 12, "rtx3090": 24,
+    "a100-40": 40, "a100-80": 80, "h100": 80, "h200": 141, "b200": 186, "mi300x": 192, "rtx4060": 8,
     "rtx4070": 12, "rtx4070super": 12, "rtx4070ti": 12, "rtx4070tisuper": 16, "rtx4080": 16,
     "rtx4080super": 16, "rtx4090": 24, "rtx5060": 8, "rtx5070": 12, "rtx5070ti": 16,
     "rtx5080": 16, "rtx5090": 32, "rtx4060-laptop": 8, "rtx4070-laptop": 8, "rtx4080-laptop": 12,
@@ -159,7 +159,8 @@ def test_a_name_that_leaves_anything_open_is_refused(name: str, message: str) ->
 
 def test_the_driver_s_names_lead_to_the_listed_cards() -> None:
     names = {
-        "Tesla T4": "t4", "NVIDIA L4": "l4", "NVIDIA A10G": "a10", "NVIDIA H200": "h200",
+        "Tesla T4": "t4", "NVIDIA L4": "l4", "NVIDIA A10G": "a10g", "NVIDIA A10": "a10",
+        "NVIDIA H200": "h200",
         "NVIDIA A100-SXM4-80GB": "a100-80", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA B200": "b200",
         "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA L40S": "l40s", "NVIDIA L40": None,
         "NVIDIA RTX A1000": None, "NVIDIA GeForce RTX 3060 Ti": None,

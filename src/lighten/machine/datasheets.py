@@ -136,7 +136,13 @@ _LIST = (
         "a10", "NVIDIA A10", 22.06, 600e9, (8, 6),
         {"float32": 31.2, "tf32": 62.5, "bfloat16": 125, "float16": 125, "int8": 250},
         "NVIDIA A10 datasheet (nvidia.com/en-us/data-center/products/a10-gpu)",
-        ("nvidia a10", "a10g"), pcie=_GEN4,
+        ("nvidia a10",), pcie=_GEN4,
+    ),
+    _nvidia(
+        "a10g", "NVIDIA A10G", 22.06, 600e9, (8, 6),
+        {"float32": 31.5, "tf32": 35, "bfloat16": 70, "float16": 70, "int8": 140},
+        "NVIDIA A10G datasheet (of AWS's G5 instances): less of a tensor unit than an A10",
+        ("a10g",), pcie=_GEN4,
     ),
     _nvidia(
         "rtx3060", "NVIDIA GeForce RTX 3060 12GB", 11.63, 360e9, (8, 6),
