@@ -281,3 +281,24 @@ def test_the_context_is_measured_once_for_a_machine(
 
     monkeypatch.setattr(process_overhead.subprocess, "run", fails)
     assert process_overhead.context_of(path) == process_overhead.UNMEASURED
+
+
+def test_a_process_that_a_rank_measures_takes_no_rank_s_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the other ranks met it, and ended when it did."""
+    of_rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": "1", "OMPI_COMM_WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true",
+               }  # fmt: skip
+    for name, value in of_rank.items():
+        monkeypatch.setenv(name, value)
+    context_json = '{"bytes": 90000000, "worker_bytes": 50000000}'
+    code = f"from accelerate import Accelerator; Accelerator(cpu=True); print('{context_json}')"
+    run = subprocess.run
+
+    def meets(_command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        return run([sys.executable, "-c", code], **{**options, "timeout": 60})
+
+    monkeypatch.setattr(process_overhead.subprocess, "run", meets)
+    context = process_overhead.context_of(tmp_path / "context.json")
+    assert context == Context(90_000_000, 50_000_000)

@@ -14,7 +14,7 @@ UNBUILT = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
 # What accelerate would do itself: open an engine, and compute in a format, which is the recipe's.
-_ITS_OWN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
+ITS_OWN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 _FIRST_RANK_READS = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers; FSDP hands out what it read
 _NONE = ("", "none", "auto")
 # What its DeepSpeed part says of a step: DeepSpeed's name, and what nobody said.
@@ -54,7 +54,7 @@ def asked_of(variables: Mapping[str, str]) -> dict[str, Any]:
 @contextmanager
 def set_aside(variables: MutableMapping[str, str]) -> Iterator[None]:
     """Inside, accelerate opens no engine: what its configuration asks for is a strategy of ours."""
-    held = {name: variables.pop(name) for name in _ITS_OWN if name in variables}
+    held = {name: variables.pop(name) for name in ITS_OWN if name in variables}
     if _FIRST_RANK_READS in variables:
         variables[_FIRST_RANK_READS] = "false"
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.machine.forks import TRANSLATED
-from lighten.parallel.foreign import asked_of
+from lighten.parallel.foreign import ITS_OWN, asked_of
 from lighten.wording import counted
 
 ERROR_FILE = "LIGHTEN_ERROR_FILE"
@@ -34,6 +34,14 @@ _MPI = (
      "OMPI_COMM_WORLD_LOCAL_RANK", "-x MASTER_ADDR=HOST"),
     ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID", "-genv MASTER_ADDR HOST"),
 )  # fmt: skip
+
+
+# What makes a process a rank, to PyTorch, accelerate or here.
+_OF_RANKS = frozenset({
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID",
+    "MV2_COMM_WORLD_SIZE", TRANSLATED, ERROR_FILE, *ITS_OWN,
+    *(name for names in _MPI for name in names[:4]),
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,11 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
         **{TRANSLATED: launch.launcher},
     )  # fmt: skip
     return launch
+
+
+def alone() -> dict[str, str]:
+    """The environment of a process that is no rank, though a rank may start it."""
+    return {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
 
 
 def restarted_by(environment: Mapping[str, str] | None = None) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from lighten import cpu, runs
 from lighten.errors import UserError
 from lighten.machine.hardware import cache_folder, processor_name, versions
+from lighten.parallel import launch
 
 MIB = 2**20
 FILE, ANSWERS_FILE = "context.json", "answer_context.json"
@@ -100,7 +101,7 @@ def _measured(unmeasured: _Figures, what: str, path: Path) -> _Figures:
     try:
         completed = subprocess.run(
             [sys.executable, "-m", "lighten.planning.measured_overhead", what],
-            capture_output=True, text=True, check=True, timeout=TIMEOUT_S,
+            capture_output=True, text=True, check=True, timeout=TIMEOUT_S, env=launch.alone(),
         )  # fmt: skip
         figures = _figures(unmeasured, json.loads(completed.stdout.strip().splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError, KeyError, TypeError):
