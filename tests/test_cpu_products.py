@@ -1,21 +1,33 @@
-"""Products of float32 by oneDNN: the same as PyTorch's own, and only where they are wanted."""
+"""Products of float32 by oneDNN: the same as PyTorch's own, there and back, and where they pay."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lighten import cpu
+from lighten.adapters import ops
 from lighten.cpu import products
+from lighten.engine.loss import HeadRule, Workspace, _ChunkedCrossEntropy
+from lighten.planning.build import config_of
+from lighten.planning.steps import follow_recipe
+from tests.test_plan_trace import FLOAT32, WAYS, folder_of, follow, really, recipe_of
+from tests.test_plan_trace import steps_of as course_of
+
+NAME = "mkldnn::_linear_pointwise"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On any processor as on one that MKL is slow on."""
+    """On any processor as on one that MKL is slow on, however small the product."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("oneDNN is not there")
     monkeypatch.setattr(products, "is_slow_on_mkl", lambda: True)
+    monkeypatch.setattr(products, "FEWEST", 1)
 
 
 class Model(nn.Module):
@@ -25,56 +37,149 @@ class Model(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(24, 40), nn.Linear(40, 8, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.first(x)
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.first(x)
         return self.last(hidden)  # type: ignore[no-any-return]
 
 
-@pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("shape", [(1, 24), (16, 24), (33, 24), (2, 3, 24), (4, 64, 24)])
-def test_a_model_computes_the_same(shape: tuple[int, ...]) -> None:
-    model, x = Model().requires_grad_(False), torch.randn(shape)
-    expected = Model().double()
-    expected.load_state_dict(model.state_dict())
-    with torch.no_grad(), products.by_onednn(model):
-        out = model(x)
-    torch.testing.assert_close(out.double(), expected(x.double()), rtol=1e-5, atol=1e-6)
-    assert out.shape == (*shape[:-1], 8)
+def called(run: torch.profiler.profile) -> int:
+    return sum(event.count for event in run.key_averages() if event.key == NAME)
 
 
-@pytest.mark.usefixtures("slow")
-def test_layers_have_their_forward_back_and_what_learns_keeps_it() -> None:
+def results(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of the input and of what learns."""
+    x = x.clone().requires_grad_(True)
+    out = model(x)
+    learning = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), learning)]
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("shape", [(1, 24), (33, 24), (2, 3, 24), (4, 64, 24)])
+def test_a_model_computes_the_same(shape: tuple[int, ...], learns: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Model().requires_grad_(learns), torch.randn(shape)
+    expected = results(copy.deepcopy(model).double(), x.double())
+    assert products.quicken(model) == 2
+    with torch.profiler.profile() as run:
+        values = results(model, x)
+    assert called(run) == (6 if learns else 4)
+    for value, reference in zip(values, expected, strict=True):
+        torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).double(), expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
+def test_compiled_layers_compute_the_same() -> None:
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(33, 24)
+    expected = results(model, x)
+    products.quicken(model)
+    torch._dynamo.reset()
+    quick = torch.compile(model, dynamic=True, backend="aot_eager")
+    with torch.profiler.profile() as run:
+        values = results(quick, x)
+    assert called(run) == 6
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_compute_the_same() -> None:
+    """Two of different rows over two layers, against autograd in float64."""
+    torch.manual_seed(0)
+    bases = [nn.Linear(24, 40).requires_grad_(False), nn.Linear(24, 16, bias=False)]
+    bases[1].requires_grad_(False)
+    parts = [ops.Part(0, 20, 2.0), ops.Part(20, 33, 0.5), ops.Part(20, 33, 0.5, layer=1)]
+    sizes = [(3, 24), (40, 3), (4, 24), (40, 4), (4, 24), (16, 4)]
+    x = torch.randn(33, 24, requires_grad=True)
+    factors = [torch.randn(size, requires_grad=True) for size in sizes]
+    weights = [torch.randn(33, 40), torch.randn(33, 16)]
+
+    def gradients(form: object, dtype: torch.dtype) -> list[Tensor]:
+        layers = [copy.deepcopy(base).to(dtype) for base in bases]
+        inputs = [tensor.detach().to(dtype).requires_grad_(True) for tensor in (x, *factors)]
+        outs = form(inputs[0], layers, parts, inputs[1:])  # type: ignore[operator]
+        total = sum((out * weight).sum() for out, weight in zip(outs, weights, strict=True))
+        return [*(out.detach() for out in outs), *torch.autograd.grad(total, inputs)]
+
+    with torch.profiler.profile() as run:
+        values = gradients(ops.low_rank_linears, torch.float32)
+    assert called(run) > 8
+    for value, exact in zip(values, gradients(ops.reference, torch.float64), strict=True):
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_over_a_head_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of the positions, with a head that learns."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(37, 24), torch.randn(320, 24)
+    labels, weights = torch.randint(320, (37,)), torch.rand(37)
+    monkeypatch.setattr("lighten.engine.loss.CHUNKS", {None: (16 * 320 * 4, 16)})
+
+    def loss() -> list[Tensor]:
+        states, weight = (x.clone().requires_grad_(True) for x in (hidden, head))
+        total, nll = _ChunkedCrossEntropy.apply(
+            states, labels, weights, weight, None, HeadRule(), Workspace(), None
+        )
+        return [nll, *torch.autograd.grad(total, [states, weight])]
+
+    with torch.profiler.profile() as run:
+        values = loss()
+    assert called(run) == 3 * 3
+    monkeypatch.setattr(products, "is_slow_on_mkl", lambda: False)
+    torch.testing.assert_close(values, loss(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
     model = Model()
-    calls: list[int] = []
-
-    def counted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        calls.append(len(x))
-        return torch.nn.functional.linear(x, weight, bias)
-
-    model.last.forward = lambda x: counted(x, model.last.weight, None)  # type: ignore[method-assign]
-    before = model.last.forward
-    with products.by_onednn(model):
-        assert model.last.forward is before
-        assert "forward" in vars(model.first)
-        model(torch.randn(32, 24)).sum().backward()
-    assert calls == [32]
-    assert model.first.weight.grad is not None
-    assert "forward" not in vars(model.first)
+    model.last.forward = before = lambda x: x  # type: ignore[method-assign]
+    assert products.quicken(model) == 1
+    assert model.last.forward is before
+    assert products.quicken(model) == 0, "once is enough"
 
 
-@pytest.mark.usefixtures("slow")
+def test_small_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "FEWEST", 24 * 40 * 33 + 1)
+    model = Model()
+    products.quicken(model)
+    with torch.profiler.profile() as run:
+        results(model, torch.randn(33, 24))
+    assert called(run) == 0
+
+
 def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu.SWITCH, cpu.PLAIN)
-    model = Model()
-    with products.by_onednn(model):
-        assert "forward" not in vars(model.first)
+    assert products.quicken(Model()) == 0
+    assert not products.takes(torch.randn(33, 24), torch.randn(40, 24))
 
 
-@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_formats_are_multiplied_as_ever(dtype: torch.dtype) -> None:
     model, x = Model().to(dtype), torch.randn(32, 24, dtype=dtype)
-    with torch.no_grad():
-        expected = model(x)
-        with products.by_onednn(model):
-            assert torch.equal(model(x), expected)
+    expected = results(model, x)
+    products.quicken(model)
+    assert all(map(torch.equal, results(model, x), expected))
+
+
+def test_mixed_precision_multiplies_in_its_format() -> None:
+    model, x = Model(), torch.randn(32, 24)
+    products.quicken(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("way", ["lora", "full", "cohort"])
+def test_a_plan_follows_them(way: str, tmp_path: Path) -> None:
+    """Memory as it comes and goes in real steps, and each product among what takes time."""
+    recipe = recipe_of(folder_of(tmp_path), **WAYS[way])
+    traced = follow(recipe, (4, 48))
+    assert course_of(traced.timeline) == course_of(really(recipe, (4, 48), "llama", 2))
+    multiplied = [work for _, _, work in traced.timeline.work if work.name == NAME]
+    assert multiplied
+    assert all(work.flops > 0 for work in multiplied)
+
+
+def test_a_plan_for_a_gpu_knows_nothing_of_them(tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of(tmp_path))
+    traced = follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cuda", rows_tokens=(2, 32))
+    assert not any(work.name == NAME for _, _, work in traced.timeline.work)

@@ -210,6 +210,9 @@ LARGE = {
         ATEN.mm.out, meta(512, 256), meta(1024, 256).t(), out=meta(512, 1024)),
     "with a sum": lambda: work(
         ATEN.addmm_.default, meta(512, 1024), meta(512, 256), meta(256, 1024)),
+    "a product of oneDNN's": lambda: work(
+        torch.ops.mkldnn._linear_pointwise.default, meta(512, 256), meta(1024, 256),
+        meta(1024), "none", [], ""),
     "attention": lambda: attended(1024, [], backward=False),
     "attention of packed rows": lambda: attended(1024, [0, 1000, 1024], backward=False),
     "attention's gradients": lambda: attended(1024, [], backward=True),

@@ -121,11 +121,16 @@ def really(recipe: Recipe, shape: tuple[int, int], arch: str, layers: int) -> Ti
 
 
 def steps_of(timeline: Timeline) -> list[tuple[str, bool, int]]:
-    """Births and deaths of the steps, single numbers aside: asking for one makes others."""
+    """Births and deaths of the steps' tensors.
+
+    Without single numbers: asking for one makes others. Real kernels are not followed.
+    """
     return [
         (timeline.runs[event.run].phase, event.born, event.block.bytes)
         for event in timeline.events
-        if timeline.runs[event.run].phase not in ("loading", "check") and event.block.bytes > 8
+        if timeline.runs[event.run].phase not in ("loading", "check")
+        and event.block.bytes > 8
+        and event.block.part != "device context"
     ]
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from lighten.adapters.frozen import product, weight_of
 from lighten.cpu import dropout
+from lighten.cpu.products import add_linear, linear, linear_into, opaque
 
 # On a GPU a product costs its launch: up to this many ranks side by side, the parts of several
 # adapters become one product over all rows in which a row's foreign ranks are zeroed.
@@ -266,7 +267,7 @@ class _LowRankLinears(torch.autograd.Function):
         lows = []
         for block in blocks:
             rows = _dropped(flat[block.start : block.stop], block.parts[0])
-            low = block.scaled(rows @ block.inner(factors, x).T, factors)
+            low = block.scaled(linear(rows, block.inner(factors, x)), factors)
             for layer, columns, B in block.outer(factors, x):
                 outs[layer][block.start : block.stop].addmm_(low[:, columns], B.T)
             lows.append(low)
@@ -290,7 +291,7 @@ class _LowRankLinears(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for layer, grad in gradients_out.items():
                 weight = weight_of(ctx.bases[layer])
-                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+                grad_x = add_linear(grad_x, grad, weight.T)
         factor_gradients: list[Tensor | None] = [None] * len(factors)
         for block, low in zip(blocks, lows, strict=True):
             span = slice(block.start, block.stop)
@@ -298,13 +299,13 @@ class _LowRankLinears(torch.autograd.Function):
             grads_B: dict[int, Tensor] = {}
             for layer, columns, B in block.outer(factors, x):
                 if layer in gradients_out:
-                    torch.mm(gradients_out[layer][span], B, out=gradients[:, columns])
+                    linear_into(gradients[:, columns], gradients_out[layer][span], B.T)
                     # [own, O]: reading the gradient row by row is twice as fast as its transpose.
-                    grads_B[layer] = low[:, columns].T @ gradients_out[layer][span]
+                    grads_B[layer] = linear(low[:, columns].T, gradients_out[layer][span].T)
             gradients = block.scaled(gradients, factors)
             A = block.inner(factors, x)
             drop = block.parts[0].dropout
-            grad_A = gradients.T @ _dropped(flat[span], block.parts[0])
+            grad_A = linear(gradients.T, _dropped(flat[span], block.parts[0]).T)
             _hand_out(block, grad_A, grads_B, factors, factor_gradients)
             if grad_x is None:
                 continue
@@ -327,7 +328,7 @@ _LIBRARY.define("sum_of_products(Tensor[] left, Tensor[] right) -> Tensor")
 
 @torch.library.impl(_LIBRARY, "linear_plus", "CompositeExplicitAutograd")
 def _linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) -> Tensor:
-    return F.linear(x, weight, bias).addmm_(low, B.T)
+    return linear(x, weight, bias).addmm_(low, B.T)
 
 
 @torch.library.register_fake("lighten::linear_plus")
@@ -338,9 +339,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) ->
 
 @torch.library.impl(_LIBRARY, "sum_of_products", "CompositeExplicitAutograd")
 def _sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    total = left[0] @ right[0]
-    for left_factor, right_factor in zip(left[1:], right[1:], strict=True):
-        total.addmm_(left_factor, right_factor)
+    total: Tensor | None = None
+    for left_factor, right_factor in zip(left, right, strict=True):
+        total = add_linear(total, left_factor, right_factor.T)
+    assert total is not None
     return total
 
 
@@ -361,14 +363,14 @@ class _LoneLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases, As, Bs = (tensors[i * count : (i + 1) * count] for i in range(4))
         A = torch.cat(As).to(x.dtype)
-        low = x @ A.T
+        low = opaque(x, A)
         outs = []
         column = 0
         for weight, bias, B, scale in zip(weights, biases, Bs, scales, strict=True):
-            products = low[:, column : column + B.shape[1]]
+            low_products = low[:, column : column + B.shape[1]]
             column += B.shape[1]
             outs.append(
-                torch.ops.lighten.linear_plus(x, weight, bias, products * scale, B.to(x.dtype))
+                torch.ops.lighten.linear_plus(x, weight, bias, low_products * scale, B.to(x.dtype))
             )
         ctx.save_for_backward(x, low, A, *weights, *Bs)
         ctx.scales = scales
@@ -382,12 +384,12 @@ class _LoneLinears(torch.autograd.Function):
         gradients, grads_B = [], []
         column = 0
         for grad, B, scale in zip(grads, Bs, ctx.scales, strict=True):
-            products = low[:, column : column + B.shape[1]]
+            low_products = low[:, column : column + B.shape[1]]
             column += B.shape[1]
-            gradients.append((grad @ B.to(x.dtype)) * scale)
-            grads_B.append(((products.T @ grad) * scale).T.to(B.dtype))
+            gradients.append(opaque(grad, B.to(x.dtype).T) * scale)
+            grads_B.append((opaque(low_products.T, grad.T) * scale).T.to(B.dtype))
         gradient = torch.cat(gradients, 1)
-        grad_A = (gradient.T @ x).to(Bs[0].dtype).split([B.shape[1] for B in Bs])
+        grad_A = opaque(gradient.T, x.T).to(Bs[0].dtype).split([B.shape[1] for B in Bs])
         grad_x = torch.ops.lighten.sum_of_products([*grads, gradient], [*weights, A])
         return (grad_x, None, None, *[None] * (2 * count), *grad_A, *grads_B)
 

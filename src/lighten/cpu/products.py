@@ -1,28 +1,30 @@
 """Products of float32 by oneDNN, where the library that PyTorch takes for them is slow.
 
 PyTorch multiplies float32 with Intel's MKL, which keeps its quickest code for Intel's processors.
-On AMD's, oneDNN takes 0.85 of its time with AVX2 and 0.45 with AVX512, from some rows on and with
-weights as they lie (docs/lab-notes.md).
+On AMD's, oneDNN takes 0.9 of its time with AVX2 and 0.45 with AVX512, with weights as they lie and
+of an adapter's thin products too (docs/lab-notes.md).
+
+Dimensions: N rows, I input features, O output features.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lighten import cpu
+from lighten.cpu.forwards import Forward, replace_forwards
 from lighten.machine.hardware import processor_name
 
-# With fewer, the call costs what the product saves.
-FEWEST_ROWS = 16
-_wanted: ContextVar[bool] = ContextVar("products_by_onednn", default=False)
+# Multiplications of a product; with fewer, the call costs what it saves.
+FEWEST = 2**20
+
+_LIBRARY = torch.library.Library("lighten", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 @functools.cache
@@ -35,44 +37,108 @@ def is_slow_on_mkl() -> bool:
     )
 
 
-@contextmanager
-def by_onednn(model: nn.Module) -> Iterator[None]:
-    """Let `linear`, and a model's own linear layers, multiply float32 by oneDNN inside.
+def quicken(model: nn.Module) -> int:
+    """Let a model's own linear layers multiply float32 by oneDNN, there and back.
 
-    For passes that nothing learns from: no gradient goes through such a product.
+    Returns:
+        How many do; 0 where PyTorch's own is as quick, or `LIGHTEN_CPU` turns it off.
     """
-    if not (cpu.enabled() and is_slow_on_mkl()):
-        yield
-        return
-    layers = [
-        module for module in model.modules()
-        if type(module) is nn.Linear and "forward" not in vars(module)
-    ]  # fmt: skip
-    for layer in layers:
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
-    token = _wanted.set(True)
-    try:
-        yield
-    finally:
-        _wanted.reset(token)
-        for layer in layers:
-            del layer.forward
+    return replace_forwards(model, _forward_for) if cpu.enabled() and is_slow_on_mkl() else 0
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X Wᵀ + b: [..., I] → [..., O]."""
-    rows = x.numel() // x.shape[-1]
-    if (
-        _wanted.get()
-        and x.dtype == weight.dtype == torch.float32
+def _forward_for(module: nn.Module) -> Forward | None:
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return None
+    return _forward if module.weight.device.type == "cpu" else None
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    weight: Tensor = self.weight
+    if not _wants_gradient(x, weight):
+        return linear(x, weight, self.bias)
+    compiled = torch.compiler.is_compiling() and x.dtype == weight.dtype == torch.float32
+    if not (compiled or takes(x, weight)):
+        return F.linear(x, weight, self.bias)
+    flat = x.reshape(-1, x.shape[-1])
+    out: Tensor = _Linear.apply(flat, weight, self.bias)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    """X Wᵀ + b of x [N, I], whose products are those of `linear` there and back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return opaque(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            opaque(grad, weight.T) if of_x else None,
+            # oneDNN copies rows that are turned; here a plan sees it.
+            opaque(grad.T.contiguous(), x.T) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X Wᵀ + b: [..., I] → [..., O]; by PyTorch's own where a gradient is to go through it."""
+    if _wants_gradient(x, weight) or not takes(x, weight):
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
+    return product.view(*x.shape[:-1], product.shape[-1])
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Set out [N, O] to x Wᵀ."""
+    if takes(x, weight):
+        out.copy_(linear(x, weight))
+    else:
+        torch.mm(x, weight.T, out=out)
+
+
+def add_linear(total: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """X Wᵀ [N, O], added in place to a total where there is one."""
+    if total is None or takes(x, weight):
+        product = linear(x, weight)
+        return product if total is None else total.add_(product)
+    return total.addmm_(x, weight.T)
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies x [..., I] with a weight [O, I]."""
+    return (
+        x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
-        and rows >= FEWEST_ROWS
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    ):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
-    return F.linear(x, weight, bias)
+        and is_slow_on_mkl()
+        and cpu.enabled()
+        and x.numel() * weight.shape[0] >= FEWEST
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
-def _forward(self: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, self.weight, self.bias)
+def _wants_gradient(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
+def opaque(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of [N, I], of which a compiler is not shown whose product it is."""
+    if x.device.type != "cpu" or not torch.compiler.is_compiling():
+        return linear(x, weight, bias)
+    product: Tensor = torch.ops.lighten.linear(x, weight, bias)
+    return product
+
+
+@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x, weight, bias)
+
+
+@torch.library.register_fake("lighten::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    del bias
+    return x.new_empty(x.shape[0], weight.shape[0])

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from lighten.adapters.frozen import weight_of
 from lighten.adapters.layers import CohortCopies, CohortLinear, Share
 from lighten.adapters.trained import Trained
+from lighten.cpu import products
 from lighten.data.batches import MicroBatch
 from lighten.engine import fused_loss
 from lighten.engine.fused_loss import cross_entropy_
@@ -131,8 +132,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             lifted, lift = _lifted(weights)
         learns = any(ctx.needs_input_grad)
         for rows in space.chunks(len(labels), W, kernel):
-            raw = space.take("logits", rows.stop - rows.start, hidden, W.shape[0], W.dtype)
-            torch.mm(hidden[rows], W.T, out=raw)
+            raw = _logits(hidden[rows], W, space)
             if bias is not None:
                 raw.add_(bias)
             if kernel:
@@ -140,11 +140,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             else:
                 nll[rows] = _gradients_for_logits(raw, labels[rows], rule, space, learns)
             if grad is not None:
-                torch.mm(raw, W, out=grad[rows])
+                products.linear_into(grad[rows], raw, W.T)
             if grad_bias is not None:
                 grad_bias += (raw * weights[rows, None]).sum(0)
             if grad_W is not None:
                 _add_product(grad_W, raw.mul_(lifted[rows, None].to(raw.dtype)), hidden[rows])
+            del raw  # before the next chunk's are formed
         if grad_W is not None and lift is not None:
             grad_W /= lift
         ctx.formats = head_weight.dtype, None if head_bias is None else head_bias.dtype
@@ -163,6 +164,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.formats[1])
         return grad, None, None, grad_W, grad_bias, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, space: Workspace) -> Tensor:
+    """Hidden states [n, H] times the head [V, H]: [n, V], for the caller to change."""
+    if products.takes(hidden, weight):
+        return products.linear(hidden, weight)
+    raw = space.take("logits", len(hidden), hidden, weight.shape[0], weight.dtype)
+    return torch.mm(hidden, weight.T, out=raw)
 
 
 def _lifted(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +195,8 @@ def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor) -> None:
     if total.device.type == "cpu":
         size = max(1, PIECE_BYTES // (4 * total.shape[1]))
     for start in range(0, total.shape[0], size):
-        total[start : start + size] += gradients[:, start : start + size].T @ hidden
+        piece = gradients[:, start : start + size]
+        total[start : start + size] += products.linear(piece.T, hidden.T)
 
 
 def _gradients_for_logits(

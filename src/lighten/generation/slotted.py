@@ -59,9 +59,9 @@ def slots_in(model: PreTrainedModel) -> Iterator[None]:
     implementation = str(model.config._attn_implementation)
     attention.register()
     model.set_attn_implementation(attention.NAME)
+    products.quicken(model)
     try:
-        with products.by_onednn(model):
-            yield
+        yield
     finally:
         model.set_attn_implementation(implementation)
 

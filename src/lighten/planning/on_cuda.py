@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import masking_utils
 
 from lighten.adapters import ops
-from lighten.cpu import dropout, kernels
+from lighten.cpu import dropout, kernels, products
 from lighten.data.batches import MicroBatch
 
 FLASH_SINCE = (8, 0)  # compute capability
@@ -49,6 +49,7 @@ def as_on_cuda(capability: tuple[int, int] | None) -> Iterator[None]:
         stack.enter_context(patch.object(ops, "launches_cost", _yes))
         stack.enter_context(patch.object(kernels, "library", _none))
         stack.enter_context(patch.object(dropout, "library", _none))
+        stack.enter_context(patch.object(products, "is_slow_on_mkl", _none))
         # From positions that it cannot read transformers concludes that rows may be packed, and
         # makes a mask for them: real ones are read, and show that they are not.
         stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _none))

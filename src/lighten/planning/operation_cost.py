@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 IN_PLACE = {
     torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
 }  # fmt: skip
+LINEAR_OF_ONEDNN = torch.ops.mkldnn._linear_pointwise
 # They take memory or look at it, and move nothing.
 LOOKUPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index")
 FREE = (
@@ -93,6 +94,11 @@ class Work:
         return tuple(inside(self.args, Shaped))
 
     @property
+    def factors(self) -> tuple[Shaped, ...]:
+        """What a product multiplies: a vector is its bias."""
+        return tuple(x for x in self.operands if len(x.shape) > 1)[-2:]
+
+    @property
     def tensors(self) -> tuple[Shaped, ...]:
         """Every tensor it was given."""
         return (*self.operands, *inside(self.kwargs, Shaped))
@@ -155,6 +161,8 @@ def work_of(
 def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any = None) -> int:
     """By PyTorch's formula, from tensors or what is `Shaped` like them; 0 where there is none."""
     packet = getattr(func, "overloadpacket", func)
+    if packet is LINEAR_OF_ONEDNN:
+        return 2 * math.prod(args[0].shape) * int(args[1].shape[0])
     formula = flop_registry.get(IN_PLACE.get(packet, packet))
     if formula is None:
         return 0

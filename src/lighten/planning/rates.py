@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from lighten import cpu, runs
 from lighten.cpu import allocator
 from lighten.machine.hardware import cache_folder, processor_name, versions
-from lighten.planning.operation_cost import Shaped, Work, flops_of
+from lighten.planning.operation_cost import LINEAR_OF_ONEDNN, Shaped, Work, flops_of
 
 # An operation larger than this, or one that would take longer, is timed with fewer rows. How fast
 # products of a format are is first seen on one of so many operations: a format that the processor
@@ -309,7 +309,7 @@ def _class_of(work: Work) -> str:
     turned = "".join("t" if x.turned() else "-" for x in work.operands)
     if work.flops:
         sizes = "x".join(
-            str(round(2 * math.log2(max(1, n)))) for x in work.operands[-2:] for n in x.shape
+            str(round(2 * math.log2(max(1, n)))) for x in work.factors for n in x.shape
         )
         return f"{key_of(work)}|{sizes}|{turned}"
     return f"{key_of(work)}|{round(math.log2(max(1, work.bytes)))}|{turned}"
@@ -339,15 +339,15 @@ def _smaller(work: Work, most_flops: float | None = None) -> Work:
         return _fewer_bytes(work)
     if work.flops <= most_flops:
         return work
-    last = work.operands[-2:]
-    if [len(x.shape) for x in last] == [2, 2]:
-        a, b = last
+    if [len(x.shape) for x in work.factors] == [2, 2]:
+        a, b = work.factors
         rows = max(16, int(a.shape[0] * most_flops / work.flops))
         a = Shaped((rows, a.shape[1]), a.stride, a.dtype)
         flops = 2 * rows * math.prod(b.shape)
-        return Work(
-            "aten::mm", flops, work.bytes, work.dtype, torch.ops.aten.mm.default, (a, b), {}
-        )
+        if work.func is LINEAR_OF_ONEDNN.default:
+            return replace(work, flops=flops, args=(a, *work.args[1:]))
+        mm = torch.ops.aten.mm.default
+        return replace(work, name="aten::mm", flops=flops, func=mm, args=(a, b), kwargs={})
     if len(work.operands[0].shape) == 4:
         return _shorter(work, most_flops)
     return _product(work.dtype)

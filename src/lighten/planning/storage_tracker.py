@@ -44,7 +44,8 @@ PRODUCTS = (
     torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default,
 )  # fmt: skip
-OF_ONEDNN = (torch.bfloat16, torch.float16)
+FORMATS_OF_ONEDNN = (torch.bfloat16, torch.float16)
+OF_ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 BLOCKS_OF_KERNEL, BLOCK_OF_KERNEL_BYTES = 2, 280 * 2**10
 KERNEL_BYTES = BLOCKS_OF_KERNEL * BLOCK_OF_KERNEL_BYTES
 
@@ -211,11 +212,12 @@ class StorageTracker(TorchDispatchMode):
 
     def _makes_kernel(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether this is the first product of its shapes in a format that oneDNN multiplies."""
-        if func not in PRODUCTS:
+        if func not in PRODUCTS and func is not OF_ONEDNN:
             return False
         tensors = [x for x in args if isinstance(x, Tensor)]
         key = (func, *((x.shape, x.stride(), x.dtype) for x in tensors))
-        if tensors[0].dtype not in OF_ONEDNN or key in self._products:
+        multiplied = func is OF_ONEDNN or tensors[0].dtype in FORMATS_OF_ONEDNN
+        if not multiplied or key in self._products:
             return False
         self._products.add(key)
         return True

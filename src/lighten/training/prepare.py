@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lighten import cpu, models
 from lighten.adapters import Trained
-from lighten.cpu import gates, norms
+from lighten.cpu import gates, norms, products
 from lighten.engine import compiled, optimizers, workers
 from lighten.engine.adapter_optimizer import AdapterOptimizer, AdapterOptimizerSettings
 from lighten.engine.batching import choose_packing, choose_passes, choose_tokens
@@ -184,7 +184,7 @@ def _change_layers(
     recipe: Recipe, model: PreTrainedModel, trained: Trained, strategy: Strategy,
     accelerator: Accelerator, lengths: _Lengths,
 ) -> dict[str, Choice]:  # fmt: skip
-    """Compile layers, put quicker norms and gates in, wrap what is recomputed or waits elsewhere.
+    """Compile layers, put quicker code in, wrap what is recomputed or waits elsewhere.
 
     What is recomputed is what was compiled, so the order counts.
     """
@@ -203,6 +203,7 @@ def _change_layers(
         compiled.compile_layers(model)
     norms.quicken(model)
     gates.quicken(model)
+    products.quicken(model)
     if not cpu.enabled():
         choices["cpu"] = Choice(cpu.PLAIN, f"{cpu.OFF}: PyTorch's own operations alone")
     if recipe.gradient_checkpointing:
