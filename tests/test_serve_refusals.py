@@ -346,6 +346,14 @@ def test_a_name_that_cannot_be_is_blamed_on_the_name(served: Served, name: str) 
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_name")
 
 
+def test_what_waits_is_told_apart_from_what_runs(served: Served) -> None:
+    front, client = served()
+    front.answering = front.engine.slots + 3
+    (page,) = answered(client, lambda http: http.get("/metrics"))
+    assert f"lighten_requests_running {front.engine.slots}\n" in page.text
+    assert "lighten_requests_waiting 3\n" in page.text
+
+
 def test_metrics_count_beyond_a_million() -> None:
     metrics = Metrics()
     for _ in range(3):

@@ -205,12 +205,14 @@ async def _ready(_: Request, front: Front) -> Reply:
 
 
 async def _metrics(_: Request, front: Front) -> Reply:
-    facts = front.engine.facts()
+    facts, slots = front.engine.facts(), front.engine.slots
     gauges = {
-        "requests_running": front.answering, "ready": float(front.obstacle() is None),
+        "requests_running": min(front.answering, slots),
+        "requests_waiting": max(0, front.answering - slots),
+        "ready": float(front.obstacle() is None),
         "engine_up": float(front.engine.obstacle() is None),
         "adapters": len(front.registry.models) - 1,
-        "engine_restarts": facts.get("restarts", 0), "engine_slots": front.engine.slots,
+        "engine_restarts": facts.get("restarts", 0), "engine_slots": slots,
     }  # fmt: skip
     return Reply(front.metrics.text(gauges), 200, "text/plain; version=0.0.4")
 
