@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lighten import models
 from lighten.adapters.whole import decoder_layers
-from lighten.cpu import kernels
+from lighten.cpu import kernels, products
 from lighten.data import Encoded, TemplateChoice
 from lighten.data.tokenise import EncodingCounts
 from lighten.engine import loss
@@ -398,7 +398,10 @@ def part(planned: memory.Memory, name: str) -> int:
     return next(p.bytes for p in planned.parts if p.name == name)
 
 
-def test_every_further_lane_is_a_process_with_activations_of_its_own(tmp_path: Path) -> None:
+def test_every_further_lane_is_a_process_with_activations_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "is_slow_on_mkl", lambda: False)  # no kernels in the context
     traced = follow(recipe_of(folder_of(tmp_path), max_length=512), (8, 512))
     loading = memory.Loading(0, 0, 0)
     one, two, three = (
