@@ -336,7 +336,7 @@ def test_chat_greedily_says_what_generate_says(run: Run, monkeypatch: pytest.Mon
 def test_an_adapters_folder_talks_as_it_does_in_its_run(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it lies there, and copied to elsewhere, where nothing says which format it learnt in."""
+    """Where it lies there, and copied to elsewhere: there nothing tells the format it learnt in."""
     monkeypatch.setattr(hardware, "BFLOAT16", ())
     folder = run.adapters()["r8"]
     shutil.copytree(folder, tmp_path / "copied")
