@@ -198,7 +198,7 @@ def row_of(case: Case, plan: Mapping[str, Any], real: Mapping[str, Any]) -> dict
     seconds = statistics.mean(real["step_seconds"][1:])
     return {
         **row,
-        "error": plan["memory"]["expected"] / real["peak_bytes"] - 1.0,
+        "error": (plan["memory"]["expected"] + plan["memory"]["mapped"]) / real["peak_bytes"] - 1.0,
         "step_seconds": seconds,
         "time_error": plan["time"]["seconds"] / seconds - 1.0 if plan["time"] else None,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lighten import api
 from lighten.errors import UserError
 from lighten.models import known
 from lighten.models.configuration import build_empty, read_config
@@ -61,3 +62,9 @@ def test_near_names_weights_and_folders(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_folder, "llama-3.1-8b")
     assert locate("llama-3.1-8b", weights=False)[0] == "folder"
+
+
+def test_what_is_downloaded_are_the_files_whatever_becomes_of_them() -> None:
+    for settings in ({}, {"load_in_4bit": True}, {"dtype": "float32"}, {"method": "full"}):
+        plan = api.plan(model="llama-3.2-1b", device="t4", changes=False, max_length=64, **settings)
+        assert plan.download_bytes == pytest.approx(2 * 1.236e9, rel=1e-3), settings

@@ -16,11 +16,12 @@ from lighten.errors import UserError
 from lighten.planning import predict, text
 from lighten.planning.changes import cheapest, differing
 from lighten.planning.result import Change
+from lighten.planning.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.training.prediction import compare
 from tests.processes import call
 from tests.test_plan_changes import formula, recipe_for
-from tests.test_plan_trace import Card
+from tests.test_plan_trace import Card, Cpu, folder_of, recipe_of
 from tests.tiny import tiny_config
 
 MIB = 2**20
@@ -205,3 +206,33 @@ def test_one_of_several_ranks_is_compared_with_its_plan() -> None:
     assert one["memory"] == {"predicted": 65, "measured": 70}
     # The two ranks' 100 tokens took 4 s, in which this one trained on 50.
     assert one["step_seconds"] == {"predicted": 3.0, "measured": 4.0}
+
+
+def test_a_gpu_that_is_here_is_known_by_its_own_name(tmp_path: Path) -> None:
+    recipe = recipe_of(folder_of(tmp_path))
+    for label, warned in (("NVIDIA H100 80GB HBM3", False), ("Tesla T4", True)):
+        card = Card()
+        card.name, card.label, card.is_here = "cuda", label, True
+        plan = plan_recipe(recipe, card)
+        assert any(f"has been compared, not {label}" in line for line in plan.outside) is warned
+        assert plan.time is not None
+        assert plan.time.rates.startswith(f"{label}'s datasheet")
+
+
+def test_files_that_are_mapped_while_a_base_is_read_are_no_memory_that_it_needs(
+    tmp_path: Path,
+) -> None:
+    """Their pages are the system's to take back: what fits beside them is trained."""
+    folder, size = folder_of(tmp_path), 4 * 2**30
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(size)
+    recipe = recipe_of(folder, load_in_4bit=True)
+    plan = plan_recipe(recipe, Cpu(2**30), rows_tokens=(4, 48))
+    assert plan.fits() is True
+    assert plan.memory.high < 2**30
+    # A process that loads where there is room is so large, as it is measured.
+    assert size < plan.memory.expected + plan.memory.mapped < size + 2**30
+    assert "4.29 GB of weight files are mapped" in plan.choices["loading"]
+    (folder / "model.safetensors").unlink()
+    unread = plan_recipe(recipe, Cpu(2**30), rows_tokens=(4, 48))
+    assert unread.memory.expected == pytest.approx(plan.memory.expected, rel=1e-3)

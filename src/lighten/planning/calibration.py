@@ -98,7 +98,7 @@ def corrected(
         notes.append(_note("time per step", factor, count))
     if len(notes) == len(plan.notes):
         return plan
-    traced = {"expected": float(plan.memory.expected)}
+    traced = {"expected": float(plan.memory.expected + plan.memory.mapped)}
     if plan.time is not None:
         traced["seconds"] = plan.time.seconds
     return replace(plan, memory=memory, time=time, notes=tuple(notes), traced=traced)

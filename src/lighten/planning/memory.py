@@ -8,7 +8,7 @@ CUDA device it is what PyTorch's caching allocator reserves, and the driver's ow
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lighten.cpu.allocator.arena import LEAST_BYTES
@@ -66,27 +66,23 @@ class Loading:
     tokenizer: int = 0
 
 
-def loading_of(source: str, path: Path, weights: int, converts: bool) -> Loading:
+def loading_of(source: str, path: Path, weights: int, converted: int) -> Loading:
     """What loading takes for a base from that place.
 
     Args:
         source: `packaged`, `folder`, `hub` or `gguf`.
         path: Its folder or file.
         weights: Bytes of the base once it is there.
-        converts: Whether the weights change their format on the way; else files are mapped and
-            become the weights.
+        converted: Bytes of its files whose weights change their format on the way; of others the
+            files are mapped and become the weights.
     """
-    files = weight_files(path)
-    size = sum(file.stat().st_size for file in files)
-    tokenizer = path / "tokenizer.json"
-    tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
     if source == "gguf":
         # It is converted to float32 first, before there is a model; the copy is then a folder's.
         dense, making = gguf.conversion_bytes(path)
-        return Loading(dense if converts else 0, max(0, making - weights), size // 20)
-    if not files:
-        return Loading(weights if converts else 0, 0, tokenizer_bytes)
-    return Loading(size if converts else 0, 0, tokenizer_bytes)
+        size = sum(file.stat().st_size for file in weight_files(path))
+        return Loading(dense if converted else 0, max(0, making - weights), size // 20)
+    tokenizer = path / "tokenizer.json"
+    return Loading(converted, 0, tokenizer.stat().st_size if tokenizer.is_file() else 0)
 
 
 def processor_memory(
@@ -119,7 +115,7 @@ def processor_memory(
     # Free pages are given back before workers are opened.
     course = _course(timeline, arena, [forked] if workers > 1 else [])
     weights = {name: timeline.alive_at(forked - 1).get(name, 0) for name in WEIGHTS}
-    loaded = {**weights, "temporary buffers": loading.files + loading.copies}
+    loaded = {**weights, "temporary buffers": loading.copies}
     stages = [
         # What comes with the first products is not there yet.
         _Stage("loading", loaded, 0, tokenizer_bytes),
@@ -140,7 +136,8 @@ def processor_memory(
     )
     parts = {**most.parts, "allocator overhead": most.overhead}
     parts["device context"] = parts.get("device context", 0) + most.context
-    return _memory(timeline, parts, PHASES.get(most.when, most.when), margin, None)
+    memory = _memory(timeline, parts, PHASES.get(most.when, most.when), margin, None)
+    return replace(memory, mapped=max(0, stages[0].bytes + loading.files - memory.expected))
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class Memory:
         when: `forward`, `backward`, `loss`, `optimiser step` or `loading`.
         allocated: CUDA's predicted `max_memory_allocated`; `expected` is then what the process
             reserves, with the device's context. None on a CPU.
+        mapped: Bytes by which a process can be larger while it loads, for the pages of weight files
+            that the system takes back where memory is short: a measured peak has them.
     """
 
     parts: tuple[MemoryPart, ...]
@@ -49,6 +51,7 @@ class Memory:
     high: int
     when: str
     allocated: int | None
+    mapped: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ class Timed(Protocol):
         """What to call it."""
 
     @property
+    def label(self) -> str:
+        """Its full name: what to call one that is here, whose name is `cuda`."""
+
+    @property
     def kind(self) -> str:
         """`cpu` or `cuda`."""
 
@@ -98,7 +102,8 @@ def time_of(traced: Traced, device: Timed) -> StepTime | None:
         # Two of the same file would each write it without what the other has timed.
         in_workers = alone_rates if workers == 1 else rates.Measured.cached(workers)
     elif device.flops and device.bandwidth:
-        in_workers = alone_rates = rates.Datasheet(device.name, device.flops, device.bandwidth)
+        name = device.label if device.is_here else device.name
+        in_workers = alone_rates = rates.Datasheet(name, device.flops, device.bandwidth)
     else:
         return None
     seconds = flops = moved = 0.0

@@ -43,6 +43,12 @@ def lines(plan: Plan) -> list[str]:
         if plan.run_seconds is not None:
             headline += f", {duration(plan.run_seconds)} in all"
     report = [headline]
+    if plan.memory.mapped:
+        report.append(
+            f"while it is loaded {gib(plan.memory.expected + plan.memory.mapped)}, of which "
+            f"{gib(plan.memory.mapped)} are mapped files that the system takes back where memory "
+            "is short"
+        )
     if plan.fits() is None and plan.capacity is not None:
         report.append(
             f"it might not fit: between {gib(plan.memory.low)} and {gib(plan.memory.high)}; "

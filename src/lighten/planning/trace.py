@@ -17,7 +17,7 @@ from lighten.models.load import weight_files
 from lighten.models.quantized import Storage
 from lighten.models.stored import stored_as
 from lighten.planning import memory, offloaded, streamed
-from lighten.planning.build import config_of, storage_of
+from lighten.planning.build import config_of, storage_of, stored_dtype
 from lighten.planning.process_overhead import context_of
 from lighten.planning.result import Plan, States
 from lighten.planning.step_time import Timed, time_of, workers_of
@@ -71,8 +71,8 @@ def plan_recipe(
     config, source, path = config_of(recipe)
     storage = storage_of(recipe, config)
     dtype = device.dtype(recipe.compute_dtype)
-    # A model that is made changes its config.
-    converts, stored = _converts(recipe, config, path, dtype, storage), _stored(config)
+    stored = stored_dtype(config)
+    converts = _converts(recipe, path, dtype, storage, stored)
     try:
         traced = follow_recipe(
             recipe, config, dtype, device.kind, rows_tokens=rows_tokens, supervised=supervised,
@@ -87,11 +87,11 @@ def plan_recipe(
         ) from error
     outside = tuple(_outside(recipe, config, device, storage))
     margin = memory.BEYOND if outside else memory.WITHIN
-    loading = memory.loading_of(source, path, traced.weights, converts)
-    feed = traced.setup.base.feed
-    base_bytes = traced.weights
+    feed, files = traced.setup.base.feed, sum(f.stat().st_size for f in weight_files(path))
+    in_files = files or traced.setup.base.file_bytes or 0
+    loading = memory.loading_of(source, path, traced.weights, in_files if converts else 0)
     if feed is not None:
-        loading, base_bytes = replace(loading, files=0, copies=0), base_bytes + feed.base_bytes
+        loading = replace(loading, files=0, copies=0)
     timeline, states, offloaded_bytes = traced.timeline, _states_of(traced), 0
     if offloaded.leaves_device(recipe, device.kind):
         timeline, offloaded_bytes = offloaded.without_state(timeline), int(states.optimiser)
@@ -119,10 +119,9 @@ def plan_recipe(
             timeline, capability=getattr(device, "capability", None), margin=margin
         )
         waits = feed.base_bytes if recipe.offload_base == "cpu" else 0
-        host = HOST_OF_CUDA_BYTES + loading.files + traced.weights + waits
+        host = HOST_OF_CUDA_BYTES + traced.weights + waits
         host += offloaded_bytes if recipe.offload_optimizer == "cpu" else 0
-    files = sum(file.stat().st_size for file in weight_files(path))
-    download = 0 if files or source not in ("hub", "known") else base_bytes
+    download = 0 if files or source not in ("hub", "known") else in_files
     allocator.trim()  # what the trace took must not look like room for whoever trains next
     return Plan(
         model=recipe.model_name_or_path,
@@ -139,7 +138,7 @@ def plan_recipe(
         download_bytes=download,
         choices=_choices(traced, dtype, loading) | offloaded.choices(recipe, device.kind),
         outside=outside,
-        step_tokens=sum(traced.lengths[item.row] for part in traced.batches for item in part),
+        step_tokens=traced.step_tokens,
         states=states,
         fullest=memory.fullest_moment(timeline),
         notes=notes,
@@ -173,21 +172,14 @@ def _method(recipe: Recipe, storage: Storage | None) -> str:
 
 
 def _converts(
-    recipe: Recipe, config: Any, path: Path, dtype: Choice, storage: Storage | None
+    recipe: Recipe, path: Path, dtype: Choice, storage: Storage | None, stored: torch.dtype
 ) -> bool:
     """Whether weights change their format when they are read."""
     trains_all = recipe.method == "full" and recipe.last_layers is None
     target = "float32" if trains_all else dtype.value
     if storage is not None:
         return path.is_dir() and stored_as(path) is None
-    return str(_stored(config)).removeprefix("torch.") != target
-
-
-def _stored(config: Any) -> torch.dtype:
-    """The format that the configuration says of the weights in their files."""
-    name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return str(stored).removeprefix("torch.") != target
 
 
 def _written(traced: Traced, recipe: Recipe) -> int:
@@ -236,8 +228,9 @@ def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str
 
 def _outside(recipe: Recipe, config: Any, device: Device, storage: Storage | None) -> Iterator[str]:
     """In what way a question is outside of what was compared with measurements."""
-    if device.kind != "cpu" and device.name not in TESTED_GPUS:
-        yield f"of GPUs {', '.join(TESTED_GPUS)} has been compared, not {device.name}"
+    if device.kind != "cpu" and not any(gpu in device.label.lower() for gpu in TESTED_GPUS):
+        name = device.label if device.is_here else device.name
+        yield f"of GPUs {', '.join(TESTED_GPUS)} has been compared, not {name}"
     if device.kind == "cpu" and not device.is_here:
         yield f"{device.name} is traced as this machine's processor would compute, not compared"
     elif device.kind == "cpu" and not allocator.has_arena():
