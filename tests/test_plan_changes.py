@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lighten import api
 from lighten.planning import predict
 from lighten.planning.changes import SHORTEST, cheapest, ideas
 from lighten.planning.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.planning.trace import plan_recipe
 from lighten.recipe import Recipe
 from tests.test_plan_trace import Card, folder_of, recipe_of
 
@@ -99,6 +101,39 @@ def test_where_none_is_enough_they_are_joined_as_far_as_it_takes(tiny_folder: Pa
     )
 
 
+@pytest.mark.parametrize("capacity_mib", [240, 300, 380, 700, 800])
+def test_nothing_is_joined_that_is_not_needed(capacity_mib: int, tiny_folder: Path) -> None:
+    together = changes_for(tiny_folder, capacity_mib)[0][0]
+    assert together.fits is True
+    recipe, planner = recipe_for(tiny_folder), formula(capacity_mib, [])
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    bits = {"load_in_4bit", "load_in_8bit"}
+    for keys in (batch, bits, {"gradient_checkpointing"}, {"optim"}, {"max_length"}):
+        fewer = {key: value for key, value in together.settings.items() if key not in keys}
+        if fewer != together.settings:
+            assert planner(recipe.changed(fewer)).fits() is not True
+
+
+def test_a_base_that_is_streamed_to_a_gpu_takes_the_time_of_its_link(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, layers=8, hidden_size=512, intermediate_size=2048)
+    recipe = recipe_of(folder, max_length=64)
+    base = plan_recipe(recipe, Card())
+    assert base.time is not None
+    for bytes_per_s in (1.0, None):
+        card = Card()
+        card.host_link = bytes_per_s
+        planner = functools.partial(plan_recipe, device=card)
+        (change,) = (
+            change for change in cheapest(recipe, base, planner)
+            if change.settings == {"offload_base": "cpu"}
+        )  # fmt: skip
+        if bytes_per_s is None:  # and not "as fast"
+            assert change.slowdown is None
+        else:
+            assert change.slowdown is not None
+            assert change.slowdown * base.time.seconds > 1e4  # bytes
+
+
 def test_rows_become_shorter_where_nothing_else_is_left(tiny_folder: Path) -> None:
     """226.28 MiB is the least with rows of 512 tokens, 225.64 with 256."""
     together = changes_for(tiny_folder, 226)[0][0]
@@ -124,7 +159,6 @@ def test_a_plan_is_told_before_its_changes_and_none_is_made_twice(
     folder = folder_of(tmp_path)
     recipe = recipe_of(folder, max_length=256, gradient_accumulation_steps=1)
     counts = tmp_path / "planned.txt"  # forked processes plan too
-    plan_recipe = predict.plan_recipe
 
     def plan_and_count(recipe: Recipe, *args: Any, **kwargs: Any) -> Plan:
         with counts.open("a") as file:

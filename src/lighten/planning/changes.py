@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -192,6 +193,8 @@ def _slowdown(plan: Plan, changed: Plan) -> float | None:
     """Seconds per token over those before: a shorter row is not a faster one."""
     if plan.time is None or changed.time is None or not plan.time.seconds:
         return None
+    if not (plan.time.whole and changed.time.whole):
+        return None
     before, after = plan.time.seconds / _tokens(plan), changed.time.seconds / _tokens(changed)
     return after / before
 
@@ -202,7 +205,7 @@ def _tokens(plan: Plan) -> int:
 
 def _rank(idea: Idea, change: Change) -> tuple[int, float, int, int]:
     fits = {True: 0, None: 1, False: 2}[change.fits]
-    slowdown = change.slowdown if change.slowdown is not None else 1.0
+    slowdown = change.slowdown if change.slowdown is not None else math.inf
     # A per cent more or less is the prediction's noise: then the result decides.
     return fits, round(slowdown, 2), int(not idea.same_result), -change.saves_bytes
 
@@ -211,35 +214,67 @@ def _together(
     recipe: Recipe, plan: Plan, saving_ideas: list[Idea], planner: Planner, over: Over
 ) -> Change | None:
     """The first ideas that fit when taken together, each halved or repeated as far as it goes."""
-    combined: dict[str, Any] = {}
-    sentences: dict[frozenset[str], str] = {}  # by what it sets: a repeated idea is told once
+    parts: dict[frozenset[str], Idea] = {}  # by what it sets: a repeated idea is told once
     current_plan = plan
     if over(1.0) or _least(recipe, saving_ideas, planner) is False:
         return None  # one plan in place of a dozen
-    # What leaves the result as it is first; a shorter context, which a user notices most, last.
-    for idea in sorted(
-        saving_ideas, key=lambda idea: (not idea.same_result, "max_length" in idea.settings)
-    ):
+    for idea in sorted(saving_ideas, key=_resort):
         if "adapters" in idea.settings:
             continue  # another run is no part of this one
-        for repeated in _repeated(idea, recipe, combined, current_plan):
+        for repeated in _repeated(idea, recipe, _joined(parts), current_plan):
             if over(1.0):
                 return None
             try:
-                changed = planner(recipe.changed({**combined, **repeated.settings}))
+                changed = planner(recipe.changed({**_joined(parts), **repeated.settings}))
             except UserError:
                 break
             if changed.memory.expected >= current_plan.memory.expected:
                 break
-            combined, current_plan = {**combined, **repeated.settings}, changed
-            sentences[frozenset(repeated.settings)] = repeated.what
+            parts[frozenset(repeated.settings)], current_plan = repeated, changed
             if changed.fits():
+                current_plan = _leave_out(parts, recipe, changed, planner, over)
+                settings = _joined(parts)
                 return Change(
-                    "; ".join(sentences.values()), combined,
-                    plan.memory.expected - changed.memory.expected,
-                    _slowdown(plan, changed), True, differing(recipe, combined),
+                    "; ".join(part.what for part in parts.values()), settings,
+                    plan.memory.expected - current_plan.memory.expected,
+                    _slowdown(plan, current_plan), True, differing(recipe, settings),
                 )  # fmt: skip
     return None
+
+
+def _joined(parts: Mapping[frozenset[str], Idea]) -> dict[str, Any]:
+    return {name: value for part in parts.values() for name, value in part.settings.items()}
+
+
+def _leave_out(
+    parts: dict[frozenset[str], Idea], recipe: Recipe, fitting: Plan, planner: Planner, over: Over
+) -> Plan:
+    """Take out the parts that are not needed beside what came after them; what is left, planned.
+
+    Without the last one they did not fit.
+    """
+    for keys in [*parts][-2::-1]:
+        fewer = {other: part for other, part in parts.items() if other != keys}
+        if over(1.0):
+            break
+        try:
+            changed = planner(recipe.changed(_joined(fewer)))
+        except UserError:
+            continue
+        if changed.fits():
+            del parts[keys]
+            fitting = changed
+    return fitting
+
+
+def _resort(idea: Idea) -> int:
+    """What leaves the result as it is first; then what streams the base, which takes long.
+
+    A shorter context, which a user notices most, is the last resort.
+    """
+    if "max_length" in idea.settings:
+        return 3
+    return 2 if "offload_base" in idea.settings else int(not idea.same_result)
 
 
 def _least(recipe: Recipe, saving_ideas: Sequence[Idea], planner: Planner) -> bool | None:

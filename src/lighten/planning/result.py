@@ -65,6 +65,7 @@ class StepTime:
         flops: Floating-point operations.
         bytes_moved: Bytes read and written.
         rates: Where the machine's rates come from.
+        whole: False: the time to read a base that is streamed is not known, and not in it.
     """
 
     seconds: float
@@ -73,6 +74,7 @@ class StepTime:
     flops: float
     bytes_moved: float
     rates: str
+    whole: bool = True
 
 
 @dataclass(frozen=True)

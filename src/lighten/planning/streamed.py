@@ -112,7 +112,7 @@ def _streamed(
 
 def with_reading(
     time_of_step: StepTime, feed: Any, passes: int, folder: Path, *, where: str,
-    stored: torch.dtype, is_here: bool,
+    stored: torch.dtype, is_here: bool, link: float | None = None,
 ) -> tuple[StepTime, str]:  # fmt: skip
     """The time of a step that reads the base, and a sentence about it.
 
@@ -126,14 +126,15 @@ def with_reading(
         where: `disk`, or `cpu` for main memory.
         stored: Format of dense weights in their files.
         is_here: The device is this machine's.
+        link: From main memory to it, in bytes per second, if known.
     """
     size = feed.base_bytes if where == "cpu" else file_bytes(feed, stored)
     # At each turn the layers in the slots are there already.
     share = max(0.0, 1.0 - SLOTS / len(feed.layers))
     read = int(2 * passes * share * size)
-    rate, how = read_rate(folder, where=where, is_here=is_here)
+    rate, how = read_rate(folder, where=where, is_here=is_here, link=link)
     if rate is None:
-        return time_of_step, (
+        return replace(time_of_step, whole=False), (
             f"each step reads {read / 1e9:.1f} GB of layers, whose time is not in that of the "
             f"step ({how}; {RATE}=BYTES_PER_SECOND says the rate)"
         )
@@ -162,13 +163,16 @@ def file_bytes(feed: Any, stored: torch.dtype) -> int:
     return total
 
 
-def read_rate(folder: Path, *, where: str, is_here: bool) -> tuple[float | None, str]:
+def read_rate(
+    folder: Path, *, where: str, is_here: bool, link: float | None
+) -> tuple[float | None, str]:
     """Bytes per second that layers are read at, and how that is known.
 
     Args:
         folder: The model's files.
         where: `disk`, or `cpu` for main memory.
         is_here: The device is this machine's.
+        link: From main memory to it, in bytes per second, if known.
 
     Raises:
         UserError: `LIGHTEN_READ_RATE` is no number.
@@ -181,6 +185,8 @@ def read_rate(folder: Path, *, where: str, is_here: bool) -> tuple[float | None,
         if not rate > 0:
             raise UserError(f"{RATE} is {text!r}; give bytes per second, such as 2e9")
         return rate, RATE
+    if where == "cpu" and link is not None:
+        return link, "its link to main memory, by its datasheet"
     if where == "cpu":
         return None, "copies from main memory to the GPU are not measured"
     if not is_here:

@@ -102,7 +102,7 @@ def plan_recipe(
     if feed is not None and time is not None:
         time, note = streamed.with_reading(
             time, feed, len(traced.batches), path, where=recipe.offload_base, stored=stored,
-            is_here=device.is_here,
+            is_here=device.is_here, link=getattr(device, "host_link", None),
         )  # fmt: skip
         notes = (note,)
     if offloaded_bytes:
