@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from lighten import api
 from lighten.errors import UserError
@@ -79,3 +80,21 @@ def test_a_traced_plan_is_the_same_from_another_process(tiny_folder: Path) -> No
     alone = predict.planner_for(named("t4"), calibrate=False)
     for recipe in recipes(tiny_folder):
         assert ahead(recipe) == alone(recipe)
+
+
+@linux
+@pytest.mark.parametrize("device", ["apple-16gb", "t4"])
+def test_what_is_planned_ahead_is_what_is_planned_alone(device: str, tiny_folder: Path) -> None:
+    """A processor's workers are as many as threads allow, of which a forked process has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        settings = {"max_length": 512, "per_device_train_batch_size": 8}
+        recipe = api.plannable(None, model_name_or_path=str(tiny_folder), **settings)
+        both = [recipe, recipe.changed({"lora_r": 4})]
+        planner, alone = (predict.planner_for(named(device)) for _ in range(2))
+        planner.plan_ahead(both)
+        for wanted in both:
+            assert planner(wanted).shape == alone(wanted).shape
+    finally:
+        torch.set_num_threads(before)

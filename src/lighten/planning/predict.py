@@ -141,7 +141,8 @@ def planner_for(
             predicted = with_data(predicted, cost, on_processor=device.kind == "cpu")
         return calibration.corrected(predicted, machine, pairs) if machine else predicted
 
-    return Planner(planned, in_processes=machine_name(device) is None)
+    # A forked process has one thread, and a processor's workers are as many as its threads allow.
+    return Planner(planned, in_processes=machine_name(device) is None and device.kind != "cpu")
 
 
 def _longest_rows(recipe: Recipe) -> tuple[int, int] | list[int] | None:
