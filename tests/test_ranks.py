@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import lighten
 from lighten.errors import UserError
@@ -230,6 +231,21 @@ def test_a_script_of_ranks_may_train_several_times(
     started = processes.start_ranks(train_one_after_another, runs, tmp_path / "runs.json")
     processes.wait_for(started)
     assert_equal_runs(*(Run(run["output_dir"]) for run in runs))
+
+
+def test_ranks_that_torchrun_starts_again_do_not_find_those_that_have_ended(
+    settings: dict[str, Any],
+) -> None:
+    """Its store is there all the time, with the addresses of the ranks before."""
+    port = free_port()
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    of_agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port)}
+    settings |= {"max_steps": 2, "eval_steps": 2}
+    for count in ("0", "1"):
+        place = {**settings, "output_dir": f"{settings['output_dir']}-{count}"}
+        started = ranks(place, TORCHELASTIC_RESTART_COUNT=count, **of_agent)
+        assert wait_for_exit(started) == [0, 0], [process.communicate() for process in started]
+    del store
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])

@@ -62,6 +62,7 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
     threads = torch.get_num_threads()
     try:
         with lost_peers(launch.rank, launch.world_size), set_aside(os.environ):
+            _meet_again(launch, device)
             accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[meeting], **options)
     except PeerLost as error:
         if "EADDRINUSE" not in str(error.__cause__):
@@ -97,6 +98,26 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
                     "ranks with the same words"
                 )
     return accelerator
+
+
+def _meet_again(launch: Launch, device: str) -> None:
+    """Meet under another name where torchrun has started the ranks once more.
+
+    Its store is the one of before (PyTorch 2.13), in which gloo would find ranks that have ended.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if count == "0" or not kept or launch.world_size == 1:
+        return
+    distributed = torch.distributed
+    if distributed.is_initialized():
+        return
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed.TCPStore(*place, is_master=False, timeout=PATIENCE)
+    distributed.init_process_group(
+        "gloo" if device == "cpu" else "nccl", rank=launch.rank, world_size=launch.world_size,
+        store=distributed.PrefixStore(f"restart-{count}", store), timeout=PATIENCE,
+    )  # fmt: skip
 
 
 def _require_gpus(launch: Launch, gpus: int) -> None:
