@@ -109,14 +109,15 @@ def _meet_again(launch: Launch, device: str) -> None:
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if count == "0" or not kept or launch.world_size == 1:
         return
-    distributed = torch.distributed
-    if distributed.is_initialized():
+    if torch.distributed.is_initialized():
         return
+    from torch._C._distributed_c10d import PrefixStore, TCPStore  # not of every build
+
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = distributed.TCPStore(*place, is_master=False, timeout=PATIENCE)
-    distributed.init_process_group(
+    store = TCPStore(*place, is_master=False, timeout=PATIENCE)
+    torch.distributed.init_process_group(
         "gloo" if device == "cpu" else "nccl", rank=launch.rank, world_size=launch.world_size,
-        store=distributed.PrefixStore(f"restart-{count}", store), timeout=PATIENCE,
+        store=PrefixStore(f"restart-{count}", store), timeout=PATIENCE,
     )  # fmt: skip
 
 
