@@ -1,11 +1,17 @@
-"""A port is looked at before the base is: another program's is told at once, in one sentence."""
+"""Where a server listens: a port is looked at before the base; and from where it may be started."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("xllamacpp")
@@ -13,7 +19,9 @@ pytest.importorskip("uvicorn")
 
 import lighten.api
 from lighten.errors import UserError
-from lighten.serving import address
+from lighten.serving import address, running
+from lighten.serving.options import Options
+from tests.processes import Forked
 
 
 @pytest.fixture
@@ -59,3 +67,49 @@ def test_clients_are_refused_until_it_listens_and_whoever_is_second_then() -> No
 def test_a_host_that_is_not_this_machine_is_told(host: str, message: str) -> None:
     with pytest.raises(UserError, match=message), address.bound(host, 0):
         pass
+
+
+def test_a_program_serves_in_a_thread(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no signal comes."""
+    servers: list[Any] = []
+    listening, ready, lines = running._listening, threading.Event(), list[str]()
+
+    def kept(*words: Any) -> Any:
+        servers.append(listening(*words))
+        return servers[0]
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if line.startswith("ready"):
+            ready.set()
+
+    monkeypatch.setattr(running, "_listening", kept)
+    options = Options(engine="lighten", storage="f32", port=0, threads=1)
+    thread = threading.Thread(
+        target=running.serve, args=(str(tiny_folder), options, log), daemon=True
+    )
+    thread.start()
+    assert ready.wait(60), lines
+    (url,) = (line.split()[-1] for line in lines if line.startswith("listening"))
+    assert httpx.get(f"{url}/ready").json() == {"ready": True}
+    servers[0].should_exit = True
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_notebooks_cell_serves_until_it_is_interrupted(tiny_folder: Path) -> None:
+    """An event loop runs there already."""
+    process = Forked(serve_in_a_cell, (str(tiny_folder),))
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+def serve_in_a_cell(base: str) -> None:
+    def log(line: str) -> None:
+        if line.startswith("ready"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    async def cell() -> None:
+        lighten.api.serve(base, engine="lighten", storage="f32", port=0, threads=1, log=log)
+
+    asyncio.run(cell())

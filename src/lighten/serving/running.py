@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import signal
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from lighten import models
@@ -84,16 +85,44 @@ def _serve_at(
     )  # fmt: skip
     server = _listening(config, front, log)
     address.listen(sockets, options.host, options.port)
-    # uvicorn raises the signal once more when it has ended: that is no way to end a server.
-    previous = {number: signal.signal(number, lambda *_: None)
-              for number in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
-    try:
-        server.run(sockets)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    _run(server, sockets)
     if failed:
         raise failed[0]
+
+
+def _run(server: Any, sockets: list[socket.socket]) -> None:
+    """Until a signal ends it; in a thread of a program as long as that runs."""
+    if threading.current_thread() is not threading.main_thread():  # no signal comes here
+        server.run(sockets)
+    elif _has_loop():  # a notebook's
+        thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
+        with _on_signals(lambda *_: setattr(server, "should_exit", True)):
+            thread.start()
+            thread.join()
+    else:
+        # uvicorn raises the signal once more when it has ended: that is no way to end a server.
+        with _on_signals(lambda *_: None):
+            server.run(sockets)
+
+
+@contextlib.contextmanager
+def _on_signals(handler: Callable[..., None]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler)
+              for number in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
+    try:
+        yield
+    finally:
+        for number, handled in previous.items():
+            signal.signal(number, handled)
+
+
+def _has_loop() -> bool:
+    """Whether an event loop runs in this thread, beside which none can be started."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _listening(config: Any, front: Front, log: Callable[[str], None]) -> Any:
