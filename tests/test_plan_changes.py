@@ -15,7 +15,7 @@ from lighten.planning.changes import SHORTEST, cheapest, ideas
 from lighten.planning.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.planning.trace import plan_recipe
 from lighten.recipe import Recipe
-from tests.test_plan_trace import Card, folder_of, recipe_of
+from tests.test_plan_trace import Card, Cpu, folder_of, recipe_of
 
 MIB = 2**20
 
@@ -132,6 +132,26 @@ def test_a_base_that_is_streamed_to_a_gpu_takes_the_time_of_its_link(tmp_path: P
         else:
             assert change.slowdown is not None
             assert change.slowdown * base.time.seconds > 1e4  # bytes
+
+
+def test_whole_weights_that_do_not_fit_are_told_that_their_state_can_wait(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, layers=8, hidden_size=512, intermediate_size=2048)
+    recipe = recipe_of(folder, max_length=64, method="full")
+    card = Card(2**30)
+    card.host_link = 1e9
+    plan = plan_recipe(recipe, card)
+    assert plan.states is not None
+    assert plan.time is not None
+    (change,) = (
+        change for change in cheapest(recipe, plan, functools.partial(plan_recipe, device=card))
+        if change.settings == {"offload_optimizer": "cpu"}
+    )  # fmt: skip
+    assert 0.5 * plan.states.optimiser < change.saves_bytes <= plan.states.optimiser + 2**25
+    # It comes and goes over the link.
+    longer_s = 2 * plan.states.optimiser / 1e9
+    assert change.slowdown == pytest.approx(1 + longer_s / plan.time.seconds, rel=0.01)
+    on_disk = [idea.settings for idea in ideas(recipe, plan_recipe(recipe, Cpu()))]
+    assert {"offload_optimizer": "nvme"} in on_disk
 
 
 def test_rows_become_shorter_where_nothing_else_is_left(tiny_folder: Path) -> None:

@@ -111,10 +111,14 @@ def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
 
 
 def _offloading(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
-    """The base's layers somewhere else until they compute; the results stay as they are."""
+    """Layers, or state, somewhere else until they are needed; the results stay as they are."""
+    on_gpu = plan.memory.allocated is not None
+    if recipe.method == "full" and recipe.offload_optimizer == "none":
+        what, where = ("in main memory", "cpu") if on_gpu else ("on a disk", "nvme")
+        yield Idea(f"AdamW's state {what}", {"offload_optimizer": where}, True)
     if recipe.offload_base != "none" or recipe.method != "lora":
         return
-    if plan.memory.allocated is not None:  # a GPU's
+    if on_gpu:
         yield Idea("the base in main memory, streamed to the GPU", {"offload_base": "cpu"}, True)
     else:
         yield Idea("the base on disk, streamed", {"offload_base": "disk"}, True)
@@ -268,13 +272,14 @@ def _leave_out(
 
 
 def _resort(idea: Idea) -> int:
-    """What leaves the result as it is first; then what streams the base, which takes long.
+    """What leaves the result as it is first; then what moves much, which takes long.
 
     A shorter context, which a user notices most, is the last resort.
     """
     if "max_length" in idea.settings:
         return 3
-    return 2 if "offload_base" in idea.settings else int(not idea.same_result)
+    moves = idea.settings.keys() & {"offload_base", "offload_optimizer"}
+    return 2 if moves else int(not idea.same_result)
 
 
 def _least(recipe: Recipe, saving_ideas: Sequence[Idea], planner: Planner) -> bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lighten.parallel.offloaded.adamw import MOMENTS, PIECE_NUMBERS
+from lighten.planning.result import StepTime
 from lighten.planning.storage_tracker import OUTSIDE, Block, Event, Timeline
 from lighten.recipe import Recipe
 
@@ -48,6 +49,30 @@ def choices(recipe: Recipe, kind: str) -> dict[str, str]:
         unmoved = "" if name in moved else ", where the run computes: nothing moves"
         told[setting] = f"{device}: {what} waits {where}{unmoved}"
     return told
+
+
+def with_moving(
+    time: StepTime | None, state_bytes: int, link: float | None
+) -> tuple[StepTime | None, str]:
+    """The time of a step that brings the optimiser's state and puts it back, and a sentence.
+
+    Args:
+        time: Of the computation.
+        state_bytes: Of the state.
+        link: To where it waits, in bytes per second, if known.
+    """
+    if time is None or link is None:
+        moved = None if time is None else replace(time, whole=False)
+        return moved, "what it takes to bring the optimiser's state is not in the time of a step"
+    seconds = 2 * state_bytes / link
+    slower = replace(
+        time, seconds=time.seconds + seconds, low=time.low + seconds, high=time.high + seconds,
+        bytes_moved=time.bytes_moved + 2 * state_bytes,
+    )  # fmt: skip
+    return slower, (
+        f"each step moves {2 * state_bytes / 1e9:.1f} GB of the optimiser's state at "
+        f"{link / 1e9:.0f} GB/s, by the link to main memory of the datasheet"
+    )
 
 
 def without_state(timeline: Timeline) -> Timeline:

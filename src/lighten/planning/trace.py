@@ -99,14 +99,18 @@ def plan_recipe(
     arena = device.is_here and allocator.has_arena()
     time = time_of(traced, device)
     notes: tuple[str, ...] = ()
+    link = getattr(device, "host_link", None)
     if feed is not None and time is not None:
         time, note = streamed.with_reading(
             time, feed, len(traced.batches), path, where=recipe.offload_base, stored=stored,
-            is_here=device.is_here, link=getattr(device, "host_link", None),
+            is_here=device.is_here, link=link,
         )  # fmt: skip
         notes = (note,)
     if offloaded_bytes:
-        notes += ("what it takes to bring the optimiser's state is not in the time of a step",)
+        time, note = offloaded.with_moving(
+            time, offloaded_bytes, link if recipe.offload_optimizer == "cpu" else None
+        )
+        notes += (note,)
     if device.kind == "cpu":
         verified = _verified(traced, whole_base=recipe.method == "full")
         peak = memory.processor_memory(
