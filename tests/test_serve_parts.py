@@ -76,6 +76,7 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
 
     refused("dora.*merge", adapters=[str(folder / "inside" / "dora")])
     refused("does not exist", adapters=["nowhere"])
+    refused("runs/nowhere does not exist; give an adapter's folder", adapters=["a=runs/nowhere"])
     with pytest.raises(UserError, match=f"lighten serve {tiny_folder} --adapters .*one"):
         lighten.api.serve(str(folder / "inside" / "one"), log=lambda _: None)
     refused("two adapters are called", adapters=[f"a={folder / 'inside' / 'one'}"] * 2)

@@ -67,8 +67,11 @@ def is_adapter(folder: Path) -> bool:
 
 
 def may_be_on_hub(name: str) -> bool:
-    """Whether a name is written as the hub's ids are, and not as a path."""
-    return name.count("/") == 1 and not name.startswith((".", "~", "/"))
+    """Whether a name is written as the hub's ids are, and not as a path.
+
+    `runs` has nothing on the hub: it is where runs lie.
+    """
+    return name.count("/") == 1 and not name.startswith((".", "~", "/", "runs/"))
 
 
 def on_hub(name: str) -> Path | None:
