@@ -21,12 +21,13 @@ from lighten.whole_files import cannot_write, write_json, write_text
 QUANTIZE = "quantize.json"
 BENCH, AUDIT = "bench.json", "audit.json"
 RECIPE, INFO, METRICS, EVALUATION = "recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json"
+EVALUATION_PARTS = "evaluation.partial.jsonl"
 PLAN, MODEL, SWEEP, LOGS = "plan.json", "model", "sweep.json", "logs"
 REPORT, COMPARISON = "report.html", "comparison.html"
 # What runs, sweeps, their reports and their trackers put into a folder; `lighten` was TensorBoard's
 # before `logs`.
-FILES = (RECIPE, INFO, METRICS, EVALUATION, PLAN, REPORT, COMPARISON, SWEEP, QUANTIZE, BENCH,
-         "left.jsonl", "search.journal", "search.journal.lock")  # fmt: skip
+FILES = (RECIPE, INFO, METRICS, EVALUATION, EVALUATION_PARTS, PLAN, REPORT, COMPARISON, SWEEP,
+         QUANTIZE, BENCH, "left.jsonl", "search.journal", "search.journal.lock")  # fmt: skip
 FOLDERS = ("adapters", "checkpoints", MODEL, "exports", LOGS, "wandb", "lighten", "arms", "tune",
            "look", "ray")  # fmt: skip
 # What file managers leave wherever somebody looks.

@@ -17,6 +17,7 @@ from lighten.errors import UserError
 from lighten.folders import AUDIT as AUDIT
 from lighten.folders import BENCH as BENCH
 from lighten.folders import EVALUATION as EVALUATION
+from lighten.folders import EVALUATION_PARTS as EVALUATION_PARTS
 from lighten.folders import INFO as INFO
 from lighten.folders import METRICS as METRICS
 from lighten.folders import MODEL as MODEL

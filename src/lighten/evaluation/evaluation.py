@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,14 @@ from lighten.evaluation.bootstrap import Array
 from lighten.evaluation.forgetting import GeneralText
 from lighten.evaluation.generate import Answers, as_shown, generate
 from lighten.evaluation.judge import MOST_SIGNS, Judge, judged
-from lighten.evaluation.partial_results import PartialResults, key_of
+from lighten.evaluation.partial_results import PartialResults, digest_of, key_of
 from lighten.evaluation.result import Evaluation, Measured
 from lighten.evaluation.run_models import Models, Opened
 from lighten.evaluation.summary import summarise
 from lighten.evaluation.together import Disagrees, Pass
 from lighten.generation import slotted
 from lighten.machine import hardware
-from lighten.models import limits_of
+from lighten.models import Base, limits_of
 from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.training import held_out_data
@@ -83,6 +84,7 @@ def evaluate_run(
         raw_data = replace(raw_data, trained_prompts=None if models.names else frozenset())
     template, base = models.open(None).template, models.open(None).base
     tokenizer, limits = base.tokenizer, limits_of(base.model)
+    partial = _kept(run, base, settings)
     if alone:
         run.update(base=base.facts())
     del base  # another may be opened in its place
@@ -99,7 +101,7 @@ def evaluate_run(
     for model_name in (None, *models.names):
         results.append(
             measure(models, model_name, encoded_data, answered, recipe, settings, memory, progress,
-                    general=general)
+                    partial, general)
         )  # fmt: skip
         if tasks is not None:
             opened = models.open(model_name)
@@ -136,6 +138,7 @@ def evaluate_run(
     }
     path = run.folder / runs.EVALUATION
     runs.write_json(path, evaluation.to_dict())
+    partial.forget()
     try:
         if theirs is not None and against is not None:
             name = comparing.name_of(against, run)
@@ -149,6 +152,18 @@ def evaluate_run(
     except UserError as error:
         raise UserError(f"{error}; all else that was measured is in {path}") from error
     return evaluation
+
+
+def _kept(run: Run, base: Base, settings: EvaluateOptions) -> PartialResults:
+    """What an evaluation of the run measured that was ended, with the same models and settings."""
+    recipe, model = run.recipe(), run.model()
+    values = [
+        recipe.completed(), settings.model_dump(), run.info().get("data"), hardware.versions(),
+        base.revision, base.dtype.value,
+    ]  # fmt: skip
+    base_folder = Path(recipe.model_name_or_path).expanduser()
+    folders = [base_folder, *run.adapters().values(), *([] if model is None else [model])]
+    return PartialResults(run.folder / runs.EVALUATION_PARTS, digest_of(values, folders))
 
 
 def require(settings: EvaluateOptions) -> None:
@@ -342,6 +357,7 @@ def measure(
         general: Text beside the task.
     """
     name, opened = model_name or "base", models.open(model_name)
+    partial = None if partial is None else partial.of_model(name, memory)
     base, trained, adapter = opened.base, opened.trained, opened.adapter
     memory.restart()
     assert scored.rows is not None
@@ -377,7 +393,8 @@ def measure(
         answer_texts, reference_texts = registry.nfc(answers.texts), registry.nfc(references)
         for metric in (*registry.OF_ANSWERS, *settings.extra_metrics):
             statistics[metric] = registry.scorer(metric).statistics(answer_texts, reference_texts)
-    return Measured(name, model_name, statistics, answers, references, memory.read())
+    peak = memory.read() if partial is None else partial.peak()
+    return Measured(name, model_name, statistics, answers, references, peak)
 
 
 def _together(

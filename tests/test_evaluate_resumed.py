@@ -1,0 +1,128 @@
+"""An evaluation that is ended goes on: what was measured is kept, of these models alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lighten
+from lighten import runs
+from lighten.evaluation import together
+from lighten.evaluation.together import Job, Pass
+from lighten.generation import slotted
+from lighten.machine.hardware import PeakMemory
+from lighten.runs import Run
+from tests.test_evaluate import run as run  # the fixture
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "batch_size": 8}
+WAVES_OF_A_MODEL, MODELS = 3, 3
+
+
+class Waves:
+    """Counts what is measured, and ends the session before one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.measured, self.last = 0, 10**9
+        monkeypatch.setattr(together, "ENOUGH_ROWS", 8)
+        really = Pass._measure
+
+        def measure(single_pass: Pass, wave: list[Job]) -> dict[str, Any]:
+            if self.measured == self.last:
+                raise KeyboardInterrupt
+            self.measured += 1
+            return really(single_pass, wave)
+
+        monkeypatch.setattr(Pass, "_measure", measure)
+
+
+@pytest.fixture
+def waves(monkeypatch: pytest.MonkeyPatch) -> Waves:
+    return Waves(monkeypatch)
+
+
+@pytest.fixture
+def copied(run: Run, tmp_path: Path) -> Run:
+    return Run(shutil.copytree(run.folder, tmp_path / "run"))
+
+
+pytestmark = pytest.mark.usefixtures("one_pass")
+
+
+@pytest.fixture
+def one_pass(run: Run) -> None:
+    base = lighten.models.load(str(run.recipe().model_name_or_path), dtype="float32")
+    if (obstacle := slotted.obstacle(base.model)) is not None:
+        pytest.skip(obstacle)
+
+
+def figures(evaluation: Any) -> tuple[Any, ...]:
+    metrics = [model["metrics"] for model in evaluation.models]
+    return metrics, evaluation.differences, evaluation.examples
+
+
+def ended_after(count: int, measured: Run, waves: Waves) -> None:
+    waves.last = count
+    with pytest.raises(KeyboardInterrupt):
+        lighten.evaluate(measured, **OPTIONS)
+    waves.last, waves.measured = 10**9, 0
+
+
+def test_it_goes_on_where_it_was_ended(copied: Run, waves: Waves) -> None:
+    whole = lighten.evaluate(copied, **OPTIONS)
+    every = waves.measured
+    assert every == WAVES_OF_A_MODEL * MODELS
+    waves.measured = 0
+    ended_after(WAVES_OF_A_MODEL + 1, copied, waves)
+    again = lighten.evaluate(copied, **OPTIONS)
+    assert waves.measured == every - WAVES_OF_A_MODEL - 1
+    assert figures(again) == figures(whole)
+    assert not (copied.folder / runs.EVALUATION_PARTS).exists()
+    waves.measured = 0
+    lighten.evaluate(copied, **OPTIONS)
+    assert waves.measured == every, "what was finished is measured anew"
+
+
+def test_the_peak_is_that_of_all_sessions(
+    copied: Run, waves: Waves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PeakMemory, "read", lambda _: {"peak_bytes": 7 * 2**30, "method": "told"})
+    ended_after(1, copied, waves)
+    monkeypatch.setattr(PeakMemory, "read", lambda _: {"peak_bytes": 2**30, "method": "told"})
+    evaluation = lighten.evaluate(copied, **OPTIONS)
+    peaks = [model["peak_bytes"] for model in evaluation.models]
+    assert peaks == [7 * 2**30, 2**30, 2**30]
+
+
+@pytest.mark.parametrize("change", ["options", "adapter", "a torn line"])
+def test_what_was_made_with_other_things_is_measured_anew(
+    change: str, copied: Run, waves: Waves
+) -> None:
+    ended_after(2, copied, waves)
+    options, left = OPTIONS, 0
+    parts = copied.folder / runs.EVALUATION_PARTS
+    if change == "options":
+        options = {**OPTIONS, "max_new_tokens": 5}
+    elif change == "adapter":
+        weights = copied.adapters()["r8"] / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes())
+    else:
+        parts.write_bytes(parts.read_bytes()[:-20])
+        left = 1
+    lighten.evaluate(copied, **options)
+    assert waves.measured == WAVES_OF_A_MODEL * MODELS - left
+
+
+def test_a_model_alone_goes_on_too(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path, waves: Waves
+) -> None:
+    options = {**OPTIONS, "eval_dataset": str(chat_file), "output_dir": str(tmp_path / "alone")}
+    waves.last = 1
+    with pytest.raises(KeyboardInterrupt):
+        lighten.evaluate(str(tiny_folder), **options)
+    waves.last, waves.measured = 10**9, 0
+    evaluation = lighten.evaluate(str(tiny_folder), **options)
+    assert waves.measured == 4, "forty rows, eight at a time, of which eight were measured"
+    assert evaluation.dataset["answered"] == 40
