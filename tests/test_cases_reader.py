@@ -208,6 +208,26 @@ def test_calls_of_sharegpt_are_those_of_openai(count: int, tmp_path: Path) -> No
     assert example.messages[1].extra == (("tool_calls", [function] * count),)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "a", "completion": "b", "label": False},
+     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+      "kto_tag": False}],
+)  # fmt: skip
+def test_an_answer_that_is_marked_as_a_bad_one_is_not_learnt(
+    row: dict[str, Any], tmp_path: Path
+) -> None:
+    assert "is false: its answer is one that is not to be learnt" in refused(
+        lines(tmp_path / "d.jsonl", [row])
+    )
+
+
+@pytest.mark.parametrize("more", [{"label": True}, {"label": 0}, {"label": None}])
+def test_another_label_says_nothing_of_the_answer(more: dict[str, Any], tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b", **more}
+    assert len(data.read(lines(tmp_path / "d.jsonl", [row])).examples) == 1
+
+
 @pytest.mark.parametrize("column", ["images", "videos", "audios"])
 def test_rows_with_more_than_text_are_refused(column: str, tmp_path: Path) -> None:
     row = {"instruction": "<image>What is it?", "output": "A cat.", column: ["cat.jpg"]}

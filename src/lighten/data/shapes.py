@@ -70,6 +70,8 @@ def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
     values = without_missing(row)
     if media := [name for name in _MEDIA if values.get(name) not in (None, [], {}, "", "[]")]:
         raise BadRowError(f"holds {media[0]}; only text can be trained here")
+    if bad := [name for name in _marks(values) if values.get(name) is False]:
+        raise BadRowError(f"{bad[0]} is false: its answer is one that is not to be learnt")
     if "input_ids" in values:
         return "tokens", _tokens(values, file, line)
     for shape in ("messages", "conversations"):
@@ -87,6 +89,11 @@ def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
             raise BadRowError("text is empty")
         return "text", Example(file, line, text=text)
     raise BadRowError(_describe_unknown_shape(row))
+
+
+def _marks(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Columns of KTO's data that say whether an answer is a good one: TRL's and LLaMA-Factory's."""
+    return ("kto_tag", "label") if "completion" in values else ("kto_tag",)
 
 
 def _describe_unknown_shape(row: Mapping[str, Any]) -> str:
