@@ -218,6 +218,20 @@ def test_vllms_word_for_loading_anew_is_known(
     assert answer.status_code == status, answer.text
 
 
+def test_metrics_of_an_adapter_end_with_it(client: httpx.Client) -> None:
+    """Where adapters come and go under new names the page would grow for ever."""
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    for name in ("going", "staying"):
+        body = {"lora_name": name, "lora_path": "good"}
+        client.post("/v1/load_lora_adapter", json=body, headers=headers)
+        text(client, model=name)
+    assert '{model="going"}' in client.get("/metrics").text
+    client.post("/v1/unload_lora_adapter", json={"lora_name": "going"}, headers=headers)
+    page = client.get("/metrics").text
+    assert '"going"' not in page
+    assert '{model="staying"}' in page
+
+
 def chat(client: httpx.Client, **changes: Any) -> httpx.Response:
     messages = [{"role": "user", "content": "the answer"}]
     body = {"model": "base", "messages": messages, "max_tokens": 2, **changes}

@@ -243,7 +243,9 @@ async def _load(request: Request, front: Front) -> Reply:
 
 async def _unload(request: Request, front: Front) -> Reply:
     (name,) = _text_fields(await _body(request, front), "lora_name")
-    return Reply({"message": await front.registry.unload(name, front.engine)})
+    message = await front.registry.unload(name, front.engine)
+    front.metrics.forget(name)
+    return Reply({"message": message})
 
 
 def _text_fields(body: Any, *names: str) -> list[str]:

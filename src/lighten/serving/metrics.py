@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _Labels = tuple[tuple[str, str], ...]
@@ -28,6 +29,13 @@ class Metrics:
         )
         row[bisect_left(_SECONDS, seconds)] += 1
         row[-1] += seconds
+
+    def forget(self, model: str) -> None:
+        """Drop what was counted of a model that is served no more: others come for ever."""
+        kinds: tuple[dict[str, Any], ...] = (self._counters, self._histograms)
+        for rows in (rows for kind in kinds for rows in kind.values()):
+            for labels in [labels for labels in rows if ("model", model) in labels]:
+                del rows[labels]
 
     def text(self, gauges: Mapping[str, float]) -> str:
         """The page; gauges are of this moment."""
