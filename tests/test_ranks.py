@@ -403,7 +403,7 @@ def test_ranks_keep_their_share_of_the_processors() -> None:
         assert "threads 3" in out, err
 
 
-def test_a_sweep_under_ranks_is_refused(
+def test_what_several_ranks_would_each_do_is_refused(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
@@ -411,6 +411,10 @@ def test_a_sweep_under_ranks_is_refused(
     with pytest.raises(UserError, match="a sweep runs in one process, and torchrun started 2"):
         lighten.sweep(progress=False, **settings)
     assert not Path(settings["output_dir"]).exists()
+    for verb, what in (("evaluate", "an evaluation"), ("quantize", "quantising")):
+        refused = processes.call(verb, settings["model_name_or_path"])
+        assert refused.returncode == 2
+        assert f"error: {what} runs in one process, and torchrun started 2" in refused.stderr
 
 
 def test_a_rank_that_believes_it_is_alone_is_refused(

@@ -167,11 +167,7 @@ def sweep(
     """
     from lighten.recipe import swept
 
-    if (place := launch.recognise()).world_size > 1:
-        raise UserError(
-            f"a sweep runs in one process, and {place.launcher} started {place.world_size}; start "
-            "it with: lighten sweep RECIPE"
-        )
+    launch.require_alone("a sweep", "lighten sweep RECIPE")
     chosen = recipe_of(recipe, **swept.gathered(overrides))
     path_checks.require_model(chosen.model_name_or_path)
     from lighten.sweeps.running import sweep as run_sweep

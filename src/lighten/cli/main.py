@@ -241,6 +241,7 @@ def evaluate(
     """Measure the base and what a run trained, a model, or an adapter, on held-out examples."""
     from lighten import api
 
+    launch.require_alone("an evaluation", f"lighten evaluate {run}")
     with progress_bar() as progress:
         evaluation = api.evaluate(
             run, against=against, progress=progress, **overrides(ctx.args)

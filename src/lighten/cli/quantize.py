@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lighten.cli.console import Json, console, print_json, print_table
+from lighten.parallel import launch
 
 if TYPE_CHECKING:
     from lighten.quantization.table import Quantized
@@ -46,6 +47,8 @@ def quantize(
 ) -> None:
     """Write smaller copies of a model, and one table of what each costs and keeps."""
     from lighten import api
+
+    launch.require_alone("quantising", f"lighten quantize {source}")
 
     def log(line: str) -> None:
         typer.echo(line, err=True)

@@ -111,6 +111,23 @@ def alone() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
 
 
+def require_alone(what: str, command: str) -> None:
+    """See to it that no launcher has started several processes, each of which would do all of it.
+
+    Args:
+        what: Is done in one process, in words.
+        command: What does it.
+
+    Raises:
+        UserError: One has.
+    """
+    if (place := recognise()).world_size > 1:
+        raise UserError(
+            f"{what} runs in one process, and {place.launcher} started {place.world_size}; start "
+            f"it with: {command}"
+        )
+
+
 def restarted_by(environment: Mapping[str, str] | None = None) -> str | None:
     """What has started this command a second time, after its processes or its machine had ended.
 
