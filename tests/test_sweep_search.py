@@ -156,7 +156,10 @@ def test_a_small_space_is_not_trained_twice(chat_file: Path, tmp_path: Path) -> 
         return valley(groups)
 
     small = {"lora_r": [2, 8], "lora_target_modules": [["q_proj"], "all-linear"]}
-    trials = run_search(Search(recipe(chat_file, **small), tmp_path), count)
+    search = Search(recipe(chat_file, **small), tmp_path)
+    trials = run_search(search, count)
+    assert len(trials) == 20, "one that was drawn twice at a time counts too"
+    assert all(trial.state == "complete" for trial in search._drawn_trials())
     assert len(set(trained)) == len(trained) <= 4
     assert trials[0].arm.options.lora_r == 8
     assert trials[0].arm.options.lora_target_modules in (["q_proj"], "all-linear")

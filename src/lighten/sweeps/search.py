@@ -22,7 +22,7 @@ from lighten.recipe.swept import takes_whole_numbers
 from lighten.sweeps.arms import Arm, Group, expand, group_arms
 from lighten.sweeps.ray_tune import spread
 
-JOURNAL, STUDY, BATCH = "search.journal", "sweep", "batch"
+JOURNAL, STUDY, BATCH, SAME = "search.journal", "sweep", "batch", "same"
 TRIALS = 20
 # Settings that one cohort tries together: more would be drawn before anything was learnt of them.
 TOGETHER = 4
@@ -35,15 +35,18 @@ class Trial:
     Attributes:
         arm: Its name is the trial's number.
         loss: Held-out, nats per token; None: not trained to the end yet, or its loss is no number.
-        state: `complete`, `fail`, `pruned` or `running`, as Optuna says.
+        state: `complete`, `fail` or `running`, as Optuna says.
         batch: Number of the first trial that was asked for together with it; None: it was not to
             be trained.
+        same: Whether another one that was asked for together with it has its setting, and is
+            trained for both.
     """
 
     arm: Arm
     loss: float | None
     state: str
     batch: int | None = None
+    same: bool = False
 
 
 class Search:
@@ -84,12 +87,16 @@ class Search:
         """
         if waiting := [group for group in self.groups() if self._waits(group)]:
             return waiting
-        # Of a small space every setting comes at last; what is drawn again counts as a trial too.
+        # Of a small space every setting comes at last; what is drawn again counts as a trial too:
+        # at once, or when the one that is trained for both has its loss.
         losses = {
             trial.arm.setting: trial.loss
             for trial in self._drawn_trials()
             if trial.state == "complete"
         }
+        for trial in self._drawn_trials():
+            if trial.state == "running" and trial.same:
+                self._tell(trial, losses.get(trial.arm.setting))
         new_trials: dict[str, int] = {}
         while (
             len(new_trials) < max(TOGETHER, self._slots) and len(self._study.trials) < self.trials
@@ -100,7 +107,7 @@ class Search:
             if setting in losses:
                 self._study.tell(optuna_trial.number, losses[setting])
             elif setting in new_trials:
-                self._study.tell(optuna_trial.number, state=_states().PRUNED)
+                optuna_trial.set_user_attr(SAME, True)
             else:
                 new_trials[setting] = optuna_trial.number
                 optuna_trial.set_user_attr(BATCH, min(new_trials.values()))
@@ -122,12 +129,14 @@ class Search:
         """Give the study the losses by arm; None, or no number: the setting came to nothing."""
         for trial in self._drawn_trials():
             if trial.arm.name in losses and trial.state == "running":
-                loss = losses[trial.arm.name]
-                number = int(trial.arm.name.rpartition("-")[2])
-                if loss is not None and math.isfinite(loss):
-                    self._study.tell(number, loss)
-                else:
-                    self._study.tell(number, state=_states().FAIL)
+                self._tell(trial, losses[trial.arm.name])
+
+    def _tell(self, trial: Trial, loss: float | None) -> None:
+        number = int(trial.arm.name.rpartition("-")[2])
+        if loss is not None and math.isfinite(loss):
+            self._study.tell(number, loss)
+        else:
+            self._study.tell(number, state=_states().FAIL)
 
     def completed_trials(self) -> list[Trial]:
         """The settings that were trained to the end, best first."""
@@ -141,7 +150,7 @@ class Search:
     def _drawn_trials(self) -> list[Trial]:
         return [
             Trial(self._arm(trial.number, trial.params), trial.value, trial.state.name.lower(),
-                  trial.user_attrs.get(BATCH))
+                  trial.user_attrs.get(BATCH), trial.user_attrs.get(SAME, False))
             for trial in self._study.trials
         ]  # fmt: skip
 
