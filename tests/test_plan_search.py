@@ -229,3 +229,17 @@ def test_a_search_from_a_recipe_in_4_bits_leaves_them(tiny_folder: Path) -> None
     assert best is not None
     assert best.what == "LoRA, 128 tokens"
     assert recipe.changed(best.settings).load_in_4bit is False
+
+
+def test_what_might_fit_is_not_called_too_large(tiny_folder: Path) -> None:
+    """Between its bounds a prediction cannot tell, and the exit code says so."""
+    recipe = make_recipe(tiny_folder, max_length=64, load_in_4bit=True, gradient_checkpointing=True,
+                         per_device_train_batch_size=1)  # fmt: skip
+    fixed = tuple(recipe.model_fields_set)
+    memory = peak(small(2**40), recipe).memory
+    for room, fits in ((memory.high + 2**20, True), (memory.expected, None), (2**20, False)):
+        planner = predict.planner_for(small(room))
+        assert search.fastest(recipe, planner, fixed=fixed).fits is fits
+        (sized,) = search.largest([("tiny", 1)], lambda _: recipe, planner, fixed=fixed)
+        assert sized.fits is fits
+        assert ("might fit" in sized.why) == (fits is None)

@@ -273,7 +273,7 @@ def _search(
             [text.candidate_row(candidate, candidate is result.best) for candidate in result.tried],
         )
         if result.best is None:
-            _headline("nothing fits", False)
+            _headline("nothing surely fits" if result.fits is None else "nothing fits", result.fits)
         else:
             _headline(f"{text.best_of(result.best)}: {result.best.what}", True)
             requested = api.plannable(recipe, **settings)
@@ -281,10 +281,10 @@ def _search(
             console().print(flags, highlight=False, markup=False, soft_wrap=True)
             if write is not None:
                 console().print(f"recipe: {write}", soft_wrap=True, highlight=False)
-    return result.best is not None
+    return result.fits
 
 
-def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
+def _largest(words: list[str], device: str | None, as_json: bool) -> bool | None:
     from lighten import api
     from lighten.planning.text import sized_row
 
@@ -300,7 +300,8 @@ def _largest(words: list[str], device: str | None, as_json: bool) -> bool:
             ["model", "parameters", "fastest that fits", "peak", "tokens/s", ""],
             [sized_row(candidate) for candidate in candidates],
         )
-    return any(candidate.best is not None for candidate in candidates)
+    verdicts = [candidate.fits for candidate in candidates]
+    return True if True in verdicts else None if None in verdicts else False
 
 
 def _limits(

@@ -78,6 +78,12 @@ class SearchResult:
     best: Candidate | None
     tried: tuple[Candidate, ...]
 
+    @property
+    def fits(self) -> bool | None:
+        """Whether anything fits; None where that cannot be told."""
+        might = any(c.plan is not None and c.plan.fits() is None for c in self.tried)
+        return True if self.best is not None else None if might else False
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -320,17 +326,19 @@ class Sized:
         parameters: Of it; None where it cannot be described.
         best: The fastest configuration that fits.
         why: Why there is none, or why it was not looked for.
+        fits: Whether it can be trained; None: that cannot be told.
     """
 
     model: str
     parameters: int | None
     best: Candidate | None
     why: str
+    fits: bool | None = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
-            "model": self.model, "parameters": self.parameters, "why": self.why,
+            "model": self.model, "parameters": self.parameters, "why": self.why, "fits": self.fits,
             "best": None if self.best is None else self.best.to_dict(),
         }  # fmt: skip
 
@@ -359,7 +367,7 @@ def largest(
             sized.append(Sized(name, None, None, "it cannot be described"))
             continue
         if fits:
-            sized.append(Sized(name, parameters, None, "smaller than one that fits"))
+            sized.append(Sized(name, parameters, None, "smaller than one that fits", True))
             continue
         if log is not None:
             log(name)
@@ -370,9 +378,8 @@ def largest(
             continue
         best = fastest(model_recipe, planner, fixed=fixed, log=log).best
         fits = best is not None
-        sized.append(
-            Sized(name, parameters, best, "the largest that fits" if fits else "too large")
-        )
+        why = "the largest that fits" if fits else "it might fit: lighten plan says what is known"
+        sized.append(Sized(name, parameters, best, why, fits or None))
     return sized
 
 
