@@ -15,7 +15,7 @@ _Adapters = Annotated[
     list[str] | None,
     typer.Option(
         "--adapters", "--lora-modules", "--adapter",
-        help="NAME=PATH, a run, an adapter or a folder of adapters; several after one flag.",
+        help="NAME=PATH, a run, an adapter, a folder of them or a hub id; several after one flag.",
     ),
 ]  # fmt: skip
 
