@@ -103,10 +103,10 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def release(folder: Path) -> None:
     """Let a folder go; a lock of somebody else stays."""
+    if (ended := _touched.pop((folder / LOCK).absolute(), None)) is not None:
+        ended.set()
     held = holder(folder)
     if held is not None and held["pid"] == os.getpid() and held["host"] == platform.node():
-        if (ended := _touched.pop((folder / LOCK).absolute(), None)) is not None:
-            ended.set()
         with suppress(OSError):
             (folder / LOCK).unlink()
 
