@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from lighten import models
 from lighten.adapters.frozen import out_in_features, weight_of
 from lighten.errors import UserError
-from lighten.generation import attention
 from lighten.generation.adapter import read_factors, require_same
-from lighten.generation.engine import Engine
+from lighten.generation.engine import Engine, require_taken
 from lighten.generation.linears import linear_paths
 from lighten.machine.heap import drop_mapped_weights
 
@@ -38,7 +37,7 @@ def open_engine(
     model = base.model
     if base.feed is not None:
         raise UserError("the base's layers are read from disk as they are needed")
-    attention.require_plain(model)
+    require_taken(model)
     paths = linear_paths(model)
     for folder in adapters.values():
         factors, saved = read_factors(folder, paths)

@@ -9,7 +9,6 @@ Dimensions: N tokens of a step, H query heads, K key heads, D features of a head
 from __future__ import annotations
 
 import ctypes
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -341,15 +340,9 @@ def register() -> None:
 def require_plain(model: PreTrainedModel) -> None:
     """Refuse what a cache of slots would get wrong.
 
-    Args:
-        model: Its weights may be shapes alone.
-
     Raises:
-        UserError: The base's attention is of another kind, or cannot be told where tokens stand.
+        UserError: The base's attention is of another kind.
     """
-    taken = inspect.signature(model.forward).parameters
-    if missing := [name for name in ("position_ids", "logits_to_keep") if name not in taken]:
-        raise UserError(f"{type(model).__name__} takes no {missing[0]}")
     config = model.config.get_text_config()
     name = config.model_type
     kinds = set(getattr(config, "layer_types", None) or ())

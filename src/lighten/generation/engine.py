@@ -9,6 +9,7 @@ The model is transformers' own. Its linear layers are products of rows sorted by
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import queue
 import threading
@@ -91,6 +92,21 @@ class _Sequence:
         return bool(self.answer)
 
 
+def require_taken(model: PreTrainedModel) -> None:
+    """Refuse a base that the engine does not answer with.
+
+    Args:
+        model: Its weights may be shapes alone.
+
+    Raises:
+        UserError: Says why.
+    """
+    taken = inspect.signature(model.forward).parameters
+    if missing := [name for name in ("position_ids", "logits_to_keep") if name not in taken]:
+        raise UserError(f"{type(model).__name__} takes no {missing[0]}")
+    attention.require_plain(model)
+
+
 class Engine:
     """A base in memory, adapters on it, and a thread that answers.
 
@@ -111,7 +127,7 @@ class Engine:
         prefill_tokens: int = PREFILL_TOKENS,
         prefix_caching: bool = True,
     ) -> None:
-        attention.require_plain(model)
+        require_taken(model)
         attention.register()
         self._model = model
         model.set_attn_implementation(attention.NAME)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lighten import models
 from lighten.errors import UserError
-from lighten.generation.attention import require_plain
+from lighten.generation.engine import require_taken
 from lighten.machine import hardware
 from lighten.machine.hardware import Choice, Gpu, cache_folder
 from lighten.peft_config import FACTOR, WEIGHTS, tensor_shapes
@@ -132,7 +132,7 @@ def choose_here(
 
 def _obstacle_of_ours(model: PreTrainedModel) -> str | None:
     try:
-        require_plain(model)
+        require_taken(model)
     except UserError as error:
         return str(error)
     return None
