@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.paths import limited, several
-from lighten.recipe import foreign, other_tools
+from lighten.recipe import dataset_info, foreign, other_tools
 
 RENAMED = {
     "base_model": "model_name_or_path",
@@ -68,7 +68,8 @@ _ATTENTIONS = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa",
 SPECIAL = (
     "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
     "deepspeed", "fsdp", "fsdp_config", "adapter", "finetuning_type", "freeze_trainable_layers",
-    "train_on_prompt", "additional_target", "max_samples", *_ATTENTIONS, *_BITS, *_BACKENDS,
+    "train_on_prompt", "additional_target", "max_samples", "dataset_dir",
+    *_ATTENTIONS, *_BITS, *_BACKENDS,
 )  # fmt: skip
 # Of these, what are switches, and how people write one.
 _SWITCHES = ("train_on_inputs", "train_on_prompt", "lora_target_linear", "bf16", "fp16",
@@ -152,6 +153,8 @@ def translate(
                 problems.append(f"max_samples: {value!r} does not do; use a number from 1")
             else:
                 notices.append(f"max_samples is read as the first {value} rows of each data set")
+        elif key == "dataset_dir":
+            pass  # where `dataset_info.json` is
         elif key == "lora_target_linear":
             if value:
                 put(key, "lora_target_modules", "all-linear")
@@ -232,19 +235,39 @@ def translate(
             out[key] = value
     for name in ("dataset", "eval_dataset"):
         if name in out:
-            out[name] = _data_sets(out[name], folder, everything.get("max_samples"))
+            try:
+                out[name], columns, read = _data_sets(out[name], folder, everything)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            notices += read
+            if columns and everything.get("dataset_columns") is None:
+                put(dataset_info.FILE, "dataset_columns", columns)
     if passed_over:
         notices.append(f"passed over, as they change nothing here: {', '.join(passed_over)}")
     return out, notices, problems
 
 
-def _data_sets(value: Any, folder: Path | None, most: Any) -> Any:
-    """One data set or a list of several, with so many rows of each at most, if that is said."""
+def _data_sets(
+    value: Any, folder: Path | None, everything: Mapping[str, Any]
+) -> tuple[Any, dict[str, str], list[str]]:
+    """One data set or a list of several, with so many rows of each at most, if that is said.
+
+    Returns:
+        They, names of columns if `dataset_info.json` has others, and notices.
+
+    Raises:
+        ValueError: An entry there asks for what is not read.
+    """
     value = several(value, folder) if isinstance(value, str) else value
-    names = value if isinstance(value, list) else [value]
-    if str(most).isdecimal() and int(most) and all(isinstance(name, str) for name in names):
-        names = [limited(name, int(most)) for name in names]
-    return names[0] if len(names) == 1 else names
+    names, most = value if isinstance(value, list) else [value], everything.get("max_samples")
+    if not all(isinstance(name, str) for name in names):
+        return value, {}, []
+    directory = everything.get("dataset_dir")
+    names, columns, read = dataset_info.resolved(names, directory, folder)
+    if str(most).isdecimal() and int(str(most)):
+        names = [limited(name, int(str(most))) for name in names]
+    return names[0] if len(names) == 1 else names, columns, read
 
 
 def _unread(entry: Any) -> list[str]:

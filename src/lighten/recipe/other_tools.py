@@ -133,7 +133,6 @@ _INSTEAD = {
     "dataset_test_split": "set eval_dataset to the file itself",
     "dataset_streaming": _ROW_BY_ROW, "streaming": _ROW_BY_ROW,
     "buffer_size": "remove it; all rows are put in order by seed",
-    "dataset_dir": "remove it, and set dataset to the file itself",
     "chat_template_jinja": "set chat_template to it",
     "template": "remove it, for the model's own template is used; or set chat_template",
     "mask_history": "remove it; every turn of the assistant is learnt",
