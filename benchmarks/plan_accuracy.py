@@ -116,6 +116,7 @@ class Processor:
     """This machine's processor as a plan wants its device."""
 
     name: str = "cpu"
+    label: str = "cpu"
     kind: str = "cpu"
     is_here: bool = True
     memory_bytes: int | None = None

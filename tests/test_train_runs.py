@@ -165,11 +165,11 @@ def test_a_stop_that_a_launcher_passes_on_again_is_one(monkeypatch: pytest.Monke
     before = [signal.getsignal(number) for number in stops.STOPS]
     with interrupt.StopSignals() as signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # to this thread: another one would tell it later
         assert signals.received == signal.SIGINT
         monkeypatch.setattr(interrupt, "AGAIN_S", 0.0)  # somebody has waited, and presses again
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in stops.STOPS] == before
 
 
@@ -177,7 +177,7 @@ def test_under_nohup_a_run_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with interrupt.StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert signals.received is None
         monkeypatch.setattr(sys, "executable", shutil.which("true"))
         ended = spawn._Ranks(["train"], 1, Path(), device="cpu", shown=True)

@@ -228,10 +228,13 @@ print(peak.read()["peak_bytes"])
 
 
 def test_saved_weights_are_verified_a_weight_at_a_time(tmp_path: Path) -> None:
-    """Two files of 256 MiB: 32 of them are in memory, and what looking at the numbers takes."""
+    """Two files of 256 MiB: 32 of them are in memory, and what looking at the numbers takes.
+
+    Libraries' pages are 50 to 110 MiB of it, as their files lie in the kernel's memory.
+    """
     completed = python(VERIFY, str(tmp_path))
     assert completed.returncode == 0, completed.stderr
-    assert int(completed.stdout) < 128 * 2**20
+    assert int(completed.stdout) < 192 * 2**20
 
 
 def test_the_untouched_base_is_not_to_be_had_from_weights_that_learnt() -> None:
