@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -463,5 +464,4 @@ class Sweep:
 def steps_of(recipe: Recipe, rows: int) -> int:
     """Optimiser steps of a run of the recipe on so many examples, in one process."""
     per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    per_epoch = -(-rows // per_step)
-    return recipe.max_steps or -(-int(recipe.num_train_epochs * per_epoch * 1000) // 1000)
+    return recipe.max_steps or math.ceil(recipe.num_train_epochs * math.ceil(rows / per_step))
