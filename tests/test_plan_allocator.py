@@ -283,6 +283,16 @@ def test_the_context_is_measured_once_for_a_machine(
     assert process_overhead.context_of(path) == process_overhead.UNMEASURED
 
 
+def test_a_quantised_base_brings_what_bitsandbytes_imports(tmp_path: Path) -> None:
+    """Measured: some 40 MB that a plan of NF4 was low by."""
+    dense, quantised = (
+        process_overhead.context_of(tmp_path / f"{quantised}.json", quantised=quantised)
+        for quantised in (False, True)
+    )
+    assert quantised.bytes - dense.bytes > 15 * 2**20
+    assert quantised.bytes - dense.bytes < 150 * 2**20
+
+
 def test_a_process_that_a_rank_measures_takes_no_rank_s_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

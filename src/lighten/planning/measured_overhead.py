@@ -1,6 +1,6 @@
 """A tiny model in a process of its own, for what a process takes beside its tensors.
 
-python -m lighten.planning.measured_overhead training|answering
+python -m lighten.planning.measured_overhead training|quantised|answering
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_s
 ROWS, TOKENS, NEW_TOKENS = 4, 256, 4
 
 
-def training() -> Context:
+def training(*, quantised: bool) -> Context:
     """Train here and now, and see what stays when every free page is given back."""
     with tempfile.TemporaryDirectory(prefix="lighten-context-") as folder:
-        measured = probe.measure(_recipe(folder), "cpu", [TOKENS] * ROWS)
+        recipe = _recipe(folder).changed({"load_in_4bit": quantised})
+        measured = probe.measure(recipe, "cpu", [TOKENS] * ROWS)
     return Context(measured["settled_bytes"], measured.get("worker_bytes", UNMEASURED.worker_bytes))
 
 
@@ -71,5 +72,6 @@ def _recipe(folder: str) -> Recipe:
 
 
 if __name__ == "__main__":
-    figures = answering() if sys.argv[1:] == ["answering"] else training()
+    what = sys.argv[1]
+    figures = answering() if what == "answering" else training(quantised=what == "quantised")
     print(json.dumps(asdict(figures)))  # noqa: T201

@@ -22,7 +22,8 @@ from lighten.machine.hardware import cache_folder, processor_name, versions
 from lighten.parallel import launch
 
 MIB = 2**20
-FILE, ANSWERS_FILE = "context.json", "answer_context.json"
+FILE, QUANTISED_FILE = "context.json", "quantised_context.json"
+ANSWERS_FILE = "answer_context.json"
 TIMEOUT_S = 120
 
 
@@ -60,13 +61,16 @@ UNMEASURED = Context(115 * MIB, 100 * MIB)
 UNMEASURED_ANSWER = AnswerContext(25 * MIB, 15 * MIB)
 
 
-def context_of(path: Path | None = None) -> Context:
+def context_of(path: Path | None = None, *, quantised: bool = False) -> Context:
     """This machine's.
 
     Args:
         path: Where the figures are kept; default in the cache folder.
+        quantised: Whether the base is stored in few bits: bitsandbytes and what it imports is there
+            too then, some 40 MB.
     """
-    return _measured(UNMEASURED, "training", path or cache_folder() / FILE)
+    what, file = ("quantised", QUANTISED_FILE) if quantised else ("training", FILE)
+    return _measured(UNMEASURED, what, path or cache_folder() / file)
 
 
 def answer_context(path: Path | None = None) -> AnswerContext:

@@ -114,8 +114,9 @@ def plan_recipe(
     if device.kind == "cpu":
         verified = _verified(traced, whole_base=recipe.method == "full")
         peak = memory.processor_memory(
-            timeline, loading, context=context_of(), verified=verified, workers=workers,
-            sums=traced.further_sums(workers), arena=arena, margin=margin,
+            timeline, loading, context=context_of(quantised=storage is not None),
+            verified=verified, workers=workers, sums=traced.further_sums(workers), arena=arena,
+            margin=margin,
         )  # fmt: skip
         host = peak.expected
     else:
