@@ -236,7 +236,7 @@ def _together(
                 break
             parts[frozenset(repeated.settings)], current_plan = repeated, changed
             if changed.fits():
-                current_plan = _leave_out(parts, recipe, changed, planner, over)
+                current_plan = _leave_out(parts, saving_ideas, recipe, changed, planner, over)
                 settings = _joined(parts)
                 return Change(
                     "; ".join(part.what for part in parts.values()), settings,
@@ -251,14 +251,21 @@ def _joined(parts: Mapping[frozenset[str], Idea]) -> dict[str, Any]:
 
 
 def _leave_out(
-    parts: dict[frozenset[str], Idea], recipe: Recipe, fitting: Plan, planner: Planner, over: Over
-) -> Plan:
+    parts: dict[frozenset[str], Idea], ideas: Sequence[Idea], recipe: Recipe, fitting: Plan,
+    planner: Planner, over: Over,
+) -> Plan:  # fmt: skip
     """Take out the parts that are not needed beside what came after them; what is left, planned.
 
-    Without the last one they did not fit.
+    Without the last one they did not fit, nor does one of the ideas alone.
     """
-    for keys in [*parts][-2::-1]:
-        fewer = {other: part for other, part in parts.items() if other != keys}
+    each = [[key] for key in [*parts][-2::-1]]
+    # All between at once first: the two that save most are often enough.
+    between = [*parts][1:-1]
+    for keys in [between, *each] if len(between) > 1 else each:
+        fewer = {other: part for other, part in parts.items() if other not in keys}
+        alone = next(iter(fewer.values())) if len(fewer) == 1 else None
+        if alone in ideas or len(fewer) == len(parts):  # planned already
+            continue
         if over(1.0):
             break
         try:
@@ -266,7 +273,8 @@ def _leave_out(
         except UserError:
             continue
         if changed.fits():
-            del parts[keys]
+            for key in keys:
+                del parts[key]
             fitting = changed
     return fitting
 
