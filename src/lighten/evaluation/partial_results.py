@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lighten import runs
 from lighten.machine.hardware import PeakMemory
@@ -31,7 +31,8 @@ class PartialResults:
 
     def __init__(self, path: Path, made_with: str = "") -> None:
         self.path, self._made_with = path, made_with
-        self._model, self._memory = "", cast(PeakMemory | None, None)
+        self._model = ""
+        self._memory: PeakMemory | None = None
         self._lines = {str(line.get("key")): line for line in runs.read_lines(path)}
         if made_with and self._lines and self._lines.get(MADE_WITH, {}).get("is") != made_with:
             self.forget()
