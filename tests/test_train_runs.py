@@ -162,6 +162,8 @@ def test_an_interrupt_in_the_same_process_raises_interrupted(
 
 def test_a_stop_that_a_launcher_passes_on_again_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """`timeout` tells its command, and then the group that it is in; so does `deepspeed`."""
+    # What an earlier test of the process has left there may not raise.
+    of_others = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in stops.STOPS]
     with interrupt.StopSignals() as signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
@@ -171,6 +173,7 @@ def test_a_stop_that_a_launcher_passes_on_again_is_one(monkeypatch: pytest.Monke
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in stops.STOPS] == before
+    signal.signal(signal.SIGINT, of_others)
 
 
 def test_under_nohup_a_run_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
