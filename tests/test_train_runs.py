@@ -162,7 +162,7 @@ def test_an_interrupt_in_the_same_process_raises_interrupted(
 
 def test_a_stop_that_a_launcher_passes_on_again_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """`timeout` tells its command, and then the group that it is in; so does `deepspeed`."""
-    # What an earlier test of the process has left there may not raise.
+    # Ignored, as in a shell's background jobs, it would not be raised.
     of_others = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in stops.STOPS]
     with interrupt.StopSignals() as signals:
