@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,15 @@ def test_a_plan_for_a_gpu_knows_nothing_of_them(tmp_path: Path) -> None:
     recipe = recipe_of(folder_of(tmp_path))
     traced = follow_recipe(recipe, config_of(recipe)[0], FLOAT32, "cuda", rows_tokens=(2, 32))
     assert not any(work.name == NAME for _, _, work in traced.timeline.work)
+
+
+def test_without_onednn_plans_and_trainings_are_imported() -> None:
+    """As on a Mac, whose PyTorch has no such operations."""
+    code = (
+        "import types, torch, peft, accelerate, torch._inductor.compile_fx\n"
+        "torch.ops.__dict__['mkldnn'] = types.SimpleNamespace()\n"
+        "import lighten.planning.trace, lighten.training.run, lighten.generation.engine"
+    )
+    # A process of its own: others are forked from one that has imported them.
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr

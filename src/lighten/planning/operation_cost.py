@@ -19,7 +19,10 @@ from torch.utils.flop_counter import flop_registry
 IN_PLACE = {
     torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
 }  # fmt: skip
-LINEAR_OF_ONEDNN = torch.ops.mkldnn._linear_pointwise
+# None where PyTorch was built without oneDNN, as for Macs.
+LINEAR_OF_ONEDNN: Any = getattr(
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None
+)
 # They take memory or look at it, and move nothing.
 LOOKUPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index")
 FREE = (
@@ -161,7 +164,7 @@ def work_of(
 def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any = None) -> int:
     """By PyTorch's formula, from tensors or what is `Shaped` like them; 0 where there is none."""
     packet = getattr(func, "overloadpacket", func)
-    if packet is LINEAR_OF_ONEDNN:
+    if func is LINEAR_OF_ONEDNN:
         return 2 * math.prod(args[0].shape) * int(args[1].shape[0])
     formula = flop_registry.get(IN_PLACE.get(packet, packet))
     if formula is None:

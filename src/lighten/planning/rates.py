@@ -344,7 +344,7 @@ def _smaller(work: Work, most_flops: float | None = None) -> Work:
         rows = max(16, int(a.shape[0] * most_flops / work.flops))
         a = Shaped((rows, a.shape[1]), a.stride, a.dtype)
         flops = 2 * rows * math.prod(b.shape)
-        if work.func is LINEAR_OF_ONEDNN.default:
+        if work.func is LINEAR_OF_ONEDNN:
             return replace(work, flops=flops, args=(a, *work.args[1:]))
         mm = torch.ops.aten.mm.default
         return replace(work, name="aten::mm", flops=flops, func=mm, args=(a, b), kwargs={})

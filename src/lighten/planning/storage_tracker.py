@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.scaling import LossScaler
 from lighten.planning.fake_results import FakeResults
-from lighten.planning.operation_cost import Work, inside, work_of
+from lighten.planning.operation_cost import LINEAR_OF_ONEDNN, Work, inside, work_of
 
 # Whose frame is above what autograd does by itself, and what PyTorch puts between.
 ENGINE, WRAPPERS = "_engine_run_backward", ("_dynamo/eval_frame.py", "torch/_compile.py")
@@ -45,7 +45,6 @@ PRODUCTS = (
     torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default,
 )  # fmt: skip
 FORMATS_OF_ONEDNN = (torch.bfloat16, torch.float16)
-OF_ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 BLOCKS_OF_KERNEL, BLOCK_OF_KERNEL_BYTES = 2, 280 * 2**10
 KERNEL_BYTES = BLOCKS_OF_KERNEL * BLOCK_OF_KERNEL_BYTES
 
@@ -212,11 +211,11 @@ class StorageTracker(TorchDispatchMode):
 
     def _makes_kernel(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether this is the first product of its shapes in a format that oneDNN multiplies."""
-        if func not in PRODUCTS and func is not OF_ONEDNN:
+        if func not in PRODUCTS and func is not LINEAR_OF_ONEDNN:
             return False
         tensors = [x for x in args if isinstance(x, Tensor)]
         key = (func, *((x.shape, x.stride(), x.dtype) for x in tensors))
-        multiplied = func is OF_ONEDNN or tensors[0].dtype in FORMATS_OF_ONEDNN
+        multiplied = func is LINEAR_OF_ONEDNN or tensors[0].dtype in FORMATS_OF_ONEDNN
         if not multiplied or key in self._products:
             return False
         self._products.add(key)
