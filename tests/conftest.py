@@ -142,6 +142,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where bitsandbytes is not installed."""
+    import importlib.util
+
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec",
+        lambda name, *arguments: None if name == "bitsandbytes" else plain(name, *arguments),
+    )  # fmt: skip
+
+
+@pytest.fixture
 def hub_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The id of a model that the hub's cache holds, at the commit `HUB_COMMIT`."""
     import shutil

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -159,14 +158,8 @@ def test_no_word_of_grouped_keys_without_them_and_one_line_of_the_method(tmp_pat
     assert "1 steps" not in result.stdout
 
 
-def test_a_plan_names_what_is_missing_for_changes(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec",
-        lambda name, *arguments: None if name == "bitsandbytes" else plain(name, *arguments),
-    )  # fmt: skip
+@pytest.mark.usefixtures("without_bitsandbytes")
+def test_a_plan_names_what_is_missing_for_changes(tiny_folder: Path) -> None:
     plan = predict.plan(recipe_for(tiny_folder), Card(2**20), calibrate=False)
     assert plan.fits() is False
     assert not any("4 bits" in change.what for change in plan.changes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -227,15 +226,11 @@ def test_both_widths_at_once_are_refused(tiny_folder: Path) -> None:
         models.load(str(tiny_folder), load_in_4bit=True, load_in_8bit=True)
 
 
+@pytest.mark.usefixtures("without_bitsandbytes")
 @pytest.mark.parametrize("setting", ["load_in_4bit", "load_in_8bit", None])
 def test_a_missing_bitsandbytes_names_the_extra(
-    setting: str | None, stored: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    setting: str | None, stored: Path, tiny_folder: Path
 ) -> None:
-    plain = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec",
-        lambda name, *arguments: None if name == "bitsandbytes" else plain(name, *arguments),
-    )  # fmt: skip
     folder = stored if setting is None else tiny_folder  # stored files ask for it themselves
     options: dict[str, Any] = {} if setting is None else {setting: True}
     with pytest.raises(MissingExtra, match=r"bitsandbytes is not installed.*lighten\[quant\]"):

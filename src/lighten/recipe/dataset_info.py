@@ -8,12 +8,12 @@ Source: LLaMA-Factory's data/README.md.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lighten.paths import exists, expanded
+from lighten.recipe.places import json_in
 
 FILE, FOLDER = "dataset_info.json", "data"  # where LLaMA-Factory looks unless `dataset_dir` says
 # What an entry calls a column, and its name here; without a word it has the first of these there.
@@ -95,12 +95,7 @@ def _rows(text: str, entries: Mapping[str, Any]) -> tuple[str, int | None]:
 
 
 def _entries(file: Path) -> Mapping[str, Any]:
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
+    entries = json_in(file)
     # The same name has what `datasets` writes beside a data set: no entries.
     if not isinstance(entries, Mapping):
         return {}

@@ -6,12 +6,11 @@ Only what means the same here is taken; anything else is told. How an engine mov
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lighten.recipe.places import within
+from lighten.recipe.places import json_in, within
 
 _TRUE, _FALSE = ("true", "yes", "on", "1", "y", "t"), ("false", "no", "off", "0", "n", "f")
 STAGES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
@@ -336,12 +335,7 @@ def _scheduler(section: Mapping[str, Any], max_steps: Any) -> dict[str, Any]:
 def _read(setting: str, path: str, folder: Path | None) -> Mapping[str, Any]:
     if folder is not None:
         path = within(setting, path, folder)
-    try:
-        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+    config = json_in(Path(path).expanduser())
     if not isinstance(config, Mapping):
         raise ValueError(f"{path} holds no settings by name")
     return config

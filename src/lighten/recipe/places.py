@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,17 @@ def within(name: str, value: str, folder: Path) -> str:
     path, limit = _path(name, str(folder / value))
     candidate = f"{path}#{limit}" if limit is not None else str(path)
     return candidate if exists(path) else value
+
+
+def json_in(file: Path) -> Any:
+    """What a JSON file holds that a setting names.
+
+    Raises:
+        ValueError: It cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from error
