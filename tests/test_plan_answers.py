@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from lighten import models
 from lighten.evaluation.engine import open_engine
-from lighten.generation.engine import Request
 from lighten.generation.linears import packs
+from lighten.generation.request import Request
 from lighten.generation.settings import Sampling
 from lighten.planning import answers, process_overhead
 from lighten.planning.answers import answer_peak, resident_after

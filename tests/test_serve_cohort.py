@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from lighten.errors import UserError
 from lighten.generation import attention, kernels
-from lighten.generation.engine import Engine, Request
+from lighten.generation.engine import Engine
+from lighten.generation.request import Request
 from lighten.generation.sampling import Chosen, Sampler
 from lighten.generation.segments import Factors, Segments, Update
 from lighten.generation.settings import Sampling

@@ -13,7 +13,8 @@ pytest.importorskip("uvicorn")
 import lighten.api
 from lighten import models
 from lighten.errors import UserError
-from lighten.generation.engine import Engine, Request
+from lighten.generation.engine import Engine
+from lighten.generation.request import Request
 from lighten.generation.settings import Sampling
 from lighten.machine import hardware
 from lighten.machine.hardware import Gpu

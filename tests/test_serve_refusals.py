@@ -79,6 +79,18 @@ def test_without_a_clients_key_nothing_below_v1_is_answered(served: Served) -> N
     assert [answer.status_code for answer in (model, page, health)] == [200, 200, 200]
 
 
+@pytest.mark.parametrize(
+    ("path", "instead"),
+    [("/v1/embeddings", "/v1/completions"), ("/v1/responses", "/v1/chat/completions"),
+     ("/v1/other", "/v1/models")],
+)  # fmt: skip
+def test_what_is_not_served_says_what_is(served: Served, path: str, instead: str) -> None:
+    _, client = served()
+    (answer,) = answered(client, lambda http: http.post(path, json={"model": "base"}))
+    assert answer.status_code == 404
+    assert instead in answer.json()["error"]["message"]
+
+
 def test_a_clients_key_loads_no_adapters_and_the_other_way_round(served: Served) -> None:
     _, client = served(api_keys=("client",), admin_keys=("admin",))
     by_client, nowhere, models = answered(

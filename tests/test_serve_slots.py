@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lighten.generation.engine import Engine, Request
+from lighten.generation.engine import Engine
+from lighten.generation.request import Request
 from tests.test_serve_cohort import GREEDY, Answer, adapter, ask, finished
 from tests.tiny import VOCAB, tiny_model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from lighten.errors import UserError
 from lighten.generation.settings import Sampling
 from lighten.serving import vllm
 from lighten.serving.adapters import fingerprint
-from lighten.serving.engine import Adapter, Generation
+from lighten.serving.engine import Adapter, Generation, Piece
 from lighten.serving.remote import Remote
 from tests.processes import run_async
 from tests.serving import ADMIN, save_adapter, serving
@@ -76,21 +77,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/completions":
+            return self.complete(body)
         with open({calls!r}, "a") as file:
             print(os.getpid(), self.path.split("/")[-1], body["lora_name"], file=file)
         assert "lora_path" not in body or os.path.isfile(body["lora_path"] + "/adapter_config.json")
         self.send_response(200)
         self.end_headers()
+    def complete(self, body):
+        assert body["prompt"] == [5, 6, 7], body
+        self.send_response(200)
+        self.end_headers()
+        if body["stream"]:
+            assert "prompt_logprobs" not in body
+            top = {{"top_logprobs": [{{"token_id:9": -0.5, "token_id:2": -0.25}}],
+                    "token_logprobs": [-0.25]}}
+            choice = {{"token_ids": [2], "finish_reason": None, "logprobs": top}}
+            self.wfile.write(b"data: " + json.dumps({{"choices": [choice]}}).encode() + b"\\n\\n")
+            return
+        assert (body["max_tokens"], body["prompt_logprobs"]) == (1, 1) and "logprobs" not in body
+        told = [None, {{"6": {{"logprob": -0.5, "rank": 1, "decoded_token": "x"}}}},
+                {{"7": {{"logprob": -3.0, "rank": 40, "decoded_token": "x"}},
+                  "9": {{"logprob": -1.0, "rank": 1, "decoded_token": "x"}}}}]
+        self.wfile.write(json.dumps({{"choices": [{{"prompt_logprobs": told}}]}}).encode())
     def address_string(self):
         return "it"
 socketserver.UnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
 """
 
 
-def test_a_server_that_dies_gets_all_its_adapters_again(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of run time, too, and one whose folder is gone by then."""
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its calls are written into this file."""
     calls = tmp_path / "calls"
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
@@ -99,6 +117,39 @@ def test_a_server_that_dies_gets_all_its_adapters_again(
     python.with_name("vllm").touch()
     monkeypatch.setenv(vllm.PROGRAM, str(python.with_name("vllm")))
     monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    return calls
+
+
+def test_a_prompt_is_told_of_by_a_request_of_its_own(tiny_folder: Path, stand_in: Path) -> None:
+    """A stream of vLLM's gives no log-probabilities of it."""
+    asked = Generation(
+        [5, 6, 7], None, 1, stop_ids=frozenset({2}), logprobs=1, prompt_logprobs=1, tells_end=True
+    )
+
+    async def run(generation: Generation) -> list[Piece]:
+        engine = vllm.Vllm(
+            tiny_folder, models.load_tokenizer(str(tiny_folder)), context=64, slots=2
+        )
+        await engine.start([])
+        pieces = [piece async for piece in engine.generate(generation)]
+        await engine.stop()
+        return pieces
+
+    prompt, end = run_async(run(asked))
+    assert [(token.id, token.logprob, token.rank) for token in prompt.prompt] == [
+        (5, None, 0), (6, -0.5, 1), (7, -3.0, 40)
+    ]  # fmt: skip
+    assert [[top.id for top in token.top] for token in prompt.prompt] == [[], [6], [9]]
+    assert (end.finish, end.text, end.tokens) == ("stop", "", 1)
+    assert [(token.id, token.logprob) for token in end.logprobs] == [(2, -0.25)]
+    alone, end = run_async(run(dataclasses.replace(asked, max_tokens=0)))
+    assert (alone, end.finish, end.logprobs) == (prompt, "length", ())
+
+
+def test_a_server_that_dies_gets_all_its_adapters_again(
+    tiny_folder: Path, tmp_path: Path, stand_in: Path
+) -> None:
+    """Those of run time, too, and one whose folder is gone by then."""
     adapters = [
         Adapter(fingerprint(folder), folder)
         for folder in (save_adapter(tiny_folder, tmp_path / str(n), seed=n) for n in range(3))
@@ -111,14 +162,14 @@ def test_a_server_that_dies_gets_all_its_adapters_again(
         await engine.start(adapters[:2])
         await engine.set_adapters(adapters[1:])
         shutil.rmtree(adapters[2].folder)
-        os.kill(int(calls.read_text().split()[0]), signal.SIGKILL)
+        os.kill(int(stand_in.read_text().split()[0]), signal.SIGKILL)
         while not engine.facts()["restarts"]:
             await asyncio.sleep(0.02)
         assert engine.obstacle() is None
         await engine.stop()
 
     run_async(run())
-    lines = [line.split() for line in calls.read_text().splitlines()]
+    lines = [line.split() for line in stand_in.read_text().splitlines()]
     before, after = (
         [(action, name) for pid, action, name in lines if (pid == lines[0][0]) == is_first]
         for is_first in (True, False)
@@ -169,6 +220,19 @@ def test_it_answers_as_each_adapter_alone_even_trained_anew(
         answer = Remote(url).request("POST", "/v1/completions", body)
         return sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)
 
+    def prompt_log_probs(url: str, model: str) -> list[float]:
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "logprobs": 1, "echo": True}
+        told = Remote(url).request("POST", "/v1/completions", body)["choices"][0]["logprobs"]
+        assert len(told["tokens"]) == len(prompt) + 1
+        return list(told["token_logprobs"][1:-1])
+
+    def expected_of_prompt(name: str) -> list[float]:
+        reference.set_adapter(name)
+        with torch.inference_mode():
+            rows = reference(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        values: list[float] = rows.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+        return values
+
     with serving(
         str(folder), "--engine", "vllm", "--storage", "f32", "--served-model-name", "base",
         "--adapters", f"one={tmp_path / 'one'}", f"two={tmp_path / 'two'}", "--adapter-dir",
@@ -177,6 +241,8 @@ def test_it_answers_as_each_adapter_alone_even_trained_anew(
         for _ in range(2):
             for name in ("one", "two"):
                 assert top_log_probs(server.url, name) == pytest.approx(expected(name), abs=2e-3)
+                told = prompt_log_probs(server.url, name)
+                assert told == pytest.approx(expected_of_prompt(name), abs=2e-3)
         admin = Remote(server.url, ADMIN)
         for source in ("one", "two", "one"):
             shutil.rmtree(tmp_path / "moving")

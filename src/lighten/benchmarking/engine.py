@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from lighten.benchmarking.rates import figures, random_prompts
-from lighten.generation.engine import Engine, Request
+from lighten.generation.engine import Engine
+from lighten.generation.request import Request
 from lighten.generation.sampling import Chosen
 from lighten.generation.settings import Sampling
 from lighten.machine.timing import measure_step

@@ -21,7 +21,7 @@ from lighten.errors import UserError
 from lighten.evaluation.generate import hidden_tokens, settings_alone, stop_tokens
 from lighten.evaluation.model_alone import adapter_folder
 from lighten.evaluation.run_models import Models, Opened, open_adapter, open_model
-from lighten.generation.engine import Request
+from lighten.generation.request import Request
 from lighten.generation.settings import Sampling
 from lighten.machine import hardware
 from lighten.runs import Run, folder_of

@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,69 +26,15 @@ from lighten.generation import attention
 from lighten.generation.adapter import LoadedAdapter, read_factors, require_same
 from lighten.generation.attention import Batch, Prefill, SlotCache
 from lighten.generation.linears import install
-from lighten.generation.sampling import Chosen, Grammar, Sampler
+from lighten.generation.request import Request, Taken
+from lighten.generation.sampling import Chosen, Sampler
 from lighten.generation.segments import Segments
-from lighten.generation.settings import Sampling
 from lighten.generation.slots import Slots
 
 # Of prompts, read in one step.
 PREFILL_TOKENS = 512
-
-
-@dataclass
-class Request:
-    """An answer that is wanted.
-
-    Attributes:
-        prompt: Its tokens.
-        adapter: Name of the adapter; None: the base.
-        max_tokens: Longest answer.
-        stops: Tokens that end it.
-        sampling: How tokens are chosen.
-        top_logprobs: Alternatives to tell of for each token; None: no log-probabilities at all.
-        on_token: Called with each token, in the engine's thread; the token that ends an answer is
-            not among them.
-        on_end: Called at the end with "stop" (a token ended it), "complete" (its grammar did),
-            "length", "cancelled" or the error (a `UserError` where the request or its adapter is at
-            fault).
-        on_begin: Called before the first token with the prompt's tokens that were in the cache.
-        grammar: That the answer has to follow; of this request alone.
-    """
-
-    prompt: Sequence[int]
-    adapter: str | None
-    max_tokens: int
-    stops: frozenset[int]
-    sampling: Sampling
-    top_logprobs: int | None
-    on_token: Callable[[Chosen], None]
-    on_end: Callable[[str | BaseException], None]
-    on_begin: Callable[[int], None] = lambda _: None
-    grammar: Grammar | None = None
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """A request that the engine has."""
-
-    request: Request
-    adapter: LoadedAdapter | None
-    sampler: Sampler
-    tokens: list[int]
-    cached: int = 0  # tokens whose keys and values the slot holds
-    slot: int = -1
-    begun: bool = False
-    cancelled: bool = False
-    answer: list[int] = field(default_factory=list)
-
-    @property
-    def waiting_tokens(self) -> int:
-        return len(self.tokens) - self.cached
-
-    @property
-    def decoding(self) -> bool:
-        """Whether its prompt has been read."""
-        return bool(self.answer)
+# Of logits of prompts in one step, in float32: as many rows as that are read, one block at least.
+LOGIT_BYTES = 128 * 2**20
 
 
 def require_taken(model: PreTrainedModel) -> None:
@@ -137,10 +82,12 @@ class Engine:
         self.max_tokens = max_tokens
         self._prefill_tokens = prefill_tokens
         self._block = min(attention.BLOCK, prefill_tokens)
+        words = int(model.config.get_text_config().vocab_size)
+        self._logit_rows = max(self._block, LOGIT_BYTES // (4 * words))
         self._slots = Slots(self._cache, self._block, reuse=prefix_caching)
         self._adapters: dict[str, LoadedAdapter] = {}
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
+        self._waiting: deque[Taken] = deque()
+        self._running: list[Taken] = []
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._plans: dict[tuple[bool, tuple[LoadedAdapter, ...]], Segments] = {}
         self._closed = False
@@ -187,7 +134,7 @@ class Engine:
             raise UserError(f"no adapter is called {request.adapter!r}")
         adapter = None if request.adapter is None else self._adapters[request.adapter]
         sampler = Sampler(request.sampling, request.top_logprobs, request.grammar)
-        sequence = _Sequence(request, adapter, sampler, list(request.prompt))
+        sequence = Taken(request, adapter, sampler, list(request.prompt))
         self._inbox.put(lambda: self._waiting.append(sequence))
 
         def cancel() -> None:
@@ -318,10 +265,12 @@ class Engine:
                 self._forget(sequence.adapter)
         while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
-            sequence.slot, sequence.cached = self._slots.take(sequence.tokens, sequence.adapter)
+            sequence.slot, sequence.cached = self._slots.take(
+                sequence.tokens, sequence.adapter, empty=sequence.reads_whole
+            )
             self._running.append(sequence)
 
-    def _end(self, sequence: _Sequence, reason: str | BaseException) -> None:
+    def _end(self, sequence: Taken, reason: str | BaseException) -> None:
         self._running.remove(sequence)
         self._slots.give_back(sequence.slot, broken=isinstance(reason, BaseException))
         sequence.request.on_end(reason)
@@ -341,8 +290,8 @@ class Engine:
         positions: list[int] = []
         decode_rows: list[int] = []
         prefills: list[Prefill] = []
-        last_rows: list[int] = []  # tokens of the step that a next one follows on
-        complete: list[_Sequence] = []
+        rows: list[int] = []  # tokens of the step whose logits are wanted
+        read: list[tuple[Taken, int]] = []
         for sequence, count in parts:
             start = len(ids)
             ids += sequence.tokens[sequence.cached : sequence.cached + count]
@@ -352,30 +301,49 @@ class Engine:
                 decode_rows.append(start)
             else:
                 prefills.append(Prefill(start, start + count, sequence.slot, sequence.cached))
-            if sequence.cached + count == len(sequence.tokens):
-                last_rows.append(len(ids) - 1)
-                complete.append(sequence)
+            if wanted := sequence.rows_wanted(count):
+                rows += range(len(ids) - wanted, len(ids))
+                read.append((sequence, wanted))
         device = self._model.device
         batch = Batch(
             self._cache, torch.tensor(slots, device=device),
             torch.tensor(positions, device=device), decode_rows, prefills, self._block,
         )  # fmt: skip
         self._step.segments = self._segments(parts)
-        self._step.last = self._segments([(sequence, 1) for sequence in complete], head=True)
+        self._step.last = self._segments(read, head=True)
         with attention.attending(batch):
             logits = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=batch.positions[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(last_rows or [0], device=device),
+                logits_to_keep=torch.tensor(rows or [0], device=device),
             ).logits[0]
         for sequence, count in parts:
             sequence.cached += count
             self._slots.computed(sequence.slot, sequence.cached)
-        if complete:
-            self._choose(complete, logits)
+        if read:
+            self._choose(*self._last_rows(read, logits))
 
-    def _have_room(self, parts: Sequence[tuple[_Sequence, int]]) -> bool:
+    def _last_rows(
+        self, read: Sequence[tuple[Taken, int]], logits: torch.Tensor
+    ) -> tuple[list[Taken], torch.Tensor]:
+        """The sequences that a next token follows on, and their logits; prompts are told of.
+
+        Args:
+            read: Sequences with the number of their rows.
+            logits: Of all these rows.
+        """
+        complete, last, row = [], [], 0
+        for sequence, count in read:
+            row += count
+            if sequence.reads_whole and not sequence.decoding:
+                sequence.tell_prompt(logits[row - count : row])
+            if not sequence.waiting_tokens:
+                complete.append(sequence)
+                last.append(row - 1)
+        return complete, logits if len(last) == len(logits) else logits[last]
+
+    def _have_room(self, parts: Sequence[tuple[Taken, int]]) -> bool:
         """Room for a step's tokens; where memory has none, the answers that want it end."""
         wanted = {sequence.slot: sequence.cached + count for sequence, count in parts}
         try:
@@ -394,18 +362,20 @@ class Engine:
             return False
         return True
 
-    def _parts(self) -> list[tuple[_Sequence, int]]:
+    def _parts(self) -> list[tuple[Taken, int]]:
         """Sequences of the next step and how many of their tokens, sorted by adapter."""
-        room = self._prefill_tokens
+        room, logit_rows = self._prefill_tokens, self._logit_rows
         parts = []
         for place, sequence in enumerate(self._running):
             if not sequence.begun and not self._begins(sequence, self._running[:place]):
                 continue
             count = sequence.waiting_tokens
             if not sequence.decoding:
-                if count > room:  # whole blocks
-                    count = room - room % self._block
+                most = min(room, logit_rows) if sequence.reads_whole else room
+                if count > most:  # whole blocks
+                    count = most - most % self._block
                 room -= count
+                logit_rows -= count * sequence.reads_whole
             if count:
                 parts.append((sequence, count))
                 if not sequence.begun:
@@ -413,15 +383,17 @@ class Engine:
                     sequence.request.on_begin(sequence.cached)
         return sorted(parts, key=lambda part: id(part[0].adapter) if part[0].adapter else 0)
 
-    def _begins(self, sequence: _Sequence, earlier: Sequence[_Sequence]) -> bool:
+    def _begins(self, sequence: Taken, earlier: Sequence[Taken]) -> bool:
         """Whether a prompt is read now: what one before it is reading of it, it takes from that."""
+        if sequence.reads_whole:
+            return True
         sequence.cached = self._slots.catch_up(sequence.slot)
         return all(
             self._slots.alike(sequence.slot, other.slot) <= sequence.cached
             for other in earlier if not other.decoding
         )  # fmt: skip
 
-    def _segments(self, parts: Sequence[tuple[_Sequence, int]], *, head: bool = False) -> Segments:
+    def _segments(self, parts: Sequence[tuple[Taken, int]], *, head: bool = False) -> Segments:
         names, starts, stops = [], [], []
         row = 0
         for adapter, group in itertools.groupby(parts, key=lambda part: part[0].adapter):
@@ -442,16 +414,21 @@ class Engine:
         self._plans[key] = Segments(key[1], tuple(starts), tuple(stops))
         return self._plans[key]
 
-    def _choose(self, sequences: Sequence[_Sequence], logits: torch.Tensor) -> None:
+    def _choose(self, sequences: Sequence[Taken], logits: torch.Tensor) -> None:
         likeliest = logits.argmax(-1)  # a number that is none counts as the largest
         finite = logits.gather(-1, likeliest[:, None])[:, 0].isfinite().tolist()
         greedy = likeliest.tolist()
         for row, sequence in enumerate(sequences):
-            if not finite[row]:
+            if not finite[row] or not sequence.is_finite:
                 self._end(sequence, UserError(
                     "model: this model computes numbers that are not finite; its training "
                     "diverged, take an earlier checkpoint"
                 ))  # fmt: skip
+                continue
+            if sequence.reads_whole and not sequence.decoding:
+                sequence.request.on_prompt(sequence.prompt_told)
+            if not sequence.request.max_tokens:
+                self._end(sequence, "length")
                 continue
             try:
                 chosen = (
@@ -464,6 +441,8 @@ class Engine:
                 self._end(sequence, error)
                 continue
             if chosen.token in sequence.request.stops:
+                if sequence.request.tells_end:
+                    sequence.request.on_token(chosen)
                 self._end(sequence, "stop")
                 continue
             sequence.tokens.append(chosen.token)

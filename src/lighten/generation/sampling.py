@@ -16,6 +16,8 @@ from lighten.generation.settings import Sampling
 
 # Words that are looked at for those that make up `top_p`, before all are.
 _LIKELIEST = (512, 8192)
+# Of logits, whose log-probabilities are in memory at a time.
+_ROWS = 64
 
 
 class Grammar(Protocol):
@@ -51,11 +53,38 @@ class Chosen:
         token: Its id.
         logprob: Natural logarithm of its probability; None unless asked for.
         top: The likeliest tokens with their logarithms.
+        rank: Its place among all by likelihood, 1 for the likeliest; 0 unless asked for.
     """
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
+
+
+def likelihoods(logits: Tensor, tokens: Sequence[int], most: int) -> list[Chosen]:
+    """How likely tokens were that came next.
+
+    Args:
+        logits: [n, V].
+        tokens: n of them.
+        most: Alternatives to tell of.
+    """
+    told = []
+    ids = torch.tensor(tokens, device=logits.device)[:, None]
+    for rows, came in zip(logits.split(_ROWS), ids.split(_ROWS), strict=True):
+        logprobs = rows.float().log_softmax(-1)
+        values = logprobs.gather(-1, came)
+        ranks = (logprobs > values).sum(-1) + 1
+        top = logprobs.topk(most)
+        told += [
+            Chosen(token, value, tuple(zip(places, likely, strict=True)), rank)
+            for token, value, places, likely, rank in zip(
+                came[:, 0].tolist(), values[:, 0].tolist(), top.indices.tolist(),
+                top.values.tolist(), ranks.tolist(), strict=True,
+            )
+        ]  # fmt: skip
+    return told
 
 
 class Sampler:
@@ -109,10 +138,7 @@ class Sampler:
             self._grammar.take(token)
         if self._top is None:
             return Chosen(token)
-        logprobs = logits.log_softmax(-1)
-        values, ids = logprobs.topk(self._top)
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return Chosen(token, float(logprobs[token]), top)
+        return likelihoods(logits[None], [token], self._top)[0]
 
     def _adjust(self, logits: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         """Logits after biases and penalties, in place."""

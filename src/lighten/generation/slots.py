@@ -42,13 +42,18 @@ class Slots:
         self._slots = [_Slot() for _ in range(cache.slots)]
         self._times = itertools.count(1)
 
-    def take(self, prompt: Sequence[int], adapter: Any) -> tuple[int, int]:
+    def take(self, prompt: Sequence[int], adapter: Any, *, empty: bool = False) -> tuple[int, int]:
         """A free slot for an answer, and how many of its prompt's tokens it holds; never the last.
 
         What an answer under way has read of the same beginning is copied. What else slots hold is
         kept as long as there are empty ones, then overwritten where it was used longest ago.
+
+        Args:
+            prompt: Its tokens.
+            adapter: That reads it.
+            empty: Whether it is read whole, whatever slots hold.
         """
-        shared = [self._shared(prompt, adapter, slot) for slot in self._slots]
+        shared = [0 if empty else self._shared(prompt, adapter, slot) for slot in self._slots]
         most = max(shared)
         oldest = min(self.free, key=lambda free: (
             self._slots[free].held and self._slots[free].released, free

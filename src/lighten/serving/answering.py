@@ -207,7 +207,7 @@ class Answering:
                     number, piece = part
                     if number not in begun:
                         begun.add(number)
-                        if (opening := form.first(number)) is not None:
+                        if (opening := form.first(number, choices[number].prompt)) is not None:
                             yield opening
                     told = piece.logprobs or piece.missing_logprobs
                     if piece.text or piece.finish or told:
@@ -228,6 +228,10 @@ class Answering:
     async def _pieces(self, generation: Generation, choice: Choice) -> AsyncIterator[Piece]:
         """The engine's pieces up to a stop text, each added to the choice before it is given."""
         stops, length = StopTexts(self._stops), 0
+        if not generation.max_tokens and generation.prompt_logprobs is None:
+            choice.finish = "length"  # an echo alone
+            yield Piece("", finish="length")
+            return
         pieces = self._front.engine.generate(generation)
         async with contextlib.aclosing(pieces):  # type: ignore[type-var]
             async for piece in pieces:
@@ -243,6 +247,7 @@ class Answering:
                 choice.finish, choice.tokens = finish, piece.tokens
                 choice.cached = piece.cached
                 choice.missing_logprobs += piece.missing_logprobs
+                choice.prompt += piece.prompt
                 yield replace(piece, text=text, logprobs=logprobs, finish=finish)
                 if finish is not None:
                     return

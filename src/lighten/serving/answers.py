@@ -6,9 +6,10 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from lighten.serving.echo import Echo
 from lighten.serving.engine import Finish, Piece, TokenLogprob
 
 # Ends of lines to clients that read a stream as Python reads text, as httpx does; to no others.
@@ -25,6 +26,7 @@ class Choice:
     tokens: int = 0
     cached: int = 0
     missing_logprobs: int = 0
+    prompt: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,13 @@ class Form(Protocol):
     def full_body(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
 
-    def first(self, number: int) -> str | None:
-        """What a stream begins each answer with."""
+    def first(self, number: int, prompt: Sequence[TokenLogprob]) -> str | None:
+        """What a stream begins each answer with.
+
+        Args:
+            number: Of the answer.
+            prompt: Its tokens, where their log-probabilities were asked for.
+        """
 
     def part(self, number: int, piece: Piece) -> str:
         """The next part of a streamed answer."""
@@ -62,9 +69,11 @@ class Form(Protocol):
 
 class _BaseForm:
     def __init__(
-        self, object_type: str, chunk: str, prefix: str, model: str, logprobs: bool
-    ) -> None:
+        self, object_type: str, chunk: str, prefix: str, model: str, logprobs: bool,
+        prompt_logprobs: int | None,
+    ) -> None:  # fmt: skip
         self._object_type, self._chunk, self._logprobs = object_type, chunk, logprobs
+        self._prompt_logprobs = prompt_logprobs
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()),
                       "model": model}  # fmt: skip
 
@@ -77,12 +86,26 @@ class _BaseForm:
         """See `Form`."""
         return self._event([], usage=usage.body())
 
+    def _of_prompt(self, choice: Choice) -> dict[str, Any]:
+        """What vLLM calls `prompt_logprobs`, where they were asked for."""
+        most = self._prompt_logprobs
+        if most is None:
+            return {}
+        return {"prompt_logprobs": [
+            None if token.logprob is None else {
+                str(each.id): {
+                    "logprob": each.logprob, "rank": each.rank, "decoded_token": each.text
+                } for each in (token, *token.top[:most])
+            } for token in choice.prompt
+        ]}  # fmt: skip
+
 
 class ChatForm(_BaseForm):
     """`/v1/chat/completions`."""
 
-    def __init__(self, model: str, logprobs: bool) -> None:
-        super().__init__("chat.completion", "chat.completion.chunk", "chatcmpl", model, logprobs)
+    def __init__(self, model: str, logprobs: bool, prompt_logprobs: int | None = None) -> None:
+        super().__init__("chat.completion", "chat.completion.chunk", "chatcmpl", model, logprobs,
+                         prompt_logprobs)  # fmt: skip
 
     def full_body(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """See `Form`."""
@@ -94,10 +117,14 @@ class ChatForm(_BaseForm):
                  "logprobs": self._probabilities(choice.logprobs, choice.missing_logprobs)}
                 for number, choice in enumerate(choices)
             ],
-            "usage": usage.body(),
+            "usage": usage.body(), **self._of_prompt(choices[0]),
         }  # fmt: skip
 
-    def first(self, number: int) -> str | None:
+    def first(
+        self,
+        number: int,
+        prompt: Sequence[TokenLogprob],  # noqa: ARG002  # see the other route
+    ) -> str | None:
         """See `Form`."""
         delta = {"role": "assistant", "content": ""}
         return self._event([{"index": number, "delta": delta, "logprobs": None,
@@ -125,32 +152,67 @@ class ChatForm(_BaseForm):
 
 
 class CompletionForm(_BaseForm):
-    """`/v1/completions`."""
+    """`/v1/completions`.
 
-    def __init__(self, model: str, logprobs: bool) -> None:
-        super().__init__("text_completion", "text_completion", "cmpl", model, logprobs)
+    Args:
+        model: Who answers.
+        logprobs: Alternatives for each token; None: no log-probabilities.
+        prompt_logprobs: The same, for those that are told apart from the answer.
+        echoes: Each answer's prompt, where answers begin with it.
+    """
+
+    def __init__(
+        self, model: str, logprobs: int | None, prompt_logprobs: int | None = None,
+        echoes: Sequence[Echo] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__("text_completion", "text_completion", "cmpl", model,
+                         logprobs is not None, prompt_logprobs)  # fmt: skip
+        self._most, self._echoes = logprobs, echoes
 
     def full_body(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """See `Form`."""
         return {
             **self._head, "object": self._object_type,
             "choices": [
-                {"index": number, "text": choice.text, "finish_reason": choice.finish,
-                 "logprobs": self._probabilities(choice.logprobs, choice.missing_logprobs)}
+                {"index": number, "text": self._echo(number).text + choice.text,
+                 "finish_reason": choice.finish,
+                 "logprobs": self._probabilities(
+                     self._told(number, choice.prompt, choice.logprobs), choice.missing_logprobs
+                 ), **self._of_prompt(choice)}
                 for number, choice in enumerate(choices)
             ],
             "usage": usage.body(),
         }  # fmt: skip
 
-    def first(self, number: int) -> str | None:  # noqa: ARG002  # the other route needs it
+    def first(self, number: int, prompt: Sequence[TokenLogprob]) -> str | None:
         """See `Form`."""
-        return None
+        if self._echoes is None:
+            return None
+        logprobs = self._probabilities(self._told(number, prompt, ()), 0)
+        return self._event([{"index": number, "text": self._echo(number).text,
+                             "logprobs": logprobs, "finish_reason": None}])  # fmt: skip
+
+    def _echo(self, number: int) -> Echo:
+        return _NO_ECHO if self._echoes is None else self._echoes[number]
+
+    def _told(
+        self, number: int, prompt: Sequence[TokenLogprob], answer: Sequence[TokenLogprob]
+    ) -> list[TokenLogprob]:
+        """The tokens that an answer shows, with their places in its text."""
+        echo = self._echo(number)
+        shown = prompt if self._echoes is not None else ()
+        return [
+            *(replace(token, offset=offset, top=token.top[: self._most])
+              for token, offset in zip(shown, echo.offsets, strict=bool(shown))),
+            *(replace(token, offset=token.offset + len(echo.text)) for token in answer),
+        ]  # fmt: skip
 
     def part(self, number: int, piece: Piece) -> str:
         """See `Form`."""
-        told = piece.logprobs or piece.missing_logprobs
-        logprobs = self._probabilities(piece.logprobs, piece.missing_logprobs) if told else None
-        return self._event([{"index": number, "text": piece.text, "logprobs": logprobs,
+        told, tokens = None, self._told(number, (), piece.logprobs)
+        if tokens or piece.missing_logprobs:
+            told = self._probabilities(tokens, piece.missing_logprobs)
+        return self._event([{"index": number, "text": piece.text, "logprobs": told,
                              "finish_reason": piece.finish}])  # fmt: skip
 
     def _probabilities(
@@ -161,13 +223,23 @@ class CompletionForm(_BaseForm):
         body = {
             "tokens": [_token_key(token) for token in logprobs],
             "token_logprobs": [token.logprob for token in logprobs],
-            # The token itself is always among them, so there may be one more than were wanted.
-            "top_logprobs": [
-                {_token_key(top): top.logprob for top in (*token.top, token)} for token in logprobs
-            ],
+            "top_logprobs": [_top(token) for token in logprobs],
             "text_offset": [token.offset for token in logprobs],
         }
         return {**body, "missing_tokens": missing} if missing else body
+
+
+_NO_ECHO = Echo("", ())
+
+
+def _top(token: TokenLogprob) -> dict[str, float] | None:
+    """A token's alternatives; itself is always among them, so there may be one more than wanted."""
+    if token.logprob is None:
+        return None
+    top: dict[str, Any] = {}
+    for each in (*token.top, token):
+        top.setdefault(_token_key(each), each.logprob)  # of two that look alike the likelier
+    return top
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 from lighten import models, streams
 from lighten.errors import UserError
 from lighten.generation import kernels
-from lighten.generation.engine import Engine, Request
+from lighten.generation.engine import Engine
+from lighten.generation.request import Request
 from lighten.generation.sampling import Chosen
 from lighten.machine.hardware import choose_device
 from lighten.serving.adapters import require_unchanged
@@ -42,6 +43,7 @@ class CohortEngine:
     """
 
     name = "lighten"
+    tells_prompts = True
 
     def __init__(
         self, base: str, *, context: int, slots: int, revision: str | None = None,
@@ -129,7 +131,7 @@ class CohortEngine:
         assert texts is not None
         assert grammars is not None
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[int | Chosen | str | BaseException] = asyncio.Queue()
+        events: asyncio.Queue[int | Chosen | list[Chosen] | str | BaseException] = asyncio.Queue()
 
         def put(event: Any) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
@@ -142,12 +144,14 @@ class CohortEngine:
                 list(generation.prompt), generation.adapter, generation.max_tokens,
                 generation.stop_ids, generation.sampling, generation.logprobs,
                 on_token=put, on_end=put, on_begin=put, grammar=grammar,
+                prompt_logprobs=generation.prompt_logprobs, on_prompt=put,
+                tells_end=generation.tells_end,
             )  # fmt: skip
             cancel = engine.submit(request)
         except UserError as error:
             raise EngineRefused(str(error)) from error
         stream = texts.stream_of(generation)
-        tokens, cached, ended = 0, 0, False
+        tokens, cached, ended, told_end = 0, 0, False, False
         try:
             while not ended:
                 event = await events.get()
@@ -156,11 +160,16 @@ class CohortEngine:
                     logprobs = () if event.logprob is None else (
                         texts.token_logprob(event.token, event.logprob, event.top),
                     )  # fmt: skip
-                    text = stream.text(event.token)
+                    told_end = event.token in generation.stop_ids
+                    text = "" if told_end else stream.text(event.token)
                     yield Piece(text, logprobs, tokens=tokens, cached=cached)
                     continue
                 if isinstance(event, int):
                     cached = event
+                    continue
+                if isinstance(event, list):
+                    told = await asyncio.to_thread(texts.prompt, generation.prompt[0], event)
+                    yield Piece("", prompt=told)
                     continue
                 ended = True
                 if isinstance(event, UserError):
@@ -170,7 +179,7 @@ class CohortEngine:
                 if event == "cancelled":
                     raise EngineFailed("the answer was cancelled")
                 finish: Finish = "length" if event == "length" else "stop"
-                count = tokens + (event == "stop")
+                count = tokens + (event == "stop" and not told_end)
                 yield Piece(stream.rest(), finish=finish, tokens=count, cached=cached)
         finally:
             if not ended:

@@ -28,7 +28,7 @@ class Generation:
     Attributes:
         prompt: Token ids, BOS included where there is one.
         adapter: Its key (`Adapter.key`); None: the base alone.
-        max_tokens: Tokens at most.
+        max_tokens: Tokens at most; 0, with `prompt_logprobs` alone: the prompt is only read.
         sampling: How they are chosen.
         stop_ids: Tokens that end the answer and are no part of it.
         shown: Special tokens that are shown where the answer holds them.
@@ -37,6 +37,9 @@ class Generation:
         schema: JSON schema that the answer has to follow, None for free text.
         continues: Whether the answer goes on in the prompt's text, as completions do, and does not
             begin one.
+        prompt_logprobs: As `logprobs`, for the tokens of the prompt.
+        tells_end: Whether the token that ends the answer is told among those with
+            log-probabilities.
     """
 
     prompt: Sequence[int]
@@ -48,22 +51,26 @@ class Generation:
     logprobs: int | None = None
     schema: dict[str, Any] | None = None
     continues: bool = False
+    prompt_logprobs: int | None = None
+    tells_end: bool = False
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
     """A token with its natural log-probability before sampling settings, and its alternatives.
 
-    `offset` is where it begins in the answer's text, in letters: that of the character that it is
-    a part of.
+    A prompt's first token has none. `offset` is where it begins in the answer's text, in letters:
+    that of the character that it is a part of. `rank` is its place among all words, the likeliest's
+    1, where it is known.
     """
 
     id: int
     text: str
     bytes: tuple[int, ...]
-    logprob: float
+    logprob: float | None
     top: tuple[TokenLogprob, ...] = ()
     offset: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class Piece:
         tokens: Tokens generated so far, the one that ended the answer included.
         cached: Prompt tokens whose state was there already.
         missing_logprobs: Tokens whose log-probabilities were asked for and are not known.
+        prompt: The prompt's tokens, where their log-probabilities were asked for: in the first
+            piece, which has nothing else.
     """
 
     text: str
@@ -85,6 +94,7 @@ class Piece:
     tokens: int = 0
     cached: int = 0
     missing_logprobs: int = 0
+    prompt: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,8 @@ class Engine(Protocol):
     """Tokens that a prompt and its answer may have together."""
     slots: int
     """Answers made at the same time; more wait inside the engine."""
+    tells_prompts: bool
+    """Whether it gives log-probabilities of prompts."""
 
     async def start(self, adapters: Sequence[Adapter]) -> None:
         """Load base and adapters; returns when it can answer.

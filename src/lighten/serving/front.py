@@ -15,10 +15,19 @@ from lighten.errors import UserError
 from lighten.serving.adapters import Model
 from lighten.serving.answering import Answering, Disconnected, Front, chained, unless_disconnected
 from lighten.serving.answers import ChatForm, CompletionForm, Form
+from lighten.serving.echo import Echo, echoes
 from lighten.serving.engine import EngineFailed, Generation
 from lighten.serving.oversize import require_answers_fit, require_few, require_texts_fit
 from lighten.serving.page import page
-from lighten.serving.requests import ChatRequest, CompletionRequest, Refused, parse
+from lighten.serving.requests import (
+    ChatRequest,
+    CompletionRequest,
+    Refused,
+    parse,
+    require_tokens,
+    validated,
+)
+from lighten.serving.tokens import DetokenizeRequest, TokenizeText, as_chat
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -68,6 +77,7 @@ def application(front: Front, lifespan: Any = None) -> Starlette:
         ("/metrics", "GET", _metrics), ("/v1/models", "GET", _models),
         ("/v1/models/{name:path}", "GET", _model),
         ("/v1/chat/completions", "POST", _chat), ("/v1/completions", "POST", _completions),
+        ("/tokenize", "POST", _tokenize), ("/detokenize", "POST", _detokenize),
         ("/v1/load_lora_adapter", "POST", _load), ("/v1/unload_lora_adapter", "POST", _unload),
     ]  # fmt: skip
     app = Starlette(
@@ -130,7 +140,7 @@ def _check(request: Request, front: Front, call: _Call) -> None:
     keys = front.admin_keys if admin else front.api_keys
     if admin and not keys:
         raise Refused(403, "loading adapters is turned off; start the server with --admin-key")
-    if keys and request.url.path.startswith("/v1/"):
+    if keys and (request.url.path.startswith("/v1/") or request.method == "POST"):
         scheme, _, key_sent = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key_sent:
             raise Refused(401, "a key is missing: send it as 'Authorization: Bearer KEY'",
@@ -145,9 +155,19 @@ def _check(request: Request, front: Front, call: _Call) -> None:
             raise Refused(415, "the body has to be sent as 'Content-Type: application/json'")
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+# What clients of OpenAI may ask for that is not here, and what is instead.
+_ELSEWHERE = {
+    "/v1/embeddings": "embeddings are not served: this server writes text, at /v1/chat/completions "
+                      "and /v1/completions",
+    "/v1/responses": "the Responses API is not served: send the conversation as messages to "
+                     "/v1/chat/completions",
+}  # fmt: skip
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
     status: int = getattr(error, "status_code", 500)
-    message = {404: "there is no such path; see /v1/models, /v1/chat/completions, /v1/completions",
+    nowhere = "there is no such path; see /v1/models, /v1/chat/completions, /v1/completions"
+    message = {404: _ELSEWHERE.get(request.url.path.rstrip("/"), nowhere),
             405: "this path takes another method"}.get(status, str(error))  # fmt: skip
     return Reply(Refused(status, message).body(), status).response()
 
@@ -266,6 +286,14 @@ async def _chat(request: Request, front: Front) -> Reply:
     require_few(body, context, front.limits.waiting)
     chat_request = parse(ChatRequest, body)
     model = front.registry.named(chat_request.model, chat_request.adapter_id)
+    ids = await _conversation(chat_request, model, context)
+    alternatives, of_prompt = chat_request.alternatives, chat_request.prompt_logprobs
+    form = ChatForm(model.name, alternatives is not None, of_prompt)
+    return await _answer(request, front, model, chat_request, [ids], form)
+
+
+async def _conversation(chat_request: ChatRequest, model: Model, context: int) -> list[int]:
+    """The tokens of a conversation up to its answer."""
     messages = chat_request.conversation()
 
     def encoded() -> list[int]:
@@ -281,8 +309,36 @@ async def _chat(request: Request, front: Front) -> Reply:
         raise Refused(400, str(error).removeprefix("chat:1: "), "messages") from error
     if not ids:
         raise Refused(400, "the chat template writes nothing of these messages", "messages")
-    form = ChatForm(model.name, chat_request.alternatives is not None)
-    return await _answer(request, front, model, chat_request, [ids], form)
+    return ids
+
+
+async def _tokenize(request: Request, front: Front) -> Reply:
+    context, base = front.engine.context, front.registry.name
+    body = await _body(request, front)
+    if isinstance(body, dict) and "messages" in body:
+        chat_request, texts_wanted = as_chat(body, base)
+        model = front.registry.named(chat_request.model, chat_request.adapter_id)
+        ids = await _conversation(chat_request, model, context)
+    else:
+        text_request = validated(TokenizeText, body)
+        model, text = front.registry.named(text_request.model or base), text_request.prompt
+        texts_wanted = bool(text_request.return_token_strs)
+        encode = (
+            model.asking.plain if text_request.add_special_tokens is False else model.asking.text
+        )
+        require_texts_fit([text], "prompt", context, encode)
+        ids = await asyncio.to_thread(encode, text)
+    texts = model.asking.tokenizer.convert_ids_to_tokens(ids) if texts_wanted else None
+    return Reply({"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": texts})
+
+
+async def _detokenize(request: Request, front: Front) -> Reply:
+    body = await _body(request, front)
+    parsed = validated(DetokenizeRequest, body)
+    model = front.registry.named(parsed.model or front.registry.name)
+    require_tokens(parsed.tokens, front.registry.vocabulary, "tokens")
+    text = await asyncio.to_thread(model.asking.tokenizer.decode, parsed.tokens)
+    return Reply({"prompt": text})
 
 
 async def _completions(request: Request, front: Front) -> Reply:
@@ -293,13 +349,21 @@ async def _completions(request: Request, front: Front) -> Reply:
     model = front.registry.named(completion_request.model, completion_request.adapter_id)
     require_answers_fit(len(completion_request.each_prompt), completion_request.answers, most)
 
-    def encoded() -> list[list[int]]:
-        texts = [prompt for prompt in completion_request.each_prompt if isinstance(prompt, str)]
-        require_texts_fit(texts, "prompt", context, model.asking.text)
-        return completion_request.prompts(model.asking.text, front.registry.vocabulary)
+    sent, answers = completion_request.each_prompt, completion_request.answers
 
-    prompts = await asyncio.to_thread(encoded)
-    form = CompletionForm(model.name, completion_request.alternatives is not None)
+    def encoded() -> tuple[list[list[int]], list[Echo] | None]:
+        texts = [prompt for prompt in sent if isinstance(prompt, str)]
+        require_texts_fit(texts, "prompt", context, model.asking.text)
+        prompts = completion_request.prompts(model.asking.text, front.registry.vocabulary)
+        if not completion_request.echo:
+            return prompts, None
+        each = echoes(model.asking.tokenizer, sent, prompts)
+        return prompts, [echo for echo in each for _ in range(answers)]
+
+    prompts, shown = await asyncio.to_thread(encoded)
+    form = CompletionForm(
+        model.name, completion_request.alternatives, completion_request.prompt_logprobs, shown
+    )
     return await _answer(request, front, model, completion_request, prompts, form)
 
 
@@ -309,6 +373,11 @@ async def _answer(
 ) -> Reply:  # fmt: skip
     """Generate every answer of a request, whole or streamed."""
     require_answers_fit(len(prompts), parsed.answers, front.limits.waiting)
+    if parsed.prompt_alternatives is not None and not front.engine.tells_prompts:
+        field = "echo" if parsed.prompt_logprobs is None else "prompt_logprobs"
+        raise Refused(400, f"{field}: {front.engine.name} gives no log-probabilities of prompts; "
+                      f"leave {'logprobs' if field == 'echo' else 'it'} out, or start the server "
+                      "with --engine lighten", field)  # fmt: skip
     generations = [
         _generation(front, model, parsed, prompt, number)
         for prompt in prompts
@@ -342,6 +411,7 @@ def _generation(
                       f"{context} together here (--max-model-len)",
                       "prompt" if isinstance(parsed, CompletionRequest) else "messages",
                       "context_length_exceeded")  # fmt: skip
+    echo = isinstance(parsed, CompletionRequest) and bool(parsed.echo)
     if parsed.max_tokens is None and isinstance(parsed, CompletionRequest):
         most = min(16, room)
     if most is not None and most > room:
@@ -353,11 +423,13 @@ def _generation(
     return Generation(
         prompt,
         None if model.adapter is None else model.adapter.key,
-        most or room,
+        room if most is None else most,
         parsed.sampling(front.registry.vocabulary, number),
         model.asking.ends(parsed.stops),
         model.asking.shown,
         parsed.alternatives,
         None if response_format is None else response_format.schema_wanted(),
         continues=isinstance(parsed, CompletionRequest),
+        prompt_logprobs=parsed.prompt_alternatives,
+        tells_end=echo,
     )

@@ -81,6 +81,7 @@ class LlamaCpp:
     """
 
     name = "llama.cpp"
+    tells_prompts = False
 
     def __init__(
         self,

@@ -52,6 +52,11 @@ class Asking:
         named = [stop for stop in stops if stop in special]
         return self.stop_ids | frozenset(self.tokenizer.convert_tokens_to_ids(named))
 
+    def plain(self, prompt: str) -> list[int]:
+        """Token ids of a plain text alone."""
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids
+
     def text(self, prompt: str) -> list[int]:
         """Token ids of a plain text, with the beginning that the tokenizer gives to texts."""
         ids: list[int] = self.tokenizer(prompt)["input_ids"]

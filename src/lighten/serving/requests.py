@@ -119,6 +119,7 @@ class _Common(BaseModel):
     stream: StrictBool | None = None
     stream_options: _StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None  # vLLM's
 
     @field_validator("stop")
     @classmethod
@@ -149,6 +150,11 @@ class _Common(BaseModel):
     def alternatives(self) -> int | None:
         """Log-probabilities: alternatives for each token; None: none at all."""
         raise NotImplementedError
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return self.prompt_logprobs
 
     def sampling(self, vocabulary: int, answer: int) -> Sampling:
         """How tokens are chosen.
@@ -262,12 +268,20 @@ class CompletionRequest(_Common):
     """The body of `/v1/completions`."""
 
     prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @property
     def alternatives(self) -> int | None:
         """See `_Common`."""
         return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """See `_Common`."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((most for most in wanted if most is not None), default=None)
 
     @property
     def each_prompt(self) -> Sequence[str | list[int]]:
@@ -284,26 +298,36 @@ class CompletionRequest(_Common):
             ids = encode(prompt) if isinstance(prompt, str) else list(prompt)
             if not ids:
                 raise Refused(400, "prompt is empty", "prompt")
-            if not all(0 <= token < vocabulary for token in ids):
-                raise Refused(400, "prompt holds ids that are no tokens of this model, which has "
-                              f"ids from 0 to {vocabulary - 1}", "prompt")  # fmt: skip
+            require_tokens(ids, vocabulary, "prompt")
             token_ids.append(ids)
         return token_ids
 
     @property
     def most_tokens(self) -> int:
         """OpenAI's default is 16 here."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
 
 
+def require_tokens(ids: Sequence[int], vocabulary: int, field: str) -> None:
+    """Refuse ids that are no tokens.
+
+    Raises:
+        Refused: Names the field.
+    """
+    if not all(0 <= token < vocabulary for token in ids):
+        raise Refused(400, f"{field} holds ids that are no tokens of this model, which has "
+                      f"ids from 0 to {vocabulary - 1}", field)  # fmt: skip
+
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
 Body = TypeVar("Body", bound=_Common)
 
 
-def parse(request_type: type[Body], body: Any) -> Body:
-    """A body as one of the above.
+def validated(request_type: type[Parsed], body: Any) -> Parsed:
+    """A body of some kind.
 
     Raises:
-        Refused: It is not valid, or asks for what is not applied.
+        Refused: It is not valid, or has a field that is not applied.
     """
     if not isinstance(body, dict):
         raise Refused(400, "the body has to be a JSON object")
@@ -316,8 +340,25 @@ def parse(request_type: type[Body], body: Any) -> Body:
             continue
         raise Refused(400, f"{name} is not applied by this server; leave it out", name,
                       "unsupported_parameter")  # fmt: skip
+    return request
+
+
+def parse(request_type: type[Body], body: Any) -> Body:
+    """A body as one of the above.
+
+    Raises:
+        Refused: It is not valid, or asks for what is not applied.
+    """
+    request = validated(request_type, body)
     if request.stream_options is not None and not request.stream:
         raise Refused(400, "stream_options needs stream: true", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise Refused(400, "prompt_logprobs are given with whole answers; leave stream out",
+                      "prompt_logprobs")  # fmt: skip
+    asks_for_prompt = getattr(request, "echo", None) or request.prompt_logprobs is not None
+    if request.max_tokens == 0 and not asks_for_prompt:
+        raise Refused(400, "max_tokens: 0 needs echo: true or prompt_logprobs, without which "
+                      "nothing is answered", "max_tokens")  # fmt: skip
     return request
 
 

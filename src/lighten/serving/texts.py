@@ -9,11 +9,13 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from lighten.generation.sampling import Chosen
 from lighten.serving.engine import Generation, TokenLogprob
 
 # Tokens that the last character of a prompt may have.
 _OF_A_CHARACTER = 8
 _BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
+_LEAST = -9999.0  # of a word that cannot come; JSON has no infinity
 
 
 class Texts:
@@ -21,8 +23,9 @@ class Texts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._added = tokenizer.added_tokens_decoder  # made anew each time
         self._special = set(tokenizer.all_special_ids) | {
-            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+            token for token, added in self._added.items() if added.special
         }
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -42,29 +45,53 @@ class Texts:
             prompt: What it goes on with; none: it begins a text, where tokenizers as Llama 2's
                 leave out a space.
         """
-        hidden = self._special - set(self._tokenizer.convert_tokens_to_ids(list(shown)))
-        return Stream(self, self._tokenizer.backend_tokenizer, hidden, prompt)
-
-    def token_logprob(
-        self, token: int, logprob: float, top: Sequence[tuple[int, float]]
-    ) -> TokenLogprob:
-        """A token and its alternatives with their texts and bytes."""
-        return self._with_text(
-            token, logprob, tuple(self._with_text(*alternative) for alternative in top)
+        return self._stream(
+            self._special - set(self._tokenizer.convert_tokens_to_ids(list(shown))), prompt
         )
 
+    def _stream(self, hidden: set[int], prompt: Sequence[int] = ()) -> Stream:
+        return Stream(self, self._tokenizer.backend_tokenizer, hidden, prompt)
+
+    def whole(self, tokens: Sequence[int]) -> tuple[str, list[int]]:
+        """The text of tokens, special ones among them, and where each begins in it."""
+        stream, parts, offsets, length = self._stream(set()), [], [], 0
+        for token in tokens:
+            offsets.append(length)
+            parts.append(stream.text(token))
+            length += len(parts[-1])
+        return "".join(parts) + stream.rest(), offsets
+
+    def prompt(self, first: int, others: Sequence[Chosen]) -> tuple[TokenLogprob, ...]:
+        """A prompt's tokens with their texts and bytes; nothing says how likely the first was."""
+        told = (
+            self.token_logprob(chosen.token, chosen.logprob, chosen.top, chosen.rank)
+            for chosen in others
+        )
+        return self.token_logprob(first, None, ()), *told
+
+    def token_logprob(
+        self, token: int, logprob: float | None, top: Sequence[tuple[int, float]], rank: int = 0
+    ) -> TokenLogprob:
+        """A token and its alternatives, the likeliest first, with their texts and bytes."""
+        alternatives = tuple(
+            self._with_text(*alternative, (), place)
+            for place, alternative in enumerate(top, start=1)
+        )
+        return self._with_text(token, logprob, alternatives, rank)
+
     def _with_text(
-        self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
+        self, token: int, logprob: float | None, top: tuple[TokenLogprob, ...], rank: int
     ) -> TokenLogprob:
         data = self.bytes_of(token)
-        return TokenLogprob(token, data.decode(errors="replace"), tuple(data), logprob, top)
+        told = None if logprob is None else max(logprob, _LEAST)
+        return TokenLogprob(token, data.decode(errors="replace"), tuple(data), told, top, 0, rank)
 
     def bytes_of(self, token: int) -> bytes:
         """What a token writes; it may be a part of a character."""
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # models have rows beyond the last token, for the sake of their shape
             return b""
-        if token in self._tokenizer.added_tokens_decoder:
+        if token in self._added:
             return piece.encode()
         if match := _BYTE.match(piece):
             return bytes([int(match[1], 16)])

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
+import json
 import os
 import shutil
 import sys
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
+from lighten.generation.sampling import Chosen
 from lighten.machine.hardware import cache_folder
 from lighten.peft_config import CONFIG, WEIGHTS, more_than_low_rank, read_config
 from lighten.serving import wire
@@ -69,6 +72,7 @@ class Vllm:
     """
 
     name = "vllm"
+    tells_prompts = True
 
     def __init__(
         self, model: Path, tokenizer: Any, *, context: int, slots: int, most_adapters: int = 64,
@@ -167,6 +171,11 @@ class Vllm:
         process = self._supervisor.running()
         stream, tokens = self._texts.stream_of(generation), 0
         with process.answering():
+            if generation.prompt_logprobs is not None:
+                yield await self._prompt(process, generation)
+                if not generation.max_tokens:
+                    yield Piece("", finish="length")
+                    return
             events = wire.post_stream(process.socket, "/v1/completions", request_body(generation))
             async with contextlib.aclosing(events):
                 async for event in events:
@@ -180,6 +189,25 @@ class Vllm:
                             return
             raise wire.WireError(0, "an answer without an end")
 
+    async def _prompt(self, process: ServerProcess, generation: Generation) -> Piece:
+        """A prompt's tokens by a request of its own: vLLM tells of them in no stream."""
+        status, text = await wire.request(
+            process.socket, "/v1/completions", prompt_body(generation)
+        )
+        if status != 200:
+            raise wire.WireError(status, text)
+        _, *others = json.loads(text)["choices"][0]["prompt_logprobs"]
+        told = []
+        for token, words in zip(generation.prompt[1:], others, strict=True):
+            ranked = sorted(words.items(), key=lambda word: int(word[1]["rank"]))
+            top = tuple(
+                (int(word), float(how["logprob"]))
+                for word, how in ranked if how["rank"] <= (generation.prompt_logprobs or 0)
+            )  # fmt: skip
+            how = words[str(token)]
+            told.append(Chosen(token, how["logprob"], top, how["rank"]))
+        return Piece("", prompt=self._texts.prompt(generation.prompt[0], told))
+
     def _piece(
         self, choice: dict[str, Any], generation: Generation, stream: Any, tokens_before: int
     ) -> tuple[Piece, int]:
@@ -187,15 +215,16 @@ class Vllm:
         finish: Finish | None = choice["finish_reason"]
         text, logprobs = "", []
         for place, token in enumerate(ids):
-            if token in generation.stop_ids:
-                finish = "stop"
-                ids = ids[: place + 1]
-                break
-            text += stream.text(token)
-            if generation.logprobs is not None:
+            ends = token in generation.stop_ids
+            text += "" if ends else stream.text(token)
+            if generation.logprobs is not None and (generation.tells_end or not ends):
                 logprobs.append(
                     self._token_logprob(choice["logprobs"], place, token, generation.logprobs)
                 )
+            if ends:
+                finish = "stop"
+                ids = ids[: place + 1]
+                break
         if finish is not None:
             text += stream.rest()
         tokens = tokens_before + len(ids)
@@ -251,6 +280,12 @@ def request_body(generation: Generation) -> dict[str, Any]:
     if generation.schema is not None:
         body["structured_outputs"] = {"json": laid_out(generation.schema)}
     return body
+
+
+def prompt_body(generation: Generation) -> dict[str, Any]:
+    """The same for the log-probabilities of its prompt, with the one token that vLLM adds."""
+    body = request_body(dataclasses.replace(generation, max_tokens=1, logprobs=None, schema=None))
+    return {**body, "stream": False, "prompt_logprobs": generation.prompt_logprobs}
 
 
 def program() -> str:
