@@ -261,7 +261,7 @@ def test_rows_take_what_the_products_say(
     dtype: torch.dtype, inputs: int, outputs: tuple[int, int], path: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Blocks of one to four rows, rows of no adapter."""
+    """Segments of a block, of less and of more, rows of no adapter."""
     if path != "pytorch" and kernels.library() is None:
         pytest.skip(f"no kernels: {kernels.obstacle()}")
     if path == "pytorch":
@@ -300,11 +300,14 @@ def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @FORMATS
 @WIDTHS
+@pytest.mark.parametrize("threads", [1, 4])  # these have few rows each: smaller blocks
 def test_the_kernel_adds_to_a_row_the_same_bits_whatever_is_beside_it(
-    dtype: torch.dtype, inputs: int, outputs: tuple[int, int], built: None
-) -> None:
+    dtype: torch.dtype, inputs: int, outputs: tuple[int, int], built: None, threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     if kernels.library() is None:
         pytest.skip(f"no kernels: {kernels.obstacle()}")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     _, updates = updates_on(inputs, outputs)
     torch.manual_seed(5)
     x, y = torch.randn(11, inputs).to(dtype), torch.randn(11, sum(outputs)).to(dtype)
@@ -325,7 +328,7 @@ def test_the_kernel_adds_to_a_row_the_same_bits_whatever_is_beside_it(
 
     alone = added(range(11))
     assert not torch.equal(alone, y)
-    for starts in ((0,), (0, 3, 5), (0, 1, 8)):  # blocks of four, three, two and one
+    for starts in ((0,), (0, 3, 5), (0, 1, 8), (0, 5)):  # blocks of one to eight rows
         assert torch.equal(added(starts), alone)
 
 

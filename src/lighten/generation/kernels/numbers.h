@@ -1,4 +1,4 @@
-// Eight numbers at a time as float32, stored as float32, bfloat16 or float16.
+// Eight or sixteen numbers at a time as float32, stored as float32, bfloat16 or float16.
 
 #pragma once
 
@@ -129,4 +129,46 @@ inline void put8(T* to, Eight x, int64_t count) {
     T numbers[8];
     put8(numbers, x);
     std::memcpy(to, numbers, count * sizeof(T));
+}
+
+#if WIDE && defined(__AVX512F__) && defined(__AVX512DQ__)
+using Sixteen = __m512;
+
+inline Sixteen zero16() { return _mm512_setzero_ps(); }
+inline Sixteen all16(float x) { return _mm512_set1_ps(x); }
+inline Sixteen twice(const float* eight) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(eight)); }
+inline Sixteen both(Eight low, Eight high) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+inline Sixteen fused(Sixteen a, Sixteen b, Sixteen sum) { return _mm512_fmadd_ps(a, b, sum); }
+inline Sixteen sixteen(const f16* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
+inline Eight low_half(Sixteen x) { return _mm512_castps512_ps256(x); }
+inline Eight high_half(Sixteen x) { return _mm512_extractf32x8_ps(x, 1); }
+#else
+struct Sixteen { Eight low, high; };
+
+inline Sixteen zero16() { return {zero(), zero()}; }
+inline Sixteen all16(float x) { return {all(x), all(x)}; }
+inline Sixteen twice(const float* from) { return {eight(from), eight(from)}; }
+inline Sixteen both(Eight low, Eight high) { return {low, high}; }
+inline Sixteen fused(Sixteen a, Sixteen b, Sixteen sum) {
+    return {fused(a.low, b.low, sum.low), fused(a.high, b.high, sum.high)};
+}
+inline Sixteen sixteen(const f16* from) { return {eight(from), eight(from + 8)}; }
+inline Eight low_half(Sixteen x) { return x.low; }
+inline Eight high_half(Sixteen x) { return x.high; }
+#endif
+
+// The first `count` of sixteen numbers, the others zero; all of them where there are as many.
+template <class T>
+inline Sixteen sixteen(const T* from, int64_t count) {
+    return both(eight(from, count), count > 8 ? eight(from + 8, count - 8) : zero());
+}
+
+template <class T>
+inline void put16(T* to, Sixteen x, int64_t count) {
+    put8(to, low_half(x), count);
+    if (count > 8) put8(to + 8, high_half(x), count - 8);
 }
