@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ def question_ids(
     learnt: LearntAnswers,
     *,
     thinking: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a conversation up to the answer, with one BOS at most (trap 9).
 
@@ -40,11 +41,12 @@ def question_ids(
         handling: What happened to system messages and thoughts in training.
         learnt: The answers that the model learnt.
         thinking: Whether the answer begins with a thought.
+        tools: Descriptions of tools, for the template.
 
     Raises:
         UserError: The chat template refuses it.
     """
-    question = Example("chat", 1, tuple(messages))
+    question = Example("chat", 1, tuple(messages), tools=tools)
     if learnt.answers and thinking <= learnt.thinks:
         answer = Message("assistant", _THOUGHT + _ANSWER if thinking else _ANSWER)
         with_answer = replace(question, messages=(*question.messages, answer))
@@ -54,8 +56,9 @@ def question_ids(
             pass
     question, _ = Renderer(tokenizer, handling).system(question)
     text = render(
-        question.messages, tokenizer, "chat", add_generation_prompt=True, enable_thinking=thinking
-    )
+        question.messages, tokenizer, "chat", tools=tools, add_generation_prompt=True,
+        enable_thinking=thinking,
+    )  # fmt: skip
     # Not every template knows enable_thinking.
     text = (_EMPTY if thinking else OPENED).sub("", text)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from lighten.errors import UserError
 from lighten.serving.adapters import Model
 from lighten.serving.answers import Choice, Form, Usage, failure_event
+from lighten.serving.call_reader import Call, CallReader
 from lighten.serving.engine import (
     Engine,
     EngineFailed,
     EngineRefused,
+    Finish,
     Generation,
     Piece,
     TokenLogprob,
@@ -134,14 +136,15 @@ class Answering:
         generations: Of each prompt, one after another.
         stops: Texts that end an answer.
         answers: To each prompt.
+        calls: Gives a reader of one answer's calls of tools; None: there are no tools.
     """
 
     def __init__(
         self, front: Front, model: Model, generations: Sequence[Generation], stops: Sequence[str],
-        answers: int,
+        answers: int, calls: Callable[[], CallReader] | None = None,
     ) -> None:  # fmt: skip
         self._front, self._model, self._generations = front, model, generations
-        self._stops, self._answers = stops, answers
+        self._stops, self._answers, self._calls = stops, answers, calls
         self._prompt_tokens = sum(len(each.prompt) for each in generations[::answers])
         self._began = time.perf_counter()
         self._first = True
@@ -210,7 +213,7 @@ class Answering:
                         if (opening := form.first(number, choices[number].prompt)) is not None:
                             yield opening
                     told = piece.logprobs or piece.missing_logprobs
-                    if piece.text or piece.finish or told:
+                    if piece.text or piece.finish or told or piece.calls:
                         yield form.part(number, piece)
                 if usage:
                     yield form.usage(self.usage(choices))
@@ -232,6 +235,7 @@ class Answering:
             choice.finish = "length"  # an echo alone
             yield Piece("", finish="length")
             return
+        reader = None if self._calls is None else self._calls()
         pieces = self._front.engine.generate(generation)
         async with contextlib.aclosing(pieces):  # type: ignore[type-var]
             async for piece in pieces:
@@ -242,13 +246,20 @@ class Answering:
                 finish = "stop" if stops.stopped else piece.finish
                 if finish is not None and not stops.stopped:
                     text += stops.rest()
+                calls: list[Call] = []
+                if reader is not None:
+                    text, calls = reader.take(text, final=finish is not None)
+                    finish = _finish(finish, reader)
                 choice.text += text
+                choice.calls += calls
                 choice.logprobs += logprobs
                 choice.finish, choice.tokens = finish, piece.tokens
                 choice.cached = piece.cached
                 choice.missing_logprobs += piece.missing_logprobs
                 choice.prompt += piece.prompt
-                yield replace(piece, text=text, logprobs=logprobs, finish=finish)
+                yield replace(
+                    piece, text=text, logprobs=logprobs, finish=finish, calls=tuple(calls)
+                )
                 if finish is not None:
                     return
 
@@ -294,6 +305,13 @@ class Answering:
         return error
 
 
+def _finish(finish: Finish | None, reader: CallReader) -> Finish | None:
+    """Why an answer with calls ends: for them, unless there was no room for more."""
+    if reader.complete or (finish == "stop" and reader.count):
+        return "tool_calls"
+    return finish
+
+
 def _placed(piece: Piece, begin: int) -> tuple[TokenLogprob, ...]:
     """A piece's tokens with their places in the answer's text, where the piece begins at `begin`.
 
@@ -315,7 +333,7 @@ async def _ended(tasks: list[asyncio.Task[None]]) -> None:
 
 
 # Fields that an engine may refuse.
-_BLAMED = {"response_format", "presence_penalty", "frequency_penalty", "model"}
+_BLAMED = {"response_format", "tools", "presence_penalty", "frequency_penalty", "model"}
 
 
 def _refused_field(message: str) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from lighten.serving.call_reader import Call
 from lighten.serving.echo import Echo
 from lighten.serving.engine import Finish, Piece, TokenLogprob
 
@@ -27,6 +28,7 @@ class Choice:
     cached: int = 0
     missing_logprobs: int = 0
     prompt: tuple[TokenLogprob, ...] = ()
+    calls: list[Call] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class ChatForm(_BaseForm):
             **self._head, "object": self._object_type,
             "choices": [
                 {"index": number, "finish_reason": choice.finish,
-                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                 "message": _message(choice),
                  "logprobs": self._probabilities(choice.logprobs, choice.missing_logprobs)}
                 for number, choice in enumerate(choices)
             ],
@@ -132,11 +134,20 @@ class ChatForm(_BaseForm):
 
     def part(self, number: int, piece: Piece) -> str:
         """See `Form`."""
-        delta = {"content": piece.text} if piece.text or piece.finish is None else {}
         told = piece.logprobs or piece.missing_logprobs
         logprobs = self._probabilities(piece.logprobs, piece.missing_logprobs) if told else None
-        return self._event([{"index": number, "delta": delta, "logprobs": logprobs,
-                             "finish_reason": piece.finish}])  # fmt: skip
+        deltas = [delta for call in piece.calls for delta in _deltas(call)]
+        if piece.text or not (piece.finish or deltas):
+            deltas.insert(0, {"content": piece.text})
+        if not deltas or (piece.calls and piece.finish):
+            deltas.append({})
+        last = len(deltas) - 1
+        return "".join(
+            self._event([{"index": number, "delta": delta,
+                          "logprobs": logprobs if place == 0 else None,
+                          "finish_reason": piece.finish if place == last else None}])
+            for place, delta in enumerate(deltas)
+        )  # fmt: skip
 
     def _probabilities(
         self, logprobs: Sequence[TokenLogprob], missing: int
@@ -240,6 +251,26 @@ def _top(token: TokenLogprob) -> dict[str, float] | None:
     for each in (*token.top, token):
         top.setdefault(_token_key(each), each.logprob)  # of two that look alike the likelier
     return top
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function",
+             "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.calls
+        ]  # fmt: skip
+    return message
+
+
+def _deltas(call: Call) -> list[dict[str, Any]]:
+    """A call in a stream: who is called, then with what."""
+    begun = {"index": call.index, "id": call.id, "type": "function",
+             "function": {"name": call.name, "arguments": ""}}  # fmt: skip
+    arguments = {"index": call.index, "function": {"arguments": call.arguments}}
+    return [{"tool_calls": [begun]}, {"tool_calls": [arguments]}]
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lighten.serving.engine import (
     change_adapters,
 )
 from lighten.serving.grammar import Grammar, Grammars
+from lighten.serving.schemas import field_of, grammar_of
 from lighten.serving.texts import Texts
 
 
@@ -138,8 +139,8 @@ class CohortEngine:
 
         try:
             grammar = None
-            if generation.schema is not None:
-                grammar = await self._grammar(grammars, generation)
+            if generation.schema is not None or generation.grammar is not None:
+                grammar = await asyncio.to_thread(_grammar, grammars, generation)
             request = Request(
                 list(generation.prompt), generation.adapter, generation.max_tokens,
                 generation.stop_ids, generation.sampling, generation.logprobs,
@@ -185,13 +186,6 @@ class CohortEngine:
             if not ended:
                 cancel()
 
-    async def _grammar(self, grammars: Grammars, generation: Generation) -> Grammar:
-        assert generation.schema is not None
-        try:
-            return await asyncio.to_thread(grammars.of, generation.schema, generation.stop_ids)
-        except UserError as error:
-            raise EngineRefused(f"response_format: {error}") from error
-
     def obstacle(self) -> str | None:
         """Why it takes no requests now; see `Engine`."""
         if self._engine is None:
@@ -218,3 +212,10 @@ class CohortEngine:
         if self._engine is None:
             raise EngineFailed("the engine has not started")
         return self._engine
+
+
+def _grammar(grammars: Grammars, generation: Generation) -> Grammar | None:
+    text = grammar_of(generation)
+    if text is None:
+        return None
+    return grammars.of(text, generation.stop_ids, field_of(generation))

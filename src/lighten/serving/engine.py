@@ -9,8 +9,9 @@ from typing import Any, Literal, Protocol
 
 from lighten.errors import UserError
 from lighten.generation.settings import Sampling
+from lighten.serving.call_reader import Call
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class EngineRefused(Exception):
@@ -35,6 +36,7 @@ class Generation:
         logprobs: As many alternatives for each token, 0 for none but its own; None: no
             log-probabilities at all.
         schema: JSON schema that the answer has to follow, None for free text.
+        grammar: The same in llguidance's Lark, for calls of tools; one of both at most.
         continues: Whether the answer goes on in the prompt's text, as completions do, and does not
             begin one.
         prompt_logprobs: As `logprobs`, for the tokens of the prompt.
@@ -50,6 +52,7 @@ class Generation:
     shown: tuple[str, ...] = ()
     logprobs: int | None = None
     schema: dict[str, Any] | None = None
+    grammar: str | None = None
     continues: bool = False
     prompt_logprobs: int | None = None
     tells_end: bool = False
@@ -86,6 +89,7 @@ class Piece:
         missing_logprobs: Tokens whose log-probabilities were asked for and are not known.
         prompt: The prompt's tokens, where their log-probabilities were asked for: in the first
             piece, which has nothing else.
+        calls: Calls of tools that are whole with it; engines know of none.
     """
 
     text: str
@@ -95,6 +99,7 @@ class Piece:
     cached: int = 0
     missing_logprobs: int = 0
     prompt: tuple[TokenLogprob, ...] = ()
+    calls: tuple[Call, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import json
 import logging
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lighten.data.asking import OPENED
 from lighten.errors import UserError
 from lighten.serving.adapters import Model
 from lighten.serving.answering import Answering, Disconnected, Front, chained, unless_disconnected
@@ -28,6 +30,7 @@ from lighten.serving.requests import (
     validated,
 )
 from lighten.serving.tokens import DetokenizeRequest, TokenizeText, as_chat
+from lighten.serving.tools import ToolUse, require_written, tool_use
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -38,6 +41,7 @@ log = logging.getLogger(__name__)
 # In a body's bytes; most are halves of whole pairs, as emoji are written.
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
 _LONG_TEXT = 16_384  # bytes of a body above which it is read in a thread
+_END = 8  # tokens of a prompt, more than a thought's opening mark has
 
 
 @dataclass(frozen=True)
@@ -286,30 +290,40 @@ async def _chat(request: Request, front: Front) -> Reply:
     require_few(body, context, front.limits.waiting)
     chat_request = parse(ChatRequest, body)
     model = front.registry.named(chat_request.model, chat_request.adapter_id)
-    ids = await _conversation(chat_request, model, context)
+    ids, tools = await _conversation(chat_request, model, context)
     alternatives, of_prompt = chat_request.alternatives, chat_request.prompt_logprobs
     form = ChatForm(model.name, alternatives is not None, of_prompt)
-    return await _answer(request, front, model, chat_request, [ids], form)
+    return await _answer(request, front, model, chat_request, [ids], form, tools)
 
 
-async def _conversation(chat_request: ChatRequest, model: Model, context: int) -> list[int]:
-    """The tokens of a conversation up to its answer."""
+async def _conversation(
+    chat_request: ChatRequest, model: Model, context: int
+) -> tuple[list[int], ToolUse | None]:
+    """The tokens of a conversation up to its answer, and the tools that this may call."""
     messages = chat_request.conversation()
 
-    def encoded() -> list[int]:
+    def encoded() -> tuple[list[int], ToolUse | None]:
         # Thoughts in an assistant's messages may be left out; other messages are not.
         texts = [message.content for message in messages if message.role != "assistant"]
         require_texts_fit(texts, "messages", context, model.asking.text)
-        return model.asking.conversation(messages, chat_request.thinking)
+        require_written(messages, model)
+        tools = tool_use(chat_request, model)
+        if tools is None:
+            return model.asking.conversation(messages, chat_request.thinking), None
+        described = json.dumps(tools.described, ensure_ascii=False)
+        require_texts_fit([described], "tools", context, model.asking.text)
+        thinking = False if tools.forced else chat_request.thinking
+        return model.asking.conversation(messages, thinking, tools.described), tools
 
     long = sum(len(message.content) for message in messages) > _LONG_TEXT
+    in_thread = long or bool(chat_request.tools)
     try:
-        ids = await asyncio.to_thread(encoded) if long else encoded()
+        ids, tools = await asyncio.to_thread(encoded) if in_thread else encoded()
     except UserError as error:  # the line of a data file, of which this has none
         raise Refused(400, str(error).removeprefix("chat:1: "), "messages") from error
     if not ids:
         raise Refused(400, "the chat template writes nothing of these messages", "messages")
-    return ids
+    return ids, tools
 
 
 async def _tokenize(request: Request, front: Front) -> Reply:
@@ -318,7 +332,7 @@ async def _tokenize(request: Request, front: Front) -> Reply:
     if isinstance(body, dict) and "messages" in body:
         chat_request, texts_wanted = as_chat(body, base)
         model = front.registry.named(chat_request.model, chat_request.adapter_id)
-        ids = await _conversation(chat_request, model, context)
+        ids, _ = await _conversation(chat_request, model, context)
     else:
         text_request = validated(TokenizeText, body)
         model, text = front.registry.named(text_request.model or base), text_request.prompt
@@ -369,7 +383,7 @@ async def _completions(request: Request, front: Front) -> Reply:
 
 async def _answer(
     request: Request, front: Front, model: Model, parsed: ChatRequest | CompletionRequest,
-    prompts: Sequence[Sequence[int]], form: Form,
+    prompts: Sequence[Sequence[int]], form: Form, tools: ToolUse | None = None,
 ) -> Reply:  # fmt: skip
     """Generate every answer of a request, whole or streamed."""
     require_answers_fit(len(prompts), parsed.answers, front.limits.waiting)
@@ -379,7 +393,7 @@ async def _answer(
                       f"leave {'logprobs' if field == 'echo' else 'it'} out, or start the server "
                       "with --engine lighten", field)  # fmt: skip
     generations = [
-        _generation(front, model, parsed, prompt, number)
+        _generation(front, model, parsed, prompt, number, tools)
         for prompt in prompts
         for number in range(parsed.answers)
     ]
@@ -388,7 +402,11 @@ async def _answer(
     if front.answering + len(generations) > front.limits.waiting:
         raise Refused(429, f"{front.answering} answers are under way or wait; try again later",
                       None, "rate_limit_exceeded")  # fmt: skip
-    run = Answering(front, model, generations, parsed.stops, parsed.answers)
+    calls = None
+    if tools is not None:
+        opened = bool(OPENED.search(model.asking.tokenizer.decode(prompts[0][-_END:])))
+        calls = functools.partial(tools.reader, thinking=opened)
+    run = Answering(front, model, generations, parsed.stops, parsed.answers, calls)
     if parsed.stream:
         options = parsed.stream_options
         events = run.events(form, usage=options is not None and options.include_usage)
@@ -402,7 +420,7 @@ async def _answer(
 
 def _generation(
     front: Front, model: Model, parsed: ChatRequest | CompletionRequest, prompt: Sequence[int],
-    number: int,
+    number: int, tools: ToolUse | None,
 ) -> Generation:  # fmt: skip
     context = front.engine.context
     room, most = context - len(prompt), parsed.most_tokens
@@ -420,15 +438,19 @@ def _generation(
                       f"{len(prompt)} tokens leave of a context of {context}", field,
                       "context_length_exceeded")  # fmt: skip
     response_format = parsed.response_format
+    schema = None if response_format is None else response_format.schema_wanted()
+    grammar = None if tools is None else tools.grammar
+    shown = () if tools is None else tools.shown
     return Generation(
         prompt,
         None if model.adapter is None else model.adapter.key,
         room if most is None else most,
         parsed.sampling(front.registry.vocabulary, number),
         model.asking.ends(parsed.stops),
-        model.asking.shown,
+        tuple(dict.fromkeys((*model.asking.shown, *shown))),
         parsed.alternatives,
-        None if response_format is None else response_format.schema_wanted(),
+        schema if grammar is None else None,
+        grammar,
         continues=isinstance(parsed, CompletionRequest),
         prompt_logprobs=parsed.prompt_alternatives,
         tells_end=echo,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lighten.errors import UserError
-from lighten.serving.schemas import compiled
 
 
 class Grammar:
@@ -21,10 +20,11 @@ class Grammar:
     Args:
         matcher: llguidance's, at its beginning.
         stops: Tokens that end an answer; allowed where the JSON is whole.
+        field: Of the request that it comes from.
     """
 
-    def __init__(self, matcher: Any, stops: frozenset[int]) -> None:
-        self._matcher, self._stops = matcher, stops
+    def __init__(self, matcher: Any, stops: frozenset[int], field: str) -> None:
+        self._matcher, self._stops, self._field = matcher, stops, field
 
     @property
     def complete(self) -> bool:
@@ -52,7 +52,7 @@ class Grammar:
             # Its first line; what follows is the state of llguidance's parser.
             reason = self._matcher.get_error().partition("\n")[0][:300]
             raise UserError(
-                f"response_format: this JSON schema cannot be followed any further ({reason}); "
+                f"{self._field}: this JSON schema cannot be followed any further ({reason}); "
                 "make it simpler"
             )
 
@@ -69,18 +69,24 @@ class Grammars:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._words: Any = None
 
-    def of(self, schema: dict[str, Any], stops: frozenset[int]) -> Grammar:
-        """The grammar of a JSON schema; takes milliseconds, and a second for the first one.
+    def of(self, text: str, stops: frozenset[int], field: str) -> Grammar:
+        """A grammar at its beginning; takes milliseconds, and a second for the first one.
+
+        Args:
+            text: As `schemas.grammar_of` gives it.
+            stops: Tokens that end an answer.
+            field: Of the request that it comes from.
 
         Raises:
-            UserError: See `schemas.compiled`.
+            UserError: It cannot be followed.
         """
-        text = compiled(schema)
         import llguidance.hf
 
         if self._words is None:
             self._words = llguidance.hf.from_tokenizer(self._tokenizer, self._vocabulary)
         matcher = llguidance.LLMatcher(self._words, text, log_level=0)
         if matcher.is_error():
-            raise UserError(f"this JSON schema cannot be followed: {matcher.get_error()[:300]}")
-        return Grammar(matcher, stops)
+            raise UserError(
+                f"{field}: this JSON schema cannot be followed: {matcher.get_error()[:300]}"
+            )
+        return Grammar(matcher, stops, field)

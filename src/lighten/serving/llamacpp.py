@@ -43,7 +43,7 @@ from lighten.serving.engine import (
     Piece,
     TokenLogprob,
 )
-from lighten.serving.schemas import compiled, laid_out
+from lighten.serving.schemas import field_of, grammar_of, laid_out
 from lighten.serving.server_process import ServerProcess, Supervisor, visible_gpus
 from lighten.serving.texts import Texts
 
@@ -159,27 +159,26 @@ class LlamaCpp:
         if generation.adapter is not None and generation.adapter not in process.adapters:
             raise EngineFailed("this adapter is not loaded any more")
         with process.answering():
-            if generation.schema is not None:
-                await self._require_obeyed(process, generation.schema)
+            if generation.schema is not None or generation.grammar is not None:
+                await self._require_obeyed(process, generation)
             body = request_body(generation, process.adapters, prefix_caching=self._prefix_caching)
             async for piece in _pieces(process, generation, body, self._texts):
                 yield piece
 
-    async def _require_obeyed(self, process: ServerProcess, schema: dict[str, Any]) -> None:
-        """Refuse a schema that llama.cpp cannot follow: it would answer as if there were none.
+    async def _require_obeyed(self, process: ServerProcess, generation: Generation) -> None:
+        """Refuse a grammar that llama.cpp cannot follow: it would answer as if there were none.
 
-        llguidance says what is wrong with it. Once for each other schema one token is generated
-        with a letter favoured that only a schema that is followed keeps out.
+        llguidance says what is wrong with it. Once for each other grammar one token is generated
+        with a letter favoured that only a grammar that is followed keeps out.
         """
-        try:
-            await asyncio.to_thread(compiled, schema)
-        except UserError as error:
-            raise EngineRefused(f"response_format: {error}") from error
-        text = json.dumps(schema, sort_keys=True)
+        text = await asyncio.to_thread(grammar_of, generation)
+        assert text is not None
         if text not in self._obeyed:
             chosen = [
                 token
-                for event in await self._tried(process, None, schema=schema)
+                for event in await self._tried(
+                    process, None, schema=generation.schema, grammar=generation.grammar
+                )
                 for token in event["tokens"]
             ]
             if len(self._obeyed) >= _MOST_SCHEMAS:
@@ -187,7 +186,7 @@ class LlamaCpp:
             self._obeyed[text] = self._letter not in chosen
         if not self._obeyed[text]:
             raise EngineRefused(
-                "response_format: llama.cpp cannot follow this JSON schema; make it simpler"
+                f"{field_of(generation)}: llama.cpp cannot follow this JSON schema; make it simpler"
             )
 
     async def _require_finite(self, process: ServerProcess, adapters: Sequence[Adapter]) -> None:
@@ -214,7 +213,7 @@ class LlamaCpp:
     async def _tried(
         self, process: ServerProcess, adapter: str | None, **options: Any
     ) -> list[dict[str, Any]]:
-        """The events of one token, with a letter that begins no JSON favoured over all others."""
+        """The events of one token, a letter favoured that begins neither JSON nor a call."""
         if self._letter is None:
             (self._letter, *_) = await wire.post(process.socket, "/tokenize", {"content": "Z"})
         probe = Generation((self._letter,), adapter, 1, Sampling(0.0), **options)
@@ -300,6 +299,8 @@ def request_body(
     }
     if generation.schema is not None:
         body["json_schema"] = laid_out(generation.schema)
+    elif generation.grammar is not None:
+        body["grammar"] = f"%llguidance {{}}\n{generation.grammar}"
     return body
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +31,29 @@ class Asking:
     stop_ids: frozenset[int]
     shown: tuple[str, ...]
 
-    def conversation(self, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
+    def conversation(
+        self, messages: Sequence[Message], thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:  # fmt: skip
         """Token ids of a conversation up to the answer (traps 9 and 18).
 
         Args:
             messages: The conversation.
             thinking: Whether the answer begins with a thought; None: as those of the training did.
+            tools: Descriptions of tools that may be called.
 
         Raises:
             UserError: The chat template refuses it.
         """
         thinks = self.learnt.thinks if thinking is None else thinking
         return data.question_ids(
-            messages, self.tokenizer, self.handling, self.learnt, thinking=thinks
+            messages, self.tokenizer, self.handling, self.learnt, thinking=thinks, tools=tools
         )
+
+    @property
+    def end_texts(self) -> list[str]:
+        """The tokens that end its answers, as they are written."""
+        return [str(text) for text in self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))]
 
     def ends(self, stops: Iterable[str]) -> frozenset[int]:
         """Tokens that end an answer, with special ones that a client names: no text holds them."""

@@ -18,7 +18,10 @@ from pydantic import (
 )
 
 from lighten.data import Message
+from lighten.data.tools import tool_calls_of
+from lighten.data.values import BadRowError, check_nested
 from lighten.generation.settings import LEAST_TEMPERATURE, Sampling
+from lighten.serving.tool_fields import NamedChoice, SentCall, Tool
 
 MOST_ANSWERS = 16  # `n`
 MOST_STOPS = 16
@@ -31,7 +34,8 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False), "service_tier": ("auto", "default"), "echo": (False,),
     "suffix": ("",), "best_of": (1,), "modalities": (["text"],),
 }  # fmt: skip
-_ROLES = {"system", "developer", "user", "assistant"}
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
+_OF_ROLE = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
 
 
 class Refused(Exception):
@@ -198,23 +202,40 @@ class _Turn(BaseModel):
     model_config = ConfigDict(extra="allow")
     role: StrictStr
     content: StrictStr | list[_TextPart] | None = None
+    name: StrictStr | None = None
+    tool_calls: list[SentCall] | None = None
+    tool_call_id: StrictStr | None = None
 
     def message(self, place: int) -> Message:
         where = f"messages[{place}]"
         if self.role not in _ROLES:
             raise Refused(400, f"{where}.role: {self.role!r} is not applied by this server; use "
                           f"{', '.join(sorted(_ROLES))}", f"{where}.role")  # fmt: skip
-        extra = {key: value for key, value in (self.model_extra or {}).items() if value}
+        known = {"name": self.name, "tool_calls": self.tool_calls,
+                 "tool_call_id": self.tool_call_id}  # fmt: skip
+        given = {
+            key: value for key, value in {**known, **(self.model_extra or {})}.items() if value
+        }
+        extra = given.keys() - _OF_ROLE.get(self.role, set())
         if extra:
             name = min(extra)
             raise Refused(400, f"{where}.{name} is not applied by this server; leave it out",
                           f"{where}.{name}", "unsupported_parameter")  # fmt: skip
-        if self.content is None:
+        if self.content is None and not self.tool_calls:
             raise Refused(400, f"{where}.content is missing", f"{where}.content")
         parts = self.content if isinstance(self.content, list) else []
         text = "\n".join(part.text for part in parts) if parts else self.content
+        for_template: list[tuple[str, Any]] = [(key, given[key]) for key in sorted(given)]
+        if self.tool_calls:
+            calls = {"tool_calls": [call.described() for call in self.tool_calls]}
+            try:
+                for_template = [("tool_calls", tool_calls_of(calls, where))]
+                check_nested(for_template, f"{where}.tool_calls")
+            except BadRowError as error:
+                raise Refused(400, str(error), f"{where}.tool_calls") from error
         # OpenAI's newer name for the same.
-        return Message("system" if self.role == "developer" else self.role, str(text or ""))
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, str(text or ""), extra=tuple(for_template))
 
 
 class _TemplateOptions(BaseModel):
@@ -230,6 +251,9 @@ class ChatRequest(_Common):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     chat_template_kwargs: _TemplateOptions | None = None  # vLLM's
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -387,5 +411,5 @@ def _first(error: ValidationError) -> Refused:
 def _is_variant(part: int | str) -> bool:
     """Whether part of an error's place is pydantic's name of a union's member."""
     return isinstance(part, str) and (
-        "[" in part or part in ("str", "int", "float", "constrained-str")
+        "[" in part or part in ("str", "int", "float", "constrained-str", NamedChoice.__name__)
     )

@@ -32,14 +32,13 @@ from lighten.serving import wire
 from lighten.serving.adapters import require_unchanged
 from lighten.serving.engine import (
     Adapter,
-    EngineRefused,
     Finish,
     Generation,
     Piece,
     TokenLogprob,
     change_adapters,
 )
-from lighten.serving.schemas import compiled, laid_out
+from lighten.serving.schemas import grammar_of, laid_out
 from lighten.serving.server_process import ServerProcess, Supervisor, visible_gpus
 from lighten.serving.texts import Texts
 from lighten.whole_files import whole_folder
@@ -163,11 +162,7 @@ class Vllm:
 
     async def generate(self, generation: Generation) -> AsyncIterator[Piece]:
         """The answer piece by piece; see `Engine`."""
-        if generation.schema is not None:
-            try:
-                await asyncio.to_thread(compiled, generation.schema)
-            except UserError as error:
-                raise EngineRefused(f"response_format: {error}") from error
+        await asyncio.to_thread(grammar_of, generation)  # refuses what cannot be followed
         process = self._supervisor.running()
         stream, tokens = self._texts.stream_of(generation), 0
         with process.answering():
@@ -279,6 +274,8 @@ def request_body(generation: Generation) -> dict[str, Any]:
         body["logprobs"] = max(1, generation.logprobs)
     if generation.schema is not None:
         body["structured_outputs"] = {"json": laid_out(generation.schema)}
+    elif generation.grammar is not None:
+        body["structured_outputs"] = {"grammar": generation.grammar}
     return body
 
 

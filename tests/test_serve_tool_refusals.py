@@ -1,0 +1,241 @@
+"""Requests with tools that cannot be answered: each refused by the field that is wrong."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("xllamacpp")
+pytest.importorskip("uvicorn")
+
+import llguidance
+import llguidance.hf
+from tokenizers import AddedToken
+
+from lighten.data import Message
+from lighten.data.spans import render
+from lighten.models import load_tokenizer
+from lighten.serving.answering import Front
+from lighten.serving.engine import Generation
+from lighten.serving.front import application
+from lighten.serving.options import Options
+from lighten.serving.requests import ChatRequest, parse
+from lighten.serving.running import prepare
+from lighten.serving.tools import tool_use
+from lighten.serving.vllm import request_body
+from tests.processes import run_async
+from tests.tiny import CHATML, save_tiny, tiny_tokenizer
+from tests.tool_templates import FORMATS, HERMES, LLAMA, PYTHONIC
+
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "get"}}
+CHAT: dict[str, Any] = {
+    "model": "base", "messages": [{"role": "user", "content": "a"}], "tools": [TOOL],
+}  # fmt: skip
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get", "arguments": "{}"}}
+NAMED = {"type": "function", "function": {"name": "get"}}
+
+Ask = Callable[[str, dict[str, Any]], httpx.Response]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+def fronted(base: Path, template: str) -> Front:
+    options = Options(engine="lighten", served_name="base", chat_template=template)
+    return Front(*prepare(str(base), options, lambda _: None))
+
+
+@pytest.fixture(scope="module")
+def ask(base: Path) -> Ask:
+    """Answers of the routes over a base with a chat template; no engine is started."""
+    fronts: dict[str, Front] = {}
+
+    def ask(template: str, changes: dict[str, Any]) -> httpx.Response:
+        if template not in fronts:
+            fronts[template] = fronted(base, template)
+        transport = httpx.ASGITransport(application(fronts[template]))
+
+        async def send() -> httpx.Response:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost"
+            ) as client:
+                return await client.post("/v1/chat/completions", json={**CHAT, **changes})
+
+        return run_async(send())
+
+    return ask
+
+
+def parameters(**schema: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "get", "parameters": schema}}]}
+
+
+def turns(*messages: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [*CHAT["messages"], *messages, {"role": "user", "content": "b"}]}
+
+
+def calling(**changes: Any) -> dict[str, Any]:
+    call = {**CALL, **changes}
+    return turns({"role": "assistant", "content": None, "tool_calls": [call]})
+
+
+REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
+    (CHATML, {}, "tools", "does not know tools"),
+    (PYTHONIC, {}, "tools", "is not understood"),
+    (CHATML, {"tools": [], **calling()}, "messages[1].tool_calls", "writes no calls"),
+    (HERMES, {"tools": [], "tool_choice": "required"}, "tool_choice", "needs tools"),
+    (HERMES, {"tools": None, "tool_choice": NAMED}, "tool_choice", "needs tools"),
+    (HERMES, {"tool_choice": {"type": "function", "function": {"name": "put"}}}, "tool_choice",
+     "'put'"),
+    (HERMES, {"tool_choice": "sometimes"}, "tool_choice", "'required'"),
+    (HERMES, {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", "'function'"),
+    (HERMES, {"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type", "'function'"),
+    (HERMES, {"tools": [{"type": "function"}]}, "tools.0.function", "required"),
+    (HERMES, {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+     "tools.0.function.name", "pattern"),
+    (HERMES, {**parameters(type="string"), "tool_choice": "required"},
+     "tools[0].function.parameters", "object"),
+    (HERMES, {**parameters(properties={"a": {"type": "nothing"}}), "tool_choice": NAMED},
+     "tools[0].function.parameters", "nothing"),
+    (HERMES, {"tool_choice": NAMED, "chat_template_kwargs": {"enable_thinking": True}},
+     "tool_choice", "no thought"),
+    (HERMES, calling(function={"name": "get", "arguments": "{"}), "messages[1].tool_calls",
+     "not JSON"),
+    (HERMES, calling(function={"name": "get", "arguments": "[1]"}), "messages[1].tool_calls",
+     "object"),
+    (HERMES, turns({"role": "user", "content": "a", "tool_calls": [CALL]}),
+     "messages[1].tool_calls", "not applied"),
+    (HERMES, turns({"role": "user", "content": "a", "name": "me"}), "messages[1].name",
+     "not applied"),
+    (HERMES, turns({"role": "tool", "tool_call_id": "1"}), "messages[1].content", "missing"),
+    (HERMES, turns({"role": "assistant", "content": None}), "messages[1].content", "missing"),
+    (FORMATS["mistral"], calling(), "messages", "length 9"),
+    (LLAMA, turns({"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}), "messages",
+     "single tool-calls"),
+    (HERMES, {"tools": [{"type": "function", "function": {"name": "get",
+     "description": "word " * 2000}}]}, "tools", "more than 256 tokens"),
+    (LLAMA, {"response_format": {"type": "json_object"}}, "response_format", "without a mark"),
+    (HERMES, {"functions": [{"name": "get"}]}, "functions", "not applied"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "changes", "field", "message"), REFUSED)
+def test_what_cannot_be_done_with_tools_is_refused_by_name(
+    ask: Ask, template: str, changes: dict[str, Any], field: str, message: str
+) -> None:
+    answer = ask(template, changes)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field, error
+    assert message in error["message"]
+
+
+TAKEN: list[tuple[str, dict[str, Any]]] = [
+    (HERMES, {}),
+    (HERMES, {"tool_choice": "auto", "parallel_tool_calls": True}),
+    (HERMES, calling()),
+    (HERMES, calling(function={"name": "get", "arguments": ""}, index=0)),
+    (HERMES, turns({"role": "assistant", "content": "So:", "tool_calls": [CALL], "refusal": None},
+                   {"role": "tool", "tool_call_id": "call_1", "name": "get", "content": "b"})),
+    (HERMES, {**parameters(type="string"), "tool_choice": "auto"}),
+    (CHATML, {"tool_choice": "none"}),
+    (CHATML, {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}),
+    (CHATML, {"tools": None, **turns({"role": "tool", "content": "b"})}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "changes"), TAKEN)
+def test_what_can_be_done_is_taken(ask: Ask, template: str, changes: dict[str, Any]) -> None:
+    answer = ask(template, changes)
+    assert (answer.status_code, "being started" in answer.text) == (503, True), answer.text
+
+
+def grammar_of(base: Path, name: str, **changes: Any) -> str:
+    model = fronted(base, FORMATS[name]).registry.models["base"]
+    use = tool_use(parse(ChatRequest, {**CHAT, "tool_choice": "required", **changes}), model)
+    assert use is not None
+    assert use.grammar is not None
+    return use.grammar
+
+
+def follows(base: Path, lark: str, text: str) -> bool:
+    """Whether a text is a whole answer by a grammar."""
+    tokenizer = load_tokenizer(str(base))
+    words = llguidance.hf.from_tokenizer(tokenizer, len(tokenizer))
+    matcher = llguidance.LLMatcher(words, llguidance.LLMatcher.grammar_from_lark(lark))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return matcher.validate_tokens(ids) == len(ids) and (
+        bool(matcher.consume_tokens(ids)) and matcher.is_accepting()
+    )
+
+
+WEATHER = [
+    {"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
+        "additionalProperties": False}}}
+    for name in ("get", "get_all")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("added", [False, True], ids=["text", "tokens"])
+def test_a_forced_answer_is_calls_of_the_given_functions(
+    base: Path, tmp_path: Path, name: str, added: bool
+) -> None:
+    """As the chat template writes them, their marks tokens of their own or not."""
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    if added:
+        tokenizer = load_tokenizer(str(folder))
+        marks = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|sep|>"]
+        tokenizer.add_tokens([AddedToken(mark, special=mark[0] == "[") for mark in marks])
+        tokenizer.save_pretrained(folder)
+    lark = grammar_of(folder, name, tools=WEATHER)
+    one = grammar_of(folder, name, tools=WEATHER, parallel_tool_calls=False)
+
+    def written(*calls: tuple[str, dict[str, Any]]) -> str:
+        return re.sub(r', "id": "\w+"', "", rendered(calls, FORMATS[name]))
+
+    oslo, rome = ("get", {"city": "Oslo"}), ("get_all", {"city": '"} \n'})
+    for call in (oslo, rome):
+        assert follows(folder, lark, written(call))
+        assert follows(folder, one, written(call))
+    if name != "llama":
+        assert follows(folder, lark, written(oslo, rome, rome))
+        assert not follows(folder, one, written(oslo, rome))
+    for text in (
+        "Well, " + written(oslo), written(("put", {"city": "Oslo"})), written(("get", {})),
+        written(("get", {"city": 5})), written(("get", {"town": "Oslo"})), written(oslo)[:-1],
+    ):  # fmt: skip
+        assert not follows(folder, lark, text), text
+
+
+def rendered(calls: Sequence[tuple[str, dict[str, Any]]], template: str) -> str:
+    """An answer with these calls."""
+    written = [
+        {"id": f"lighten{number:02}", "type": "function",
+         "function": {"name": name, "arguments": arguments}}
+        for number, (name, arguments) in enumerate(calls, 1)
+    ]  # fmt: skip
+    question = Message("user", "?")
+    answer = Message("assistant", "", extra=(("tool_calls", written),))
+    tokenizer = tiny_tokenizer(template=template)
+    prompt = render([question], tokenizer, "", add_generation_prompt=True)
+    text = render([question, answer], tokenizer, "").removeprefix(prompt)
+    return text.removeprefix("<think>\n\n</think>\n\n").partition("<|im_end|>")[0]
+
+
+def test_vllm_is_told_a_grammar_that_it_reads(base: Path) -> None:
+    """It takes Lark for a grammar and hands it to llguidance."""
+    lark = grammar_of(base, "hermes")
+    body = request_body(Generation((5,), None, 9, grammar=lark))
+    assert body["structured_outputs"] == {"grammar": lark}
+    grammar = llguidance.grammar_from("grammar", lark)
+    assert not llguidance.LLMatcher.validate_grammar(grammar)
