@@ -26,6 +26,7 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training import checkpoints, interrupt
 from lighten.training.interrupt import Interrupted
+from lighten.training.loop import Loop
 from lighten.training.run import train as train_verb
 from tests import processes
 from tests.cut_runs import cut_short, losses, weights
@@ -292,6 +293,30 @@ def test_trap40_the_limit_deletes_the_oldest_but_never_the_best(settings: dict[s
         saved = run.folder / "checkpoints" / f"checkpoint-{step}" / "adapters" / name
         shipped = load_file(run.adapters()[name] / "adapter_model.safetensors")
         assert same_tensors(shipped, load_file(saved / "adapter_model.safetensors"))
+
+
+def test_shares_of_the_steps_say_how_often_and_no_limit_keeps_every_checkpoint(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"eval_steps": 0.5, "save_steps": 0.25, "logging_steps": 0.3}
+    tracked: list[int] = []
+
+    def line(loop: Loop, values: dict[str, Any], *, track: bool) -> None:
+        if track and values["kind"] == "train":
+            tracked.append(values["step"])
+        write(loop, values, track=track)
+
+    write = Loop._line
+    monkeypatch.setattr(Loop, "_line", line)
+    run = train(settings, save_total_limit=None, lora_r=2)
+    saved = [path.name for path in checkpoints.listing(run.folder / "checkpoints")]
+    assert saved == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert [m["step"] for m in run.metrics() if m["kind"] == "eval"] == [4, 8]
+    assert tracked == [3, 6]
+    assert (
+        run.recipe().completed()
+        == Recipe.from_values({**settings, "lora_r": 2, "save_total_limit": None}).completed()
+    )
 
 
 def test_trap45_early_stopping_takes_an_adapter_out_when_its_loss_stops_falling(

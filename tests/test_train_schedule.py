@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainerState, TrainingArguments, get_scheduler
 
-from lighten.engine.schedule import learning_rate_factor, warmup_length
+from lighten.engine.schedule import in_steps, learning_rate_factor, warmup_length
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
@@ -34,3 +34,11 @@ def test_its_length_is_a_share_rounded_up_or_as_given() -> None:
 def test_a_number_of_steps_below_1_is_a_share_as_in_transformers(steps: float) -> None:
     expected = TrainingArguments(warmup_steps=steps).get_warmup_steps(101)
     assert warmup_length(101, 0.5, steps) == expected
+
+
+@pytest.mark.parametrize("total_steps", [3, 8, 101, 1000])
+@pytest.mark.parametrize("share", [0.0003, 0.05, 0.07, 0.1, 0.25, 0.99])
+def test_how_often_below_1_is_a_share_as_in_transformers(share: float, total_steps: int) -> None:
+    state = TrainerState()
+    state.compute_steps(TrainingArguments(eval_steps=share), total_steps)
+    assert in_steps(share, total_steps) == state.eval_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -53,6 +54,15 @@ def test_steps_within_are_the_most_whose_time_with_evaluations_is_there(every: i
             if steps * 0.3 + evaluations * 1.1 <= left_s:
                 enough.append(steps)
         assert steps_within(left_s, pace, 100, every) == max(enough)
+
+
+@pytest.mark.parametrize("every", [0.05, 0.3, 0.5])
+def test_steps_within_leave_time_for_evaluations_after_a_share_of_them(every: float) -> None:
+    pace = Pace(step_s=0.3, evaluation_s=1.1)
+    for left_s in (1.5, 7.77, 40.0):
+        steps = steps_within(left_s, pace, 100, every)
+        evaluations = len({*range(0, steps + 1, math.ceil(steps * every)), steps} - {0})
+        assert steps == 100 or left_s - 3 * 1.1 < steps * 0.3 + evaluations * 1.1 <= left_s
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

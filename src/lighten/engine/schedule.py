@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 
 
+def in_steps(number: float, total_steps: int) -> int:
+    """So many steps, or below 1 their share of all steps rounded up, as transformers does it."""
+    return math.ceil(total_steps * number) if number < 1 else int(number)
+
+
 def warmup_length(total_steps: int, warmup_ratio: float, warmup_steps: float | None) -> int:
     """Steps of warm-up: as given, or below 1 their share of all steps rounded up."""
-    length = warmup_ratio if warmup_steps is None else warmup_steps
-    return math.ceil(total_steps * length) if length < 1 else int(length)
+    return in_steps(warmup_ratio if warmup_steps is None else warmup_steps, total_steps)
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup: int, schedule: str) -> float:

@@ -126,6 +126,9 @@ def plan_recipe(
         waits = feed.base_bytes if recipe.offload_base == "cpu" else 0
         host = HOST_OF_CUDA_BYTES + traced.weights + waits
         host += offloaded_bytes if recipe.offload_optimizer == "cpu" else 0
+    if recipe.save_total_limit is None:
+        each = size(_checkpoint(traced))
+        notes += (f"save_total_limit: null keeps every checkpoint, {each} each; disk counts two",)
     download = 0 if files or source not in ("hub", "known") else in_files
     allocator.trim()  # what the trace took must not look like room for whoever trains next
     return Plan(
@@ -189,7 +192,12 @@ def _converts(
 
 def _written(traced: Traced, recipe: Recipe) -> int:
     """Bytes of the run's files: checkpoints with weights and optimiser state, and the result."""
-    return _numbers(traced) * 4 * ((1 + _states(traced)) * (recipe.save_total_limit + 1) + 1)
+    return _checkpoint(traced) * ((recipe.save_total_limit or 1) + 1) + _numbers(traced) * 4
+
+
+def _checkpoint(traced: Traced) -> int:
+    """Bytes of one checkpoint."""
+    return _numbers(traced) * 4 * (1 + _states(traced))
 
 
 def _numbers(traced: Traced) -> int:

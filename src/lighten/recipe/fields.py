@@ -14,6 +14,7 @@ from lighten.recipe.section import (
     LORA_LEARNING_RATE,
     DataSets,
     Duration,
+    Every,
     ModulePattern,
     Names,
     Positive,
@@ -22,6 +23,7 @@ from lighten.recipe.section import (
     Seed,
     Share,
     ShareOrCount,
+    StepsOrShare,
     Targets,
     listed,
     listed_names,
@@ -290,12 +292,8 @@ class RecipeFields(Section):
         "linear", "training", "course of the learning rate"
     )
     warmup_ratio: Share = _field(0.03, "training", "share of the steps that warm up")
-    warmup_steps: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
-        _field(
-            None,
-            "training",
-            "steps that warm up, or below 1 their share; instead of warmup_ratio",
-        )
+    warmup_steps: StepsOrShare | None = _field(
+        None, "training", "steps that warm up, or below 1 their share; instead of warmup_ratio"
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = _field(
         0.0, "training", "weight decay; biases and norms have none"
@@ -365,13 +363,19 @@ class RecipeFields(Section):
     )
     seed: Seed | list[Seed] = _field(42, "training", "seed of order, weights and dropout")
 
-    logging_steps: Positive = _field(1, "run", "steps between lines to the trackers")
-    eval_steps: Positive | None = _field(None, "run", "steps between evaluations; null: an epoch")
-    save_steps: Positive | None = _field(None, "run", "steps between checkpoints; null: an epoch")
+    logging_steps: Every = _field(
+        1, "run", "steps between lines to the trackers, or below 1 their share of all steps"
+    )
+    eval_steps: Every | None = _field(
+        None, "run", "steps between evaluations, or below 1 their share of all; null: an epoch"
+    )
+    save_steps: Every | None = _field(
+        None, "run", "steps between checkpoints, or below 1 their share of all; null: an epoch"
+    )
     save_every: Duration | None = _field(
         "10m", "run", "time between checkpoints beside those of save_steps: 90s, 10m; null: off"
     )
-    save_total_limit: Positive = _field(2, "run", "checkpoints kept")
+    save_total_limit: Positive | None = _field(2, "run", "checkpoints kept; null: all")
     early_stopping_patience: Positive | None = _field(
         None, "run", "evaluations in a row without gain that stop an adapter"
     )

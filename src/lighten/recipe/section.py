@@ -32,6 +32,20 @@ def _share_or_count(value: float) -> float:
 ShareOrCount = Annotated[float, Field(ge=0.0, allow_inf_nan=False), AfterValidator(_share_or_count)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
+
+def _steps_or_share(value: float) -> float:
+    if value == int(value):
+        return int(value)
+    if value > 1:
+        raise ValueError(f"write a whole number of steps or a share below 1, not {value:g}")
+    return value
+
+
+# Steps, or below 1 a share of all steps, as in transformers.
+StepsOrShare = Annotated[float, Field(ge=0.0, allow_inf_nan=False), AfterValidator(_steps_or_share)]
+# How often something is done.
+Every = Annotated[StepsOrShare, Field(gt=0.0)]
+
 # What an adapter, and a base's own weights, learn at where nothing is said.
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
 

@@ -93,12 +93,15 @@ def train_in_parallel(groups: Sequence[Group], place: Path) -> None:
 
 def train_group(group: Group, place: Path) -> None:
     """Train a group in its run folder, or go on with it; an arm that diverges leaves alone."""
+    from lighten.engine.schedule import in_steps
     from lighten.engine.step import TrainingDiverged
     from lighten.training.run import train
 
     recipe = group.recipe(place)
     exists = (recipe.run_folder / RECIPE).is_file()
-    pruner = Halving(recipe.run_folder, recipe.max_steps or 0, recipe.eval_steps or 1, None, None)
+    steps = recipe.max_steps or 0
+    rung = in_steps(recipe.eval_steps or 1, steps)
+    pruner = Halving(recipe.run_folder, steps, rung, None, None)
     with suppress(TrainingDiverged):  # run.json tells of it
         train(recipe, resume=exists, progress=False, pruner=pruner)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten import folders, locks, runs
+from lighten.engine.schedule import in_steps
 from lighten.engine.step import TrainingDiverged
 from lighten.errors import UserError
 from lighten.evaluation.evaluation import Progress, held_out_examples
@@ -339,9 +340,11 @@ class Sweep:
             left_s -= min(left_s / 2, len(tried) * tuning.steps_of(total_steps) * speed.step_s)
 
         def rung(steps: int) -> int:
-            eval_steps = recipe.eval_steps
-            fits = eval_steps is not None and 2 <= steps / eval_steps <= 2 * RUNGS
-            return eval_steps if eval_steps is not None and fits else max(1, steps // RUNGS)
+            if recipe.eval_steps is not None:
+                eval_steps = in_steps(recipe.eval_steps, steps)
+                if 2 <= steps / eval_steps <= 2 * RUNGS:
+                    return eval_steps
+            return max(1, steps // RUNGS)
 
         steps = longest(count, left_s, most, rung, speed)
         note = f"{counted(count, 'arm')}, {steps} of {counted(total_steps, 'step')}, "
@@ -402,7 +405,7 @@ class Sweep:
         pruner = Halving(
             recipe.run_folder,
             recipe.max_steps or 0,
-            recipe.eval_steps or 1,
+            in_steps(recipe.eval_steps or 1, recipe.max_steps or 1),
             None if deadline is None else lambda: self._left_s(deadline),
             None if plan is None else Speed(**plan["speed"]),
             self._keep_time,

@@ -211,12 +211,12 @@ def read_state(checkpoint: Path) -> TrainerState:
     return TrainerState(**raw)
 
 
-def prune(folder: Path, limit: int, keep: Sequence[int | None], newest: Path) -> None:
+def prune(folder: Path, limit: int | None, keep: Sequence[int | None], newest: Path) -> None:
     """Delete the oldest checkpoints beyond the limit, never one of the steps to keep (trap 40).
 
     Args:
         folder: Where they are.
-        limit: How many stay.
+        limit: How many stay; None: all.
         keep: Steps whose checkpoints stay in any case.
         newest: The one just written. Later steps are torn, or the run had gone on from them; they
             would take a whole one's place.
@@ -226,6 +226,8 @@ def prune(folder: Path, limit: int, keep: Sequence[int | None], newest: Path) ->
     for torn in checkpoints[whole:]:
         shutil.rmtree(torn)
     checkpoints = checkpoints[:whole]
+    if limit is None:
+        return
     protected = {f"checkpoint-{step}" for step in keep if step is not None}
     for checkpoint in checkpoints[: max(0, len(checkpoints) - limit)]:
         if checkpoint.name not in protected:

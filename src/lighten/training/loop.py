@@ -18,6 +18,7 @@ from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.engine.forked import Forked
 from lighten.engine.forward_backward import undropped
 from lighten.engine.memory_errors import ran_out
+from lighten.engine.schedule import in_steps
 from lighten.engine.step import AdapterStep, TrainingDiverged, train_step
 from lighten.engine.validation import held_out_over
 from lighten.engine.validation_loss import ValidationLoss
@@ -289,8 +290,9 @@ class Loop:
             self.progress.note(f"step {self.state.step + 1}: {adapter.name} diverged and leaves")
         return bool(self._active())
 
-    def _due(self, every: int | None) -> bool:
-        return self.state.step % (every or self.setup.steps_per_epoch) == 0
+    def _due(self, every: float | None) -> bool:
+        steps = in_steps(every or self.setup.steps_per_epoch, self.setup.total_steps)
+        return self.state.step % steps == 0
 
     def _due_by_time(self) -> bool:
         """Whether the last checkpoint is old enough for another one, by the main rank's clock."""
@@ -304,7 +306,7 @@ class Loop:
 
     def _record(self, report: dict[str, AdapterStep], seconds: float) -> None:
         """Append a line per adapter to metrics.jsonl and move the bar."""
-        state, recipe = self.state, self.setup.recipe
+        state = self.state
         state.seconds += seconds
         if self._workers is not None:
             self.memory.beside(self._workers.own_bytes)
@@ -329,7 +331,7 @@ class Loop:
                     "peak_bytes": peak,
                     "skipped": step.skipped,
                 },
-                track=state.step % recipe.logging_steps == 0,
+                track=self._due(self.setup.recipe.logging_steps),
             )
         mean = sum(step.loss for step in report.values()) / len(report)
         self.progress.step(state.step, mean, tokens / seconds, peak)

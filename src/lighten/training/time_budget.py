@@ -8,6 +8,7 @@ those tried (somebody else began to work on the machine) does a run make fewer o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,19 +46,25 @@ class Pace:
     step_s: float
     evaluation_s: float = 0.0
 
-    def of_steps(self, steps: int, every: int) -> float:
-        """Seconds of steps with an evaluation after every so many of them and after the last."""
-        return steps * self.step_s + -(-steps // every) * self.evaluation_s
+    def of_steps(self, steps: int, every: float) -> float:
+        """Seconds of steps with an evaluation after every so many of them and after the last.
+
+        Args:
+            steps: How many.
+            every: Steps between evaluations, or below 1 their share of all.
+        """
+        evaluations = math.ceil(steps / every) if every >= 1 else min(steps, math.ceil(1 / every))
+        return steps * self.step_s + evaluations * self.evaluation_s
 
 
-def steps_within(left_s: float, pace: Pace, most: int, every: int) -> int:
+def steps_within(left_s: float, pace: Pace, most: int, every: float) -> int:
     """The most steps that end in time, at least one.
 
     Args:
         left_s: The time there is.
         pace: What the work takes.
         most: Steps that are wanted at most.
-        every: Steps between evaluations.
+        every: Steps between evaluations, or below 1 their share of all.
     """
     low, high = 1, max(1, most)
     while low < high:  # the time grows with the steps
@@ -75,10 +82,10 @@ class TimeBudget:
     Args:
         max_time: The recipe's.
         spent_s: What earlier sessions of the run took.
-        every: Steps between evaluations.
+        every: Steps between evaluations, or below 1 their share of all.
     """
 
-    def __init__(self, max_time: str, spent_s: float, every: int) -> None:
+    def __init__(self, max_time: str, spent_s: float, every: float) -> None:
         self.max_time, self.budget_s, self.every = max_time, seconds(max_time), every
         self._began = time.monotonic() - spent_s
         self._pace: Pace | None = None
