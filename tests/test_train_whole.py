@@ -464,6 +464,8 @@ def test_layers_imply_the_method_and_the_method_its_learning_rate(chat_file: Pat
     assert recipe(chat_file, method="full", lr=1e-3).learning_rate == 1e-3
     reread = Recipe.from_values(layers.completed())
     assert reread.completed() == layers.completed()
+    changed = recipe(chat_file).changed({"trainable_layers": "last_2"})
+    assert changed.completed() == layers.completed()  # as beside the settings of a file
 
 
 @pytest.mark.parametrize(("values", "expected"), [

@@ -143,7 +143,8 @@ class Recipe(RecipeFields):
         override_notices += start_notices
         problems = [f"{source}: {problem}" for problem in problems + override_problems + faults]
         if settings.get("trainable_layers") is not None:
-            settings.setdefault("method", "full")
+            said_last = over.get("trainable_layers") is not None and "method" not in over
+            settings["method"] = "full" if said_last else settings.get("method", "full")
         if settings.get("method") == "full":
             settings.setdefault("learning_rate", FULL_LEARNING_RATE)
         try:
