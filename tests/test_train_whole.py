@@ -16,7 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+)
 from transformers.pytorch_utils import Conv1D
 
 import lighten
@@ -35,6 +41,7 @@ from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training import checkpoints
 from tests.processes import python
+from tests.test_merge import beside_pictures
 from tests.test_train_step import (
     UNEVEN,
     Row,
@@ -42,7 +49,7 @@ from tests.test_train_step import (
     micro_batches,
     one_step,
 )
-from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
+from tests.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 14, 200, 31, 77, 8]])
 
@@ -295,6 +302,21 @@ def test_trap29_the_saved_model_holds_a_tied_head_once_and_reads_as_tied(
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert not torch.equal(logits(model_folder), logits(folder))
+
+
+def test_a_base_that_sees_pictures_keeps_what_prepares_them(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = beside_pictures("gemma3", tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    sizes = {"height": 8, "width": 8}
+    pictures = CLIPImageProcessorPil(size=sizes, crop_size=sizes)
+    LlavaProcessor(pictures, tiny_tokenizer(), patch_size=4).save_pretrained(tmp_path / "base")
+    run = train(settings, model_name_or_path=str(tmp_path / "base"), max_steps=2)
+    export = lighten.export(run, "merged", verify=False)
+    expected = AutoProcessor.from_pretrained(tmp_path / "base").to_dict()
+    for folder in (run.folder / "model", export.folder):
+        assert AutoProcessor.from_pretrained(folder).to_dict() == expected
 
 
 def test_the_model_folder_is_whole_in_the_bases_format(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +26,10 @@ from lighten.training.spread_model import SpreadModel
 
 # What other tools and the hub's web pages can fetch without trouble.
 SHARD_SIZE = "5GB"
+# What prepares pictures and sound for a model, which learnt from text alone here.
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 
 
 def export(setup: Setup, name: str, run: runs.Run) -> int:
@@ -101,7 +107,23 @@ def export_model(setup: Setup, trained: WholeBase, folder: Path) -> None:
                 "space"
             ) from error
         tokenizer.save_pretrained(partial)
+        _copy_processor(setup.base, partial)
         (partial / "README.md").write_text(_model_card(setup, learnt), encoding="utf-8")
+
+
+def _copy_processor(base: Base, folder: Path) -> None:
+    """Put the base's processor beside the model, if the model is all of the base.
+
+    Of some bases transformers takes the language model alone, which sees no pictures.
+    """
+    files = [base.path / name for name in PROCESSOR_FILES if (base.path / name).is_file()]
+    types = {
+        json.loads((place / "config.json").read_text(encoding="utf-8")).get("model_type")
+        for place in (base.path, folder)
+        if files
+    }
+    for file in files if len(types) == 1 else ():
+        shutil.copyfile(file, folder / file.name)
 
 
 def _is_spread(trained: WholeBase) -> bool:
