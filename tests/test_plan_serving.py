@@ -83,6 +83,54 @@ def test_the_weights_are_as_large_as_the_loaded_ones(tiny_folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic-act-int4-weight", "int4:rounded"])
+def test_quantised_files_are_as_large_as_the_loaded_weights(kind: str, tmp_path: Path) -> None:
+    """With the files by what they hold; without them by their configuration."""
+    pytest.importorskip("torchao")
+    pytest.importorskip("auto_round")
+    from lighten.quantization.weights import make
+
+    folder = save_tiny(tmp_path / "m", hidden_size=128, intermediate_size=256)
+    (tmp_path / "made").mkdir()
+    make(kind, folder, tmp_path / "made", [])
+    loaded = models.census(models.load(str(tmp_path / "made"), dtype="bfloat16").model)
+
+    def planned() -> int:
+        return serve(str(tmp_path / "made"), DEVICES["a100-40"]).parts["base weights"]
+
+    assert planned() == pytest.approx(loaded.weight_bytes, rel=0.01)
+    for file in (tmp_path / "made").glob("*.safetensors"):
+        file.unlink()
+    assert planned() == pytest.approx(loaded.weight_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4 + 20 / 128),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8),
+        ({"quant_method": "compressed-tensors", "ignore": ["lm_head"], "config_groups": {
+            "group_0": {"weights": {"num_bits": 4, "group_size": 32}}}}, 4 + 20 / 32),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "awq", "bits": 4, "modules_to_not_convert": ["mlp"]}, None),
+        ({"quant_method": "nobody's"}, 16),
+    ],
+)  # fmt: skip
+def test_a_configuration_says_how_many_bits_its_layers_are_in(
+    settings: dict[str, Any], bits: float | None, tmp_path: Path
+) -> None:
+    config = tiny_config("llama", quantization_config=settings)
+    config.save_pretrained(tmp_path)
+    model = tiny_model("llama")
+    linear = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
+    rest = sum(p.numel() for p in model.parameters()) - linear
+    if bits is None:  # the MLPs are left in 16 bits
+        left = sum(p.numel() for n, p in model.named_parameters() if "mlp" in n)
+        linear, rest, bits = linear - left, rest + left, 4
+    expected = round(linear * bits / 8 + 2 * rest)
+    assert serve(str(tmp_path), DEVICES["a100-40"]).parts["base weights"] == expected
+
+
 def test_more_of_anything_needs_more(tiny_folder: Path) -> None:
     usual = serve(str(tiny_folder), DEVICES["t4"], adapters=2, context=128, concurrency=4)
     for change in ({"adapters": 3}, {"context": 256}, {"concurrency": 8}, {"rank": 32}):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lighten.models.quantized import (
     Storage,
     require_bitsandbytes,
 )
+from lighten.safetensors_header import index_of, read_header
 
 
 def stored_as(folder: Path) -> dict[str, Any] | None:
@@ -123,16 +125,22 @@ def packed_paths(model: PreTrainedModel, stored: Mapping[str, Any] | None) -> li
     return [path for path in linear if should_convert_module(path, dense)]
 
 
-def loaded_bytes(model: PreTrainedModel, number_bytes: float) -> int:
-    """Bytes of a model's weights once they are loaded: as bitsandbytes wrote them, or dense.
+def loaded_bytes(model: PreTrainedModel, number_bytes: float, files: Sequence[Path] = ()) -> int:
+    """Bytes of a model's weights once they are loaded: quantised as its files are, or dense.
 
     Args:
         model: Its layers are dense; they may be on the meta device.
         number_bytes: Of a number that is dense once it is loaded.
+        files: Of its weights, where they are here: of other formats than bitsandbytes' they say
+            more than its configuration.
     """
     stored = stored_in(model.config)
     held = written_by_bitsandbytes(stored)
     dense = sum(parameter.numel() for parameter in model.parameters())
+    if stored is not None and held is None:
+        if _all_here(files):
+            return _bytes_in(files, model, number_bytes)
+        return round(_bytes_by_settings(stored, model, number_bytes))
     if held is None:
         return round(dense * number_bytes)
     embedding: Any = model.get_input_embeddings()
@@ -150,6 +158,77 @@ def loaded_bytes(model: PreTrainedModel, number_bytes: float) -> int:
         packed_bytes += -(-numbers // 2)
         packed_bytes += blocks + 4 * -(-blocks // BLOCK_OF_SCALES) if held.double else 4 * blocks
     return round(dense * number_bytes) + packed_bytes
+
+
+def _all_here(files: Sequence[Path]) -> bool:
+    """Whether these are all files of a model's weights; of a hub model some may not be fetched."""
+    index = index_of(files[0].parent) if files else None
+    if index is None:
+        return bool(files)
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return set(named) <= {file.name for file in files}
+
+
+def _bytes_in(files: Sequence[Path], model: PreTrainedModel, number_bytes: float) -> int:
+    """What files of quantised weights hold: integers and float8 as they are, the rest dense."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    tied = [p for p, m in model.named_modules() if m is head and head.weight is embedding.weight]
+    total = 0.0
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if any(name.startswith(f"{path}.") for path in tied):
+                continue  # it is the embedding
+            dense = tensor.kind in ("BF16", "F16", "F32", "F64")
+            total += math.prod(tensor.shape) * number_bytes if dense else tensor.bytes
+    return round(total)
+
+
+def _bytes_by_settings(
+    stored: Mapping[str, Any], model: PreTrainedModel, number_bytes: float
+) -> float:
+    """The same by what the configuration says: matrices of the layers in so many bits."""
+    bits = _bits_of(stored)
+    words = {
+        id(module.weight)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    skipped = [
+        str(name).removeprefix("re:")
+        for key in ("modules_to_not_convert", "ignore", "ignored_layers")
+        for name in stored.get(key) or ()
+    ]
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        packed = (
+            bits is not None
+            and parameter.dim() > 1
+            and id(parameter) not in words
+            and should_convert_module(name.rpartition(".")[0], skipped)
+            and not any(f".{part}." in f".{name}" for part in skipped)  # as AutoAWQ has it
+        )
+        total += parameter.numel() * (bits / 8 if packed and bits else number_bytes)
+    return total
+
+
+def _bits_of(stored: Mapping[str, Any]) -> float | None:
+    """Bits of a quantised weight with its part of scale and zero point; None: they are not known.
+
+    AWQ, GPTQ and auto-round name them, compressed-tensors for groups of layers.
+    """
+    method, settings = stored.get("quant_method"), stored
+    if method == "mxfp4":
+        return 4 + 8 / 32
+    if method == "torchao":
+        return 4 + 16 / 128 if "Int4WeightOnly" in json.dumps(stored, default=str) else 8
+    for group in (stored.get("config_groups") or {}).values():
+        settings = group.get("weights") or stored
+    bits = settings.get("bits") or settings.get("w_bit") or settings.get("num_bits")
+    if bits is None:
+        return 8 if "fp8" in str(method) else None
+    size = settings.get("group_size") or settings.get("q_group_size") or -1
+    return int(bits) + (0 if int(size) < 1 else (16 + int(bits)) / int(size))
 
 
 def keep_float32(folder: Path) -> None:

@@ -14,7 +14,7 @@ from lighten.generation.attention import grown
 from lighten.generation.engine import PREFILL_TOKENS
 from lighten.generation.linears import packs
 from lighten.models import skeleton
-from lighten.models.load import locate
+from lighten.models.load import locate, weight_files
 from lighten.models.stored import loaded_bytes
 from lighten.planning import serving
 from lighten.planning.memory import TOKENIZER_FACTOR
@@ -58,7 +58,8 @@ def answer_peak(
     shape = skeleton(model, revision=revision)
     config = shape.config.get_text_config()
     number = serving.BYTES_PER_WEIGHT[dtype]
-    weights: float = loaded_bytes(shape, number)
+    path = locate(model, revision=revision, weights=False)[1]
+    weights: float = loaded_bytes(shape, number, weight_files(path))
     caches, cached = caches_of(config), prompt_tokens + new_tokens
     cached_rows, read = rows, rows * prompt_tokens
     if slots is not None:

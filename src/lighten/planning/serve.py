@@ -98,8 +98,8 @@ def serve(
         rank: Of the largest; engines pad the others to it.
         context: Tokens of a sequence, prompt and answer.
         concurrency: Sequences at once.
-        storage: One of `serving.BYTES_PER_WEIGHT`; default as bitsandbytes wrote its files, else
-            the device's own 16 bits.
+        storage: One of `serving.BYTES_PER_WEIGHT`; default as its files are quantised, else the
+            device's own 16 bits.
         cache_bytes: Of one number in the KV cache.
         weight_bytes: Of the base, where that is known; None: by `storage`.
         adapter_bytes: Of all adapters, where that is known; None: by `rank`.
@@ -128,7 +128,8 @@ def serve(
         caches = [serving.LayerCache(layer.numbers) for layer in caches]
     number = serving.BYTES_PER_WEIGHT[compute]
     if weight_bytes is None and storage is None:
-        weight_bytes = loaded_bytes(shape, number)
+        _, path = locate(model, revision=revision, weights=False)
+        weight_bytes = loaded_bytes(shape, number, weight_files(path))
     elif weight_bytes is None:
         weight_bytes = serving.weight_bytes(sizes.linear_numbers, sizes.rest, chosen, compute)
     if adapter_bytes is None:
