@@ -215,6 +215,28 @@ def test_trap51_a_model_that_does_not_train_is_no_result(
         list(training.run(recipe.completed(), **how))
 
 
+def test_every_way_to_train_is_measured_whatever_the_recipe_says(tiny_folder: Path) -> None:
+    """Ranks are nothing to weights that learn whole, and one line names what is not followed."""
+    recipe = api.plannable(
+        model_name_or_path=str(tiny_folder), lora_r=[4, 16], lora_dropout=0.1, seed=[1, 2],
+        learning_rate=[1e-3, 1e-4], warmup_ratio=0.1, load_in_4bit=True,
+        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32",
+        gradient_checkpointing=True, gradient_checkpointing_part="mlp",
+    )  # fmt: skip
+    for settings in training.WAYS.values():
+        for checkpointing in (False, True):
+            way = running.way_of(recipe, settings, checkpointing=checkpointing)
+            assert way.gradient_checkpointing is checkpointing
+            assert way.compute_dtype == "float32"
+            assert len(way.cohort()) == (1 if way.method == "full" else 2)
+            assert way.bnb_4bit_use_double_quant is way.load_in_4bit
+    assert running.not_followed(recipe) == (
+        "train: load_in_4bit, gradient_checkpointing, warmup_ratio of the recipe are not followed: "
+        "each row of the table has its own"
+    )
+    assert running.not_followed(api.plannable(model_name_or_path=str(tiny_folder))) is None
+
+
 @pytest.mark.parametrize(("limit", "planned"), [(37, 30), (37, 60), (37, 37), (1, 5), (200, 10)])
 def test_the_largest_is_found_from_either_side(limit: int, planned: int) -> None:
     largest, tries = search_from(planned, lambda size: Try(size, size <= limit, size, None))

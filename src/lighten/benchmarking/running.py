@@ -14,7 +14,7 @@ from lighten.artifacts.source import Artefact, open_source
 from lighten.benchmarking import PARTS, attention
 from lighten.benchmarking.limits import largest
 from lighten.benchmarking.size import file_bytes
-from lighten.benchmarking.training import WAYS
+from lighten.benchmarking.training import DECIDED, WAYS
 from lighten.errors import UserError
 from lighten.jobs import MODELS, in_child
 from lighten.machine import devices, hardware
@@ -23,6 +23,7 @@ from lighten.planning import predict
 from lighten.planning.answers import answer_peak
 from lighten.planning.build import config_of
 from lighten.recipe import Recipe
+from lighten.recipe.fields import RecipeFields, lora_settings
 from lighten.runs import now
 from lighten.wording import first_line
 
@@ -189,6 +190,8 @@ class Bench:
         """Steps of each way to train, with and without checkpointing."""
         notes: list[str] = []
         rows = predict.read_rows(self.recipe, notes)
+        if (line := not_followed(self.recipe)) is not None:
+            notes.append(line)
         for note in notes:
             self.log(note)
         planner = predict.planner_for(self.device, rows, calibrate=False)
@@ -245,12 +248,43 @@ class Bench:
 
 
 def way_of(recipe: Recipe, settings: dict[str, Any], *, checkpointing: bool) -> Recipe:
-    """A recipe as one way to train; its rate is constant, so that every step moves the weights."""
+    """A recipe as one way to train; its rate is constant, so that every step moves the weights.
+
+    What has no effect on that way is left out.
+    """
+    idle = ["warmup_ratio"]
+    first: dict[str, Any] = {}
+    if settings["method"] == "full":
+        idle += lora_settings()
+        cohorts = {key: getattr(recipe, key) for key in ("learning_rate", "seed")}
+        first = {key: value[0] for key, value in cohorts.items() if isinstance(value, list)}
+    if not settings.get("load_in_4bit"):
+        idle += [key for key in RecipeFields.model_fields if key.startswith("bnb_4bit_")]
+    if not checkpointing:
+        idle += [
+            key for key in RecipeFields.model_fields if key.startswith("gradient_checkpointing_")
+        ]
     return recipe.changed({
-        "load_in_4bit": False, "load_in_8bit": False, "trainable_layers": None, **settings,
+        "load_in_4bit": False, "load_in_8bit": False, "trainable_layers": None,
+        "dtype": recipe.compute_dtype, **{key: _default(key) for key in idle}, **first, **settings,
         "gradient_checkpointing": checkpointing, "lr_scheduler_type": "constant",
         "warmup_steps": 0,
     })  # fmt: skip
+
+
+def not_followed(recipe: Recipe) -> str | None:
+    """A line on the recipe's settings that every way to train has in a way of its own, or None."""
+    names = [key for key in DECIDED if getattr(recipe, key) != _default(key)]
+    if not names:
+        return None
+    return (
+        f"train: {', '.join(names)} of the recipe {'is' if len(names) == 1 else 'are'} not "
+        "followed: each row of the table has its own"
+    )
+
+
+def _default(key: str) -> Any:
+    return RecipeFields.model_fields[key].get_default(call_default_factory=True)
 
 
 def attention_records(

@@ -13,6 +13,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"method": "lora"},
     "QLoRA": {"method": "lora", "load_in_4bit": True},
 }
+# Settings that each way decides, so that a recipe's are not followed.
+DECIDED = (
+    "method", "trainable_layers", "load_in_4bit", "load_in_8bit", "gradient_checkpointing",
+    "lr_scheduler_type", "warmup_steps", "warmup_ratio", "torch_compile",
+)  # fmt: skip
 
 
 def run(
