@@ -107,6 +107,34 @@ def test_a_receipt_has_the_metrics_of_the_recipe(run: Run, tmp_path: Path) -> No
     )
 
 
+def test_a_gguf_file_of_a_type_is_one_for_export_and_quantize(run: Run, tmp_path: Path) -> None:
+    """Both write it into one folder, and neither loses what the other has found out of it."""
+    pytest.importorskip("xllamacpp")
+    folder = tmp_path / "gguf-q8_0"
+
+    def quantize() -> Any:
+        return lighten.quantize(
+            run, "gguf:q8_0", adapter="a", output_dir=tmp_path, tokens=60, questions=0
+        )
+
+    lighten.export(run, "gguf:q8_0", adapter="a", output_dir=folder)
+    exported = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {RECEIPT, "Modelfile", "run-a.q8_0.gguf"} <= exported.keys()
+    assert quantize().format("gguf:q8_0")["folder"] == str(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == exported
+    shutil.rmtree(folder)
+    quantize()
+    lighten.export(run, "gguf:q8_0", adapter="a", output_dir=folder, verify=False)
+    assert (folder / "run-a.q8_0.gguf").read_bytes() == exported["run-a.q8_0.gguf"]
+    with pytest.raises(UserError, match="holds what lighten quantize has measured, and this would"):
+        lighten.export(run, "gguf:q8_0", adapter="b", output_dir=folder, verify=False)
+    with (folder / "run-a.q8_0.gguf").open("r+b") as file:
+        file.write(b"other")
+    with pytest.raises(UserError, match="holds what lighten export wrote, and this would be"):
+        quantize()
+    assert (folder / "run-a.q8_0.gguf").read_bytes().startswith(b"other")
+
+
 def test_an_export_brings_all_that_speaks_to_it(run: Run) -> None:
     export = lighten.export(run, "gguf:q8_0", adapter="a", verify=False)
     assert export.folder == run.folder / "exports" / "a" / "gguf-q8_0"

@@ -74,7 +74,8 @@ def _make(job: dict[str, Any]) -> dict[str, Any]:
         from lighten.quantization.gguf_model import write_gguf
 
         began = time.perf_counter()
-        write_gguf(model, folder / f"{job['label']}.gguf", job["type"], name=job["label"])
+        file_name = f"{job['label']}.{job['type']}.gguf"  # as `export` calls it
+        write_gguf(model, folder / file_name, job["type"], name=job["label"])
     elif job["kind"] == "executorch":
         from lighten.quantization.executorch_program import write_program
         from lighten.quantization.executorch_rounding import ProgramRounding

@@ -19,7 +19,9 @@ from lighten.quantization.export_card import (
     DEQUANTIZED,
     MANIFEST,
     card,
+    is_measured,
     require_replaceable,
+    require_same_gguf,
     write_manifest,
 )
 from lighten.quantization.gguf_source import read_json
@@ -255,6 +257,8 @@ def _gguf(artefact: Artefact, target: Path, kind: str, dequantized: bool) -> Exp
         whole_folder(target) as partial,
     ):
         plan = write_gguf(folder, partial / file_name, kind, name=artefact.name)
+        if is_measured(target):
+            require_same_gguf(partial, target, "what lighten quantize has measured")
         _write_modelfile(folder, partial, file_name)
         text = card(artefact, plan.sentences())
         (partial / "README.md").write_text(text, encoding="utf-8")

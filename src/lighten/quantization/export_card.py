@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,6 +12,7 @@ from lighten.artifacts import Artefact
 from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.models.names import card_line, card_name
+from lighten.runs import QUANTIZE
 
 MANIFEST = "export.json"
 # In it, of an adapter that learnt on a quantised base: the weights that it was merged onto.
@@ -46,6 +48,38 @@ def require_replaceable(folder: Path) -> None:
             f"--output_dir {folder} holds files that are not an export's ({listing}); nothing was "
             "changed, choose another folder"
         )
+
+
+def require_same_gguf(partial: Path, folder: Path, there: str) -> None:
+    """What takes the place of a GGUF file is the same file, byte for byte.
+
+    `export` and `quantize` write one file of a type into one folder, except where an adapter is
+    merged onto other weights. What is known of the file that is there would be said of another.
+
+    Args:
+        partial: Folder with the new file.
+        folder: Whose place it takes.
+        there: What is there, in words.
+
+    Raises:
+        UserError: It is another file.
+    """
+    (file,) = partial.glob("*.gguf")
+    if not all(filecmp.cmp(file, old, shallow=False) for old in folder.glob("*.gguf")):
+        raise UserError(
+            f"{folder} holds {there}, and this would be another file of the same type; nothing was "
+            "changed: choose another --output_dir, or remove that folder"
+        )
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether the table of `quantize` that lies beside a folder tells of it."""
+    path = folder.parent / QUANTIZE
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["formats"]
+        return any(Path(row.get("folder", "")).name == folder.name for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # there is none, or another version's
 
 
 def _is_artefact(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from lighten.models.load import checksum, weight_files
 from lighten.models.names import card_line, card_name
 from lighten.paths import data_names
 from lighten.quantization import child
-from lighten.quantization.export_card import require_replaceable
+from lighten.quantization.export_card import MANIFEST, require_replaceable, require_same_gguf
 from lighten.quantization.forecast import forecast
 from lighten.quantization.model_source import (
     HeldOutSet,
@@ -226,9 +227,20 @@ def _make(
             "group_size": model.group_size,
         }  # fmt: skip
         costs = child.call(job)
+        if target.kind == "gguf" and (folder / MANIFEST).is_file():
+            # Its card, receipt and Modelfile are of this very file, and stay.
+            require_same_gguf(partial, folder, "what lighten export wrote")
+            shutil.copytree(
+                folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.gguf")
+            )
+            return _costs(costs)
         if target.calibrated:
             write_json(partial / "calibration.json", record)
         (partial / "README.md").write_text(_card(target, model, record), encoding="utf-8")
+    return _costs(costs)
+
+
+def _costs(costs: dict[str, Any]) -> dict[str, Any]:
     return {"made_seconds": costs["seconds"], "made_peak_bytes": costs["peak_bytes"]}
 
 
@@ -242,7 +254,7 @@ def _card(target: Target, model: ModelSource, record: dict[str, Any] | None) -> 
             f"{record['row_tokens']} tokens of `{data}` (SHA-256 of the ids {record['sha256']})."
         )
     use = (
-        f"```\nllama-cli -m {model.name}.gguf\n```\n"
+        f"```\nllama-cli -m {model.name}.{target.type}.gguf\n```\n"
         if library == "gguf"
         else "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", '
