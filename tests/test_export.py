@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,26 @@ def test_an_export_answers_as_its_adapter(
     other_receipt = lighten.verify(tmp_path / "out", run, adapter="a")
     assert other_receipt.mean_kl > 10 * max(receipt.mean_kl, 1e-7)
     assert form == "gguf:q8_0" or not other_receipt.passed
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_a_receipt_holds_one_model_at_a_time(
+    form: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(model: InTransformers, *parts: Any) -> Any:
+        assert [reference() for reference in loaded if reference() is not None] == []
+        made = real(model, *parts)
+        loaded.append(weakref.ref(made))
+        return made
+
+    real = InTransformers._load
+    lighten.export(run, form, adapter="a", output_dir=tmp_path / "out", verify=False)
+    monkeypatch.setattr(InTransformers, "_load", load)
+    receipt = lighten.verify(tmp_path / "out", run, adapter="a")
+    assert receipt.passed
+    assert len(loaded) == 2
 
 
 def test_an_answer_read_beside_a_likely_one_is_the_greedy_one(tiny_folder: Path) -> None:

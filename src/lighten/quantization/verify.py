@@ -9,6 +9,7 @@ Dimensions: T tokens of a prompt, V words.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -132,6 +133,8 @@ class Receipt:
 class InTransformers:
     """A model folder or a base with an adapter, in transformers and PEFT, in float32.
 
+    The model is loaded when it is first used, and again after `release`.
+
     Args:
         folder: Of the model.
         adapter: Folder of an adapter on it.
@@ -145,7 +148,41 @@ class InTransformers:
         rounding: Rounding | None = None, words: int = 0,
     ) -> None:  # fmt: skip
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        self._torch, self._loaded = torch, None
+        self._parts = (folder, adapter, rounding, words)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                tokenizer or folder, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{adapter or folder} cannot be loaded: {first_line(error)}") from error
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        if self._loaded is None:
+            self._loaded = self._load(*self._parts)
+        return self._loaded
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._loaded = model
+
+    def release(self) -> None:
+        """Give the model's memory back."""
+        from lighten.machine import heap
+
+        self._loaded = None
+        gc.collect()
+        heap.trim()
+
+    def _load(
+        self, folder: Path, adapter: Path | None, rounding: Rounding | None, words: int
+    ) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
 
         from lighten.adapters.files import word_rows
         from lighten.models.stored import (
@@ -157,7 +194,6 @@ class InTransformers:
         from lighten.models.vocabulary import grow
         from lighten.quantization.dense import dense_base, untie
 
-        self._torch = torch
         try:
             model: Any
             stored = (stored_as(folder) or {}).get("quant_method")
@@ -180,12 +216,9 @@ class InTransformers:
 
                 untie(model, adapter)
                 model = PeftModel.from_pretrained(model, adapter)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                tokenizer or folder, local_files_only=True
-            )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{adapter or folder} cannot be loaded: {first_line(error)}") from error
-        self.model = model.eval()
+        return model.eval()
 
     def tokenise(self, text: str) -> list[int]:
         """Token ids of a rendered prompt."""
@@ -250,6 +283,8 @@ def compare(
 ) -> Receipt:
     """The receipt of an artefact.
 
+    The artefact answers everything first and is let go of: one model at a time is in memory.
+
     Args:
         source: What it was made from.
         other: The artefact.
@@ -265,14 +300,23 @@ def compare(
     most = ANSWER if context_tokens is None else min(ANSWER, context_tokens // 2)
     longest = LONGEST if context_tokens is None else min(LONGEST, context_tokens - most)
     scored = _Scored(questions, context_tokens)
-    other_tokens = tokens = same_likeliest = same_answers = ties = answers = 0
+    tokens = same_likeliest = same_answers = ties = answers = 0
     largest = divergence = 0.0
+    alike: list[tuple[int, list[int]]] = []
     for number, prompt in enumerate(questions.prompts):
         ids = source.tokenise(prompt)[-longest:]
-        if other.tokenise(prompt)[-longest:] != ids:
-            other_tokens += 1
-            continue
-        p, q = source.log_probabilities(ids), other.log_probabilities(ids)
+        if other.tokenise(prompt)[-longest:] == ids:
+            alike.append((number, ids))
+    probabilities = [other.log_probabilities(ids) for _, ids in alike]
+    other_answers = [other.greedy(ids, most) for _, ids in alike]
+    whole_answers = [
+        scored.whole(ids, other, answer)
+        for (_, ids), answer in zip(alike, other_answers, strict=True)
+    ]
+    if isinstance(other, InTransformers):
+        other.release()
+    for (number, ids), other_answer, whole in zip(alike, other_answers, whole_answers, strict=True):
+        p, q = source.log_probabilities(ids), probabilities[answers]
         words = min(p.shape[1], q.shape[1])  # one of them may be padded
         p, q = p[:, :words], q[:, :words]
         likely = np.argpartition(-p, min(50, words - 1), axis=1)[:, :50]
@@ -281,16 +325,17 @@ def compare(
         divergence += float((np.exp(p) * (p - q)).sum())
         same_likeliest += int((p.argmax(1) == q.argmax(1)).sum())
         tokens += len(ids)
-        other_answer = other.greedy(ids, most)
         source_answer = beside(source, ids, most, other_answer)
-        scored.add(number, ids, (source, source_answer), (other, other_answer))
+        rest = whole[len(other_answer) :] if source_answer == other_answer else []
+        scored.add(number, scored.whole(ids, source, source_answer, rest), whole)
         answers += 1
         if source_answer == other_answer:
             same_answers += 1
         else:
             ties += _at_a_tie(source, ids, source_answer, other_answer)
     return Receipt(
-        artefact, kind, against, len(questions.prompts), tokens, other_tokens, largest,
+        artefact, kind, against, len(questions.prompts), tokens,
+        len(questions.prompts) - len(alike), largest,
         max(divergence, 0.0) / max(tokens, 1), allowed(kind), same_likeliest / max(tokens, 1),
         same_answers, ties, answers, metrics=scored.metrics(),
     )  # fmt: skip
@@ -327,29 +372,35 @@ class _Scored:
         self._after: list[list[int]] = []
         self._references: list[str] = []
 
-    def add(
-        self, number: int, ids: list[int], before: tuple[Answering, list[int]],
-        after: tuple[Answering, list[int]],
-    ) -> None:  # fmt: skip
-        """Two answers to a question as far as they were compared; they are finished here."""
+    def whole(
+        self, ids: list[int], model: Answering, begun: list[int], likely: Sequence[int] = ()
+    ) -> list[int]:
+        """An answer to its end, which was compared as far as it had begun.
+
+        Args:
+            ids: Of the prompt.
+            model: What answers.
+            begun: The answer's beginning.
+            likely: What probably follows.
+        """
         task = self._questions.task
         if task is None:
-            return
+            return begun
         room = task.answer_tokens
         if self._questions.limits is not None:
             room = self._questions.limits.room(len(ids), room)
         if self._context is not None:
             room = min(room, self._context - len(ids))
-        continuations: list[list[int]] = []
-        for answers, (model, begun) in ((self._after, after), (self._before, before)):
-            answer = task.until_stop(begun)
-            if len(answer) == len(begun) < room:  # it had not ended
-                likely = continuations[0] if continuations and begun == after[1] else []
-                more = beside(model, [*ids, *begun], room - len(begun), likely)
-                continuations.append(more)
-                answer = task.until_stop([*begun, *more])
-            answers.append(answer[:room])
-        self._references.append(self._questions.references[number])
+        if len(task.until_stop(begun)) == len(begun) < room:  # it had not ended
+            return [*begun, *beside(model, [*ids, *begun], room - len(begun), likely)]
+        return begun[:room]
+
+    def add(self, number: int, before: list[int], after: list[int]) -> None:
+        """Two whole answers to a question."""
+        if (task := self._questions.task) is not None:
+            self._before.append(task.until_stop(before))
+            self._after.append(task.until_stop(after))
+            self._references.append(self._questions.references[number])
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """As a receipt has them."""
