@@ -133,7 +133,9 @@ def test_a_part_of_a_data_set_is_fetched_and_no_more(hub: Hub, cache: Path) -> N
     assert texts(dataset) == ["one 0", "one 1", "one 2", "one 3", "more 0"]
     assert dataset.name == "someone/chats/one"
     assert data.with_split("someone/chats/one", "valid") == ["someone/chats/one"]
-    assert sorted(hub.fetched) == sorted(name for name in FILES if name.startswith("one/"))
+    assert sorted(hub.fetched) == sorted(
+        name for name in FILES if name.startswith("one/") or name == "README.md"
+    )
     assert not (cache / "two").exists()
     assert texts(data.read("someone/chats/two/train-00000-of-00001.jsonl")) == ["two 0", "two 1"]
 
@@ -150,7 +152,97 @@ def test_a_part_of_a_data_set_is_fetched_and_no_more(hub: Hub, cache: Path) -> N
 def test_what_the_hub_has_not_is_told(name: str, why: str, hub: Hub) -> None:
     with pytest.raises(UserError, match=why):
         data.read(name)
-    assert "README.md" not in hub.fetched
+    assert set(hub.fetched) <= set(FILES)
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: first
+  data_files:
+  - split: train
+    path: one/*-of-00002.jsonl
+  - split: validation
+    path: ["one/valid*"]
+- config_name: two
+  data_files: "two/**"
+---
+configs: none of these
+"""
+
+
+def test_the_configs_of_a_card_say_which_files_are_meant(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FILES, "README.md", CARD.encode())
+    with pytest.raises(UserError, match=r"someone/chats has the configs first, two; name one: "
+                                        r"someone/chats/first \(or subset: first\)"):  # fmt: skip
+        data.read("someone/chats")
+    assert hub.fetched == ["README.md"]
+    dataset = data.read("someone/chats/two")
+    assert (texts(dataset), dataset.name) == (["two 0", "two 1"], "someone/chats/two")
+    assert not any(name.startswith("one/") for name in hub.fetched)
+    assert len(texts(data.read("someone/chats/first"))) == 8
+    assert len(texts(data.read("someone/chats/first#5"))) == 5
+    assert len(texts(data.read("someone/chats/first", split="valid"))) == 3
+    assert data.with_split("someone/chats/first", "test") == []
+    with pytest.raises(UserError, match="the config two of someone/chats/two has no valid data"):
+        data.read("someone/chats/two", split="valid")
+
+
+@pytest.mark.parametrize("config", [None, "first", "two", "three", "four", "five"])
+def test_a_folder_s_configs_are_read_as_datasets_reads_them(
+    config: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    card = CARD.replace(
+        "- config_name: two",
+        """\
+- config_name: three
+  default: true
+  data_dir: one
+- config_name: four
+  data_dir: one
+  data_files: [{split: validation, path: "more*"}]
+- config_name: five
+  data_files: ["one/train-0000?-*.jsonl", "two/**/train*"]
+- config_name: two""",
+    )
+    files = {**FILES, "one/more-1.jsonl": rows("m", 2), "two/deep/train-x.jsonl": rows("x", 1)}
+    folder = tmp_path / "chats"
+    for name, content in {**files, "README.md": card.encode()}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    theirs = datasets.load_dataset("./chats", config, cache_dir=str(tmp_path / "cache"))
+    setting = f"chats/{config or 'three'}"
+    expected = {name: list(theirs[name]["text"]) for name in theirs}
+    ours = {
+        name: texts(data.read(setting if config else "chats", split=split))
+        for name, split in (("train", "train"), ("validation", "valid"), ("test", "test"))
+        if (split == "train" and config != "four") or data.with_split(setting, split)
+    }
+    assert ours == expected
+    assert Recipe.from_values({"model": "m", "dataset": "chats", "subset": "two"}).dataset == (
+        "chats/two"
+    )
+
+
+def test_a_config_is_chosen_by_other_tools_names(tmp_path: Path) -> None:
+    def data_set(**settings: Any) -> Any:
+        return Recipe.from_values({"model": "m", **settings}).dataset
+
+    assert data_set(dataset="a/b#500", subset="en") == "a/b/en#500"
+    assert data_set(dataset_name="a/b", dataset_config="en") == "a/b/en"
+    assert data_set(datasets=[{"path": "a/b", "name": "en"}, {"path": "a/c"}]) == ["a/b/en", "a/c"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\ndataset: a/b\nsubset: en\n")
+    assert Recipe.from_file(recipe).dataset == "a/b/en"
+    assert Recipe.from_file(recipe, {"dataset": "a/c"}).dataset == "a/c"
+    recipe.write_text("model: m\ndataset: a/b\n")
+    assert Recipe.from_file(recipe, {"subset": "en"}).dataset == "a/b/en"
+    with pytest.raises(UserError, match="subset is of one data set; write dataset: NAME/en"):
+        data_set(dataset=["a/b", "a/c"], subset="en")
 
 
 def test_without_the_hub_what_was_fetched_is_there(cached: Path) -> None:

@@ -30,7 +30,8 @@ ENTRIES: dict[str, Any] = {
     "dpo": {"file_name": "dpo.json", "ranking": True},
     "pictures": {"file_name": "p.json", "formatting": "sharegpt", "columns": {"images": "images"}},
     "odd": {"file_name": "talk.json", "formatting": "sharegpt", "tags": {"user_tag": "person"}},
-    "part": {"hf_hub_url": "a/b", "subset": "en"},
+    "part": {"hf_hub_url": "a/b", "folder": "en"},
+    "config": {"hf_hub_url": "a/b", "subset": "en"},
     "test": {"hf_hub_url": "a/b", "split": "test"},
     "script": {"script_url": "script.py"},
     "form": {"file_name": "identity.json", "formatting": "xml"},
@@ -109,6 +110,7 @@ def test_a_folder_of_data_may_be_elsewhere_or_beside_the_recipe(
 def test_a_hub_data_set_is_its_id(folder: Path) -> None:
     assert folder.is_dir()
     assert recipe("hub").dataset == "llamafactory/alpaca_gpt4_en"
+    assert recipe("config#3").dataset == "a/b/en#3"
 
 
 def test_what_exists_is_no_entry_unless_the_folder_is_named(folder: Path) -> None:
@@ -123,7 +125,7 @@ def test_what_exists_is_no_entry_unless_the_folder_is_named(folder: Path) -> Non
         ("dpo", "dpo in dataset_info.json is ranked: preferences are not built"),
         ("pictures", "columns: images is not read: only text"),
         ("odd", "user_tag is 'person', and user or human is what is read"),
-        ("part", "subset is not read; set dataset to the file itself, or to owner/name/FOLDER"),
+        ("part", "folder is not read; set dataset to the file itself, or to owner/name/FOLDER"),
         ("test", "split is 'test', and train is what is read"),
         ("script", "script_url is not read"),
         ("form", "formatting 'xml' is none of alpaca, sharegpt, openai"),

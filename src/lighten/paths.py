@@ -1,4 +1,4 @@
-"""Paths as people write them: `~`, and `name#500` for the first 500 rows."""
+"""Paths as people write them: `~`, `name#500` for the first 500 rows, a config of a data set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from lighten.data_card import CARD, configs_of
 from lighten.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -60,6 +61,20 @@ def limited(text: str, most: int) -> str:
     return f"{text.rpartition('#')[0]}#{min(rows, most)}"
 
 
+def config_of(path: Path) -> str | None:
+    """The config that a path names in place of a file: `data/en`, where `data` has a card."""
+    has_card = exists(path.parent / CARD)
+    return path.name if has_card and path.name in configs_of(path.parent) else None
+
+
+def with_config(text: str, config: str) -> str:
+    """A data set with one of its configs."""
+    if split_limit(text)[1] is None:
+        return f"{text.rstrip('/')}/{config}"
+    name, _, rows = text.rpartition("#")
+    return f"{name.rstrip('/')}/{config}#{rows}"
+
+
 def data_names(setting: str | Sequence[str]) -> str:
     """What its data sets are called, for people."""
     names = data_sets(setting)
@@ -79,19 +94,24 @@ def of_hub(path: Path) -> bool:
     match = _HUB_ID.fullmatch(path.as_posix())
     if match is None or (match["inside"] is None and path.suffix.lower() in DATA_SUFFIXES):
         return False
-    return not exists(path)
+    return not is_here(path)
+
+
+def is_here(path: Path) -> bool:
+    """Whether a data set's file, folder or config is there."""
+    return exists(path) or config_of(path) is not None
 
 
 def may_be_data(name: str) -> bool:
     """Whether a data set is there, or may be on the hub."""
     path, _ = split_limit(name)
-    return exists(path) or of_hub(path)
+    return is_here(path) or of_hub(path)
 
 
 def may_have_splits(setting: str | Sequence[str]) -> bool:
     """Whether a data set is no single file; the hub's are looked at once they are fetched."""
     paths = [split_limit(name)[0] for name in data_sets(setting)]
-    return any(of_hub(path) or (exists(path) and path.is_dir()) for path in paths)
+    return any(of_hub(path) or (is_here(path) and not path.is_file()) for path in paths)
 
 
 def name_of(folder: Path) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lighten.data_card import Config
 from lighten.errors import UserError
 from lighten.paths import DATA_SUFFIXES, exists
 
@@ -45,13 +46,22 @@ class _Candidate:
     total: int | None
 
 
-def files_of(path: Path, split: str) -> list[Path]:
+def files_of(path: Path, split: str, config: Config | None = None) -> list[Path]:
     """The files of a dataset path: itself, or every shard of a folder's split in order.
+
+    Args:
+        path: A file or a folder.
+        split: Which data of a folder.
+        config: Which of the configs that a folder's card names; None: files say by their names what
+            they are.
 
     Raises:
         UserError: Nothing there, a kind of file that is not read, a shard that is missing, or
             several files that could each be meant.
     """
+    if config is not None and config.splits:
+        return _files_of_config(path, split, config)
+    path = path if config is None else path / config.folder
     if exists(path) and path.is_dir():
         groups = _groups(path, split)
         if not groups:
@@ -72,9 +82,72 @@ def files_of(path: Path, split: str) -> list[Path]:
     return [path]
 
 
-def has_split(folder: Path, split: str) -> bool:
+def has_split(folder: Path, split: str, config: Config | None = None) -> bool:
     """Whether a path is a folder with data for that split."""
+    if config is not None and config.splits:
+        return bool(_splits_of(config, split))
+    folder = folder if config is None else folder / config.folder
     return exists(folder) and folder.is_dir() and bool(_groups(folder, split))
+
+
+def _files_of_config(folder: Path, split: str, config: Config) -> list[Path]:
+    """The files that a card names as a config's split."""
+    names, where = _splits_of(config, split), f"the config {config.name} of {folder}"
+    if not names:
+        raise UserError(
+            f"{where} has no {split} data; its splits are {', '.join(config.splits)}: name the "
+            "file itself"
+        )
+    if len(names) > 1:
+        raise UserError(
+            f"{' and '.join(names[:2])} could each be the {split} data of {where}; name the file "
+            "itself"
+        )
+    patterns = config.splits[names[0]]
+    files = matching(folder, patterns)
+    if not files:
+        raise UserError(f"{where}: its card names {', '.join(patterns)}, and no such file is there")
+    if unread := [file for file in files if file.suffix.lower() not in DATA_SUFFIXES]:
+        raise UserError(f"{unread[0]} is not one of {', '.join(DATA_SUFFIXES)}")
+    return files
+
+
+def _splits_of(config: Config, split: str) -> list[str]:
+    """The names that a config has for a split: `validation`, or `test_sft`."""
+    said = {name: _SPLIT_OF.get(name.lower()) for name in config.splits}
+    if exact := [name for name, meant in said.items() if meant == split]:
+        return exact
+    words = {name: re.split(r"[-_. ]", name.lower()) for name in config.splits}
+    loose = [name for name in words if any(_SPLIT_OF.get(word) == split for word in words[name])]
+    if loose or split != "train" or len(said) > 1:
+        return loose
+    return [name for name in said if not any(word in _SPLIT_OF for word in words[name])]
+
+
+def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files of a folder that patterns of a card name, pattern by pattern, shards in order."""
+    names = [
+        (Path(place) / name).relative_to(folder).as_posix()
+        for place, _, names_there in os.walk(folder)
+        for name in names_there
+        if not name.startswith(".")
+    ]
+    names.sort(key=_natural)
+    matched = {
+        name: None for pattern in patterns for name in names if _pattern(pattern).fullmatch(name)
+    }
+    return [folder / name for name in matched]
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """A card's pattern: `*` stays in its folder, `**` does not."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", text.removeprefix("./"))
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile(
+        "".join(
+            known.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts
+        )
+    )
 
 
 def checksum(files: Sequence[Path]) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lighten import hub_errors
-from lighten.data.files import files_of, has_split
+from lighten.data.files import files_of, has_split, matching
+from lighten.data_card import CARD, Config, configs_of, default_of
 from lighten.errors import UserError
-from lighten.paths import DATA_SUFFIXES, data_sets, exists, of_hub, split_limit
+from lighten.paths import DATA_SUFFIXES, config_of, data_sets, exists, of_hub, split_limit
 from lighten.streams import download_bar
+
+SHOWN = 10  # names of configs in an error
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def with_split(setting: str | Sequence[str], split: str) -> list[str]:
     Raises:
         UserError: The hub has no such data set.
     """
-    return [name for name in data_sets(setting) if has_split(_located(name)[0], split)]
+    return [name for name in data_sets(setting) if _has_split(name, split)]
 
 
 def size_here(setting: str | Sequence[str]) -> int | None:
@@ -56,76 +59,124 @@ def size_here(setting: str | Sequence[str]) -> int | None:
     total = 0
     for name in data_sets(setting):
         path, _ = split_limit(name)
-        folder = _snapshot(path.as_posix(), cached=True) if of_hub(path) else path
-        if folder is None:
+        place = _snapshot(path.as_posix(), cached=True) if of_hub(path) else _here(path)
+        if place is None:
             return None
-        files = [folder] if folder.is_file() else folder.rglob("*")
+        folder, config = place
+        if config is not None and config.splits:
+            files = matching(folder, [p for patterns in config.splits.values() for p in patterns])
+        else:
+            folder = folder if config is None else folder / config.folder
+            files = [folder] if folder.is_file() else list(folder.rglob("*"))
         total += sum(file.stat().st_size for file in files if file.is_file())
     return total
 
 
 def _source(name: str, split: str) -> Source:
-    (path, rows), (named, _) = _located(name), split_limit(name)
+    (path, config), (named, rows) = _located(name), split_limit(name)
     if not of_hub(named):
-        files = files_of(path, split)
+        files = files_of(path, split, config)
         return Source(str(files[0] if len(files) == 1 else files[0].parent), files, rows)
     hub_id = named.as_posix()
     try:
-        return Source(hub_id, files_of(path, split), rows)
+        return Source(hub_id, files_of(path, split, config), rows)
     except UserError as error:  # it speaks of the cache
         raise UserError(str(error).replace(str(path), hub_id)) from error
 
 
-def _located(name: str) -> tuple[Path, int | None]:
-    path, rows = split_limit(name)
-    if not of_hub(path):
-        return path, rows
-    return _fetched(path.as_posix()), rows
+def _has_split(name: str, split: str) -> bool:
+    path, config = _located(name)
+    return has_split(path, split, config)
+
+
+def _located(name: str) -> tuple[Path, Config | None]:
+    """Where a data set is, and which of its configs is meant."""
+    path, _ = split_limit(name)
+    return _fetched(path.as_posix()) if of_hub(path) else _here(path)
+
+
+def _here(path: Path) -> tuple[Path, Config | None]:
+    if (config := config_of(path)) is not None:
+        return path.parent, configs_of(path.parent)[config]
+    return path, _default(configs_of(path), str(path)) if path.is_dir() else None
+
+
+def _default(configs: Mapping[str, Config], name: str) -> Config | None:
+    """The config that is meant where none is named; None: the card has none.
+
+    Raises:
+        UserError: Several could be.
+    """
+    config = default_of(configs)
+    if configs and config is None:
+        names = list(configs)
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        raise UserError(
+            f"{name} has the configs {', '.join(names[:SHOWN])}{more}; name one: {name}/{names[0]} "
+            f"(or subset: {names[0]})"
+        )
+    return config
 
 
 @functools.lru_cache(maxsize=64)
-def _fetched(name: str) -> Path:
+def _fetched(name: str) -> tuple[Path, Config | None]:
     """Where a data set of the hub is; of one process's answers all are of one commit."""
-    folder = _snapshot(name, cached=False)
-    assert folder is not None
-    return folder
+    place = _snapshot(name, cached=False)
+    assert place is not None
+    return place
 
 
-def _snapshot(name: str, *, cached: bool) -> Path | None:
-    """Where a data set of the hub is in its cache.
+def _snapshot(name: str, *, cached: bool) -> tuple[Path, Config | None] | None:
+    """Where a data set of the hub is in its cache, and which of its configs is meant.
 
     Args:
-        name: Its id, perhaps with a folder or file in it: `owner/name/folder`.
+        name: Its id, perhaps with a config, folder or file of it: `owner/name/folder`.
         cached: Fetch nothing; None where it is not there.
 
     Raises:
-        UserError: There is no such data set, the hub cannot be reached, or nothing in it can be
-            read.
+        UserError: There is no such data set, the hub cannot be reached, nothing in it can be read,
+            or several configs could be meant.
     """
     from huggingface_hub import snapshot_download
 
     owner, repository, *parts = name.split("/")
     repo, inside = f"{owner}/{repository}", "/".join(parts)
-    patterns = [inside, *(f"{inside}/*{suffix}" for suffix in DATA_SUFFIXES)]
     missing = f"the dataset {name} does not exist: no file or folder is there"
+
+    def fetched(patterns: list[str], revision: str | None = None) -> Path:
+        return Path(snapshot_download(
+            repo, repo_type="dataset", local_files_only=cached, allow_patterns=patterns,
+            revision=revision, tqdm_class=download_bar(f"downloading {name}"),
+        ))  # fmt: skip
+
     with hub_errors.told(missing, f"no data set {repo}"):
         try:
-            snapshot = snapshot_download(
-                repo, repo_type="dataset", local_files_only=cached,
-                allow_patterns=patterns if inside else [f"*{suffix}" for suffix in DATA_SUFFIXES],
-                tqdm_class=download_bar(f"downloading {name}"),
-            )  # fmt: skip
+            card = fetched([CARD])
+            configs = configs_of(card)
+            config = configs.get(inside) if inside else _default(configs, repo)
+            inside = "" if config is not None else inside
+            snapshot = fetched(_patterns(inside, config), card.name)
         except OSError:
             if cached:
                 return None
             raise
-    path = Path(snapshot, inside)
+    path = snapshot / inside
     if not exists(path) or not (path.is_file() or any(_readable(path))):
         raise UserError(
             f"the hub's data set {repo} has no file of {', '.join(DATA_SUFFIXES)}"
             + (f" at {inside}" if inside else "")
         )
-    return path
+    return path, config
+
+
+def _patterns(inside: str, config: Config | None) -> list[str]:
+    """What of a data set is fetched, in patterns whose `*` may be in several folders."""
+    if config is not None and config.splits:
+        return [pattern.replace("**/", "*").removeprefix("./")
+                for patterns in config.splits.values() for pattern in patterns]  # fmt: skip
+    inside = config.folder if config is not None else inside
+    everything = [f"{inside}/*{suffix}" if inside else f"*{suffix}" for suffix in DATA_SUFFIXES]
+    return [inside, *everything] if inside else everything
 
 
 def _readable(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from lighten.paths import limited, several
+from lighten.paths import limited, several, with_config
 from lighten.recipe import dataset_info, foreign, other_tools
 
 RENAMED = {
@@ -62,13 +62,15 @@ RENAMED = {
 FROZEN_BELOW = 2
 _BITS = ("quantization_bit", "quant_bits", "quantization")
 _BACKENDS = ("quant_method", "quantization_method")
+# One of a data set's configs: LLaMA-Factory's and ms-swift's, TRL's, of transformers' scripts.
+_SUBSETS = ("subset", "dataset_config", "dataset_config_name")
 # Axolotl's switches.
 _ATTENTIONS = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa",
                "eager_attention": "eager"}  # fmt: skip
 SPECIAL = (
     "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
     "deepspeed", "fsdp", "fsdp_config", "adapter", "finetuning_type", "freeze_trainable_layers",
-    "train_on_prompt", "additional_target", "max_samples", "dataset_dir",
+    "train_on_prompt", "additional_target", "max_samples", "dataset_dir", *_SUBSETS,
     *_ATTENTIONS, *_BITS, *_BACKENDS,
 )  # fmt: skip
 # Of these, what are switches, and how people write one.
@@ -139,7 +141,8 @@ def translate(
             entries = value if isinstance(value, list) else [value]
             paths = [v.get("path") if isinstance(v, Mapping) else v for v in entries]
             if paths and all(isinstance(path, str) for path in paths):
-                put("datasets", "dataset", paths if len(paths) > 1 else paths[0])
+                named = [_with_subset(entry) for entry in entries]
+                put("datasets", "dataset", named if len(named) > 1 else named[0])
                 problems += [fault for entry in entries for fault in _unread(entry)]
             else:
                 problems.append("each entry of datasets must have a path; use dataset: FILE")
@@ -153,8 +156,8 @@ def translate(
                 problems.append(f"max_samples: {value!r} does not do; use a number from 1")
             else:
                 notices.append(f"max_samples is read as the first {value} rows of each data set")
-        elif key == "dataset_dir":
-            pass  # where `dataset_info.json` is
+        elif key in (*_SUBSETS, "dataset_dir"):
+            pass  # what is of the data set; where `dataset_info.json` is
         elif key == "lora_target_linear":
             if value:
                 put(key, "lora_target_modules", "all-linear")
@@ -233,6 +236,17 @@ def translate(
             passed_over.append(key)
         elif value is not None or key not in came_from:
             out[key] = value
+    for key in _SUBSETS:
+        if values.get(key) is not None:
+            data_set = out.get("dataset") or everything.get("dataset")
+            if isinstance(data_set, str) and several(data_set, folder) == data_set:
+                out["dataset"] = with_config(data_set, str(values[key]))
+                notices.append(f"{key} is read as dataset: {out['dataset']}")
+            else:
+                problems.append(
+                    f"{key} is of one data set; write dataset: NAME/{values[key]}, each with its "
+                    "own"
+                )
     for name in ("dataset", "eval_dataset"):
         if name in out:
             try:
@@ -270,11 +284,20 @@ def _data_sets(
     return names[0] if len(names) == 1 else names, columns, read
 
 
+def _with_subset(entry: Any) -> str:
+    """An entry of Axolotl's `datasets` with the config that its `name` chooses."""
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    chosen = next((entry[k] for k in ("name", *_SUBSETS) if entry.get(k) is not None), None)
+    return str(entry["path"]) if chosen is None else with_config(entry["path"], str(chosen))
+
+
 def _unread(entry: Any) -> list[str]:
     """A sentence for each key of Axolotl's `datasets` that asks for what is not read."""
     if not isinstance(entry, Mapping):
         return []
-    others = {key: entry[key] for key in entry if key not in ("path", "type", "ds_type")}
+    read = ("path", "type", "ds_type", "name", *_SUBSETS)
+    others = {key: entry[key] for key in entry if key not in read}
     return [
         f"datasets: {key} is not read; "
         + (other_tools.instead(key) or "remove it (dataset_columns names columns called otherwise)")

@@ -1,8 +1,8 @@
 """Names of data sets in LLaMA-Factory's `dataset_info.json`, read as their files or hub ids.
 
-An entry says where a data set is (`file_name`, `hf_hub_url`), how it is formed (`formatting`,
-`tags`) and what its columns are called. Rows are recognised by their columns here, so of an entry
-the place and other names of columns are taken; what asks for more than that is told.
+An entry says where a data set is (`file_name`, `hf_hub_url`, `subset`), how it is formed
+(`formatting`, `tags`) and what its columns are called. Rows are recognised by their columns here,
+so of an entry the place and other names of columns are taken; what asks for more than that is told.
 Source: LLaMA-Factory's data/README.md.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lighten.paths import exists, expanded
+from lighten.paths import exists, expanded, with_config
 from lighten.recipe.places import json_in
 
 FILE, FOLDER = "dataset_info.json", "data"  # where LLaMA-Factory looks unless `dataset_dir` says
@@ -31,7 +31,7 @@ _TAGS = {
     "system_tag": ("system",),
 }  # fmt: skip
 _READ = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "columns", "tags",
-         "num_samples", "split", "ranking"}  # fmt: skip
+         "num_samples", "split", "ranking", "subset"}  # fmt: skip
 
 
 def resolved(
@@ -118,10 +118,12 @@ def _where(name: str, entry: Mapping[str, Any], place: Path) -> str:
             known = " or ".join(_TAGS.get(key, ())) or "nothing"
             raise ValueError(f"{name} in {FILE}: {key} is {value!r}, and {known} is what is read; "
                              "rename it in the file")  # fmt: skip
+    where = entry.get("hf_hub_url")
     if isinstance(file := entry.get("file_name"), str):
-        return str(place / file)
-    if isinstance(hub := entry.get("hf_hub_url"), str):
-        return hub
+        where = str(place / file)
+    if isinstance(where, str):
+        subset = entry.get("subset")
+        return where if subset is None else with_config(where, str(subset))
     raise ValueError(f"{name} in {FILE} has no file_name; set dataset to the file itself")
 
 

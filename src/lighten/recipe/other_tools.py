@@ -128,7 +128,6 @@ _INSTEAD = {
     "average_tokens_across_devices": "remove it; every token of a step counts the same",
     "debug": "remove it", "dataset_kwargs": "remove it; dataset_columns names columns",
     "dataset_text_field": "set dataset_columns: {text: NAME}",
-    "dataset_config": "set dataset to its folder: owner/name/CONFIG",
     "dataset_train_split": "set dataset to the file itself",
     "dataset_test_split": "set eval_dataset to the file itself",
     "dataset_streaming": _ROW_BY_ROW, "streaming": _ROW_BY_ROW,

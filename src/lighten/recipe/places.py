@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lighten.paths import exists, expanded, split_limit
+from lighten.paths import exists, expanded, is_here, split_limit
 
 _LIMITED = ("dataset", "eval_dataset")  # may end in `#ROWS`
 _PATHS = (*_LIMITED, "model_name_or_path", "adapter_name_or_path", "chat_template")
@@ -36,7 +36,7 @@ def above(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
 
     def place(name: str, value: str) -> str:
-        if exists(_path(name, value)[0]):
+        if _is_there(name, _path(name, value)[0]):
             return value
         paths = (within(name, value, parent) for parent in folder.resolve().parents)
         return next((path for path in paths if path != value), value)
@@ -80,7 +80,11 @@ def within(name: str, value: str, folder: Path) -> str:
         return value
     path, limit = _path(name, str(folder / value))
     candidate = f"{path}#{limit}" if limit is not None else str(path)
-    return candidate if exists(path) else value
+    return candidate if _is_there(name, path) else value
+
+
+def _is_there(name: str, path: Path) -> bool:
+    return is_here(path) if name in _LIMITED else exists(path)
 
 
 def json_in(file: Path) -> Any:
