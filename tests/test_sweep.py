@@ -21,7 +21,7 @@ from lighten.evaluation import together
 from lighten.evaluation.partial_results import PartialResults
 from lighten.generation import kernels
 from lighten.recipe import EvaluateOptions
-from lighten.reporting import charts
+from lighten.reporting import charts, comparison
 from lighten.runs import Run
 from lighten.sweeps.arms import expand, group_arms
 from lighten.sweeps.budget import Halving, Speed, keep, longest
@@ -122,6 +122,32 @@ def test_the_page_shows_all_of_it(settings: dict[str, Any]) -> None:
     assert f"{result.recommended} is in <code>{place}</code>" in text
     with pytest.raises(UserError, match=r"is a sweep; what it trained .*: name \S*cohort-1"):
         lighten.evaluate(result.folder)
+
+
+def test_two_sweeps_side_by_side_are_the_arms_that_they_recommend(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    results = [
+        sweep({**settings, "output_dir": str(tmp_path / name), **changes}, lora_r=[2, 8])
+        for name, changes in (("first", {}), ("second", {"max_steps": 2, "eval_steps": 1}))
+    ]
+    arms = [
+        min((arm for arm in losses(result) if arm in ("r2", "r8")), key=losses(result).__getitem__)
+        for result in results
+    ]
+    assert all(result.recommended in (None, "r2", "r8") for result in results)
+    arms = [result.recommended or arm for result, arm in zip(results, arms, strict=True)]
+    labels = [f"{result.folder.name}: {arm}" for result, arm in zip(results, arms, strict=True)]
+    compared = comparison.compare([Run(result.folder) for result in results])
+    assert [entry.label for entry in compared.entries] == labels
+    for entry, result, arm in zip(compared.entries, results, arms, strict=True):
+        assert entry.figures["loss"] == losses(result)[arm]
+        assert entry.figures["chrf"] > 0
+        assert entry.figures["file_bytes"] > 0
+    assert compared.sentences[0].startswith(f"{labels[0]} has the lowest held-out loss")
+    page = lighten.report(*(result.folder for result in results)).read_text()
+    assert all(label in page for label in labels)
+    assert not any("Not evaluated" in sentence for sentence in compared.sentences)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from lighten.data import FEWEST
 from lighten.evaluation.bootstrap import LEVEL, Array, Resamples
 from lighten.evaluation.metrics import METRICS, mean_loss
 from lighten.evaluation.registry import OF_ANSWERS, described
+from lighten.folders import SWEEP
 from lighten.reporting import text
 from lighten.reporting.charts import number
 from lighten.runs import Run
@@ -140,9 +141,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
     entries: list[Entry] = []
     bases: dict[tuple[Any, ...], Entry] = {}
     for run, name, differing in zip(runs, names, differs, strict=True):
-        trained, base = _entries(run, name)
+        sweep = (run.folder / SWEEP).is_file()
+        trained, base = _of_sweep(run, name) if sweep else _entries(run, name)
         for entry in trained:
-            entry.differs = differing
+            entry.differs = "; ".join(filter(None, (entry.differs, differing)))
         entries += trained
         if base is not None:
             bases.setdefault((base.label, base.measured_on, base.examples), base)
@@ -259,6 +261,39 @@ def _entries(run: Run, name: str) -> tuple[list[Entry], Entry | None]:
     base = Entry(name, f"base {model}".strip(), is_base=True)
     _add_measured(base, measured["base"], evaluation, info)
     return entries, base
+
+
+def arm_of_sweep(run: Run) -> dict[str, Any] | None:
+    """What a sweep knows of the arm that it recommends, else of that with the lowest loss."""
+    data = json.loads((run.folder / SWEEP).read_text(encoding="utf-8"))
+    name = (data.get("recommendation") or {}).get("arm")
+    losses = {
+        arm["name"]: arm["loss"]["value"]
+        for arm in data.get("arms", [])
+        if arm["reference"] is None and (arm.get("loss") or {}).get("value") is not None
+    }
+    chosen = min(losses, key=losses.__getitem__, default=None) if name is None else name
+    return next((arm for arm in data.get("arms", []) if arm["name"] == chosen), None)
+
+
+def _of_sweep(run: Run, name: str) -> tuple[list[Entry], None]:
+    """What a sweep measured of one arm; see `arm_of_sweep`."""
+    arm = arm_of_sweep(run)
+    if arm is None:
+        return [Entry(name, f"{name} (a sweep that has measured no arm)", is_base=False)], None
+    sets = "; ".join(f"{key} {setting(value)}" for key, value in arm["sets"].items())
+    entry = Entry(name, f"{name}: {arm['name']}", is_base=False, differs=sets)
+    _add(entry, arm, ("seconds", "tokens_per_second", "peak_bytes", "file_bytes"))
+    model: dict[str, Any] = {"metrics": {**arm.get("metrics", {}), "loss": arm.get("loss") or {}}}
+    file = run.folder / "arms" / f"{arm['name']}.json"
+    if file.is_file():
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        pairs = zip(measured["nll"], measured["tokens"], strict=True)
+        model["losses"] = [list(pair) for pair in pairs]
+        asked = {"max_new_tokens": run.recipe().evaluate.max_new_tokens}
+        dataset = {"rows": len(model["losses"]), "path": measured["chosen_on"]}
+        _add_measured(entry, model, {"dataset": dataset, "settings": asked}, {})
+    return [entry], None
 
 
 def _add(entry: Entry, source: Mapping[str, Any], keys: Sequence[str]) -> None:

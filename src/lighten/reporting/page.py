@@ -12,7 +12,7 @@ import jinja2
 from lighten import runs as run_files
 from lighten.evaluation.metrics import METRICS
 from lighten.evaluation.registry import described
-from lighten.folders import COMPARISON, REPORT, resume_command
+from lighten.folders import COMPARISON, REPORT, SWEEP, resume_command
 from lighten.reporting import attention, comparison, evaluated, planned, quantized, text
 from lighten.reporting.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
@@ -63,7 +63,7 @@ def page(runs: Sequence[Run]) -> str:
         .get_template("page.html.j2")
         .render(
             title=" · ".join(run.name for run in runs),
-            runs=[_run(run) for run in runs],
+            runs=[_run(_trained(run)) for run in runs],
             comparison=_comparison(runs) if len(runs) > 1 else None,
             marked=text.marked,
             first_examples=FIRST_EXAMPLES,
@@ -306,9 +306,22 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
             for place, entry in enumerate(compared.entries)
         ],
         "loss": loss_chart(
-            [(name, run.metrics()) for name, run in zip(names, runs, strict=False)], named=True
+            [(name, _watched(run)) for name, run in zip(names, runs, strict=False)], named=True
         ),
     }
+
+
+def _trained(run: Run) -> Run:
+    """What is shown of a run beside others: of a sweep the run of the arm that it recommends."""
+    arm = comparison.arm_of_sweep(run) if (run.folder / SWEEP).is_file() else None
+    return run if arm is None else Run(run.folder / str(arm["group"]))
+
+
+def _watched(run: Run) -> list[dict[str, Any]]:
+    """Lines of a run's metrics; of a sweep those of the arm that it recommends."""
+    arm = comparison.arm_of_sweep(run) if (run.folder / SWEEP).is_file() else None
+    lines = _trained(run).metrics()
+    return lines if arm is None else [line for line in lines if line["adapter"] == arm["adapter"]]
 
 
 def _cell(entry: comparison.Entry, column: comparison.Column, best: bool) -> dict[str, Any]:
