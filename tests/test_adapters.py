@@ -19,7 +19,7 @@ from lighten.adapters import AdapterSpec, Cohort, Share, attach, files, layers, 
 from lighten.adapters.ops import Dropout, Part, low_rank_linears, reference, row_hashes
 from lighten.cpu import dropout as cpu_dropout
 from lighten.errors import UserError
-from tests.tiny import ARCHITECTURES, VOCAB, save_tiny, tiny_model
+from tests.tiny import ARCHITECTURES, NEWER, VOCAB, save_tiny, tiny_model
 
 IDS = torch.randint(3, VOCAB, (4, 11), generator=torch.Generator().manual_seed(0))
 # Relative, in float32: the bar that the project sets itself.
@@ -63,7 +63,7 @@ def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, *NEWER])
 def test_loss_and_gradients_equal_peft_alone_and_in_a_cohort(arch: str) -> None:
     cohort = attach(tiny_model(arch), [spec("a", 4, seed=1), spec("b", 8, seed=2)])
     shares = [Share("a", 0, 1), Share("b", 1, 4)]
@@ -89,7 +89,7 @@ def test_loss_and_gradients_equal_peft_alone_and_in_a_cohort(arch: str) -> None:
             assert relative_difference(parameter.grad, expected_gradients[key]) < CLOSE, key
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, *NEWER])
 def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(arch: str, tmp_path: Path) -> None:
     cohort = attach(tiny_model(arch), [spec(use_rslora=True)])
     for name, data in files.contents(cohort, "default", base_model="x").items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,22 @@ def test_groups_of_targets_work_for_pefts_methods_too() -> None:
         "peft_type": "LORA", "target_modules": ["attention"], "lora_bias": True})])  # fmt: skip
     places = {key.partition(".lora_")[0].rpartition("h.")[2] for key in cohort.parameters("a")}
     assert {place.partition(".")[2] for place in places} == {"attn.c_attn", "attn.c_proj"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "named", "why"),
+    [("glm4_moe", ("q_proj", "up_proj"), "reaches up_proj of Glm4MoeForCausalLM, where PEFT takes "
+      "these names for those of the stacked experts"),
+     ("falcon_h1", r".*mamba\.(in|out)_proj", "reaches out_proj of FalconH1ForCausalLM, where PEFT "
+      "takes no low-rank update")],
+)  # fmt: skip
+def test_layers_that_peft_would_lose_are_refused_by_name_and_left_out_of_all_linear(
+    arch: str, named: str | tuple[str, ...], why: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(why)):
+        attach(tiny_model(arch), [AdapterSpec(target_modules=named)])
+    cohort = attach(tiny_model(arch), [AdapterSpec()])
+    names = {path.rpartition(".")[2] for path in cohort.linears}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= names
+    assert "out_proj" not in names
+    assert arch != "glm4_moe" or names.isdisjoint({"gate_proj", "up_proj", "down_proj"})

@@ -41,6 +41,31 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 ARCHITECTURES = tuple(_SETTINGS)
+# With parts that those have not: latent attention, stacked experts beside a shared one, a state
+# that runs over tokens, four streams of hidden states.
+_EXPERTS = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+_NEWER: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        **_EXPERTS, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+        "qk_nope_head_dim": 8,
+    },
+    "falcon_h1": {
+        "head_dim": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8,
+        "mamba_d_state": 8, "mamba_chunk_size": 8, "lm_head_multiplier": 0.5,
+    },
+    "gemma3n_text": {
+        "head_dim": 8, "sliding_window": 8, "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "laurel_rank": 4,
+        "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "glm4_moe": {**_EXPERTS, "head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
+}  # fmt: skip
+NEWER = tuple(_NEWER)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -57,7 +82,8 @@ def tiny_config(arch: str, **changes: Any) -> Any:
         if arch != "gpt2"
         else {k: _COMMON[k] for k in ("vocab_size", "bos_token_id", "eos_token_id")}
     )
-    return AutoConfig.for_model(arch, **{**common, **_SETTINGS.get(arch, {}), **changes})
+    settings = (_SETTINGS | _NEWER).get(arch, {})
+    return AutoConfig.for_model(arch, **{**common, **settings, **changes})
 
 
 def tiny_model(

@@ -186,6 +186,12 @@ class CohortLinear(nn.Module):
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias, for code that takes a layer apart."""
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
     def add(self, spec: AdapterSpec, generator: torch.Generator) -> None:
         """Add an adapter; at the start its update is zero unless the spec says otherwise."""
         outputs, inputs = out_in_features(self.base)

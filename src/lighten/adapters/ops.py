@@ -274,7 +274,10 @@ class _LowRankLinears(torch.autograd.Function):
         ctx.bases, ctx.blocks = bases, blocks
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *factors, *lows)
-        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+        # No views to autograd, as of any linear layer: Gemma 3n changes one in place.
+        return tuple(
+            torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1])) for out in outs
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

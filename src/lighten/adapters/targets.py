@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -21,6 +22,9 @@ TOGETHER = (
     frozenset({"w1", "w3"}),
     frozenset({"query", "key", "value"}),
 )
+# Models of which PEFT adapts this layer nowhere (0.21.2, `_check_lora_target_modules_mamba`).
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_MAMBAS_LAST = "out_proj"
 # Linear layers of a decoder layer: those under its attention, and the rest.
 GROUPS = ("attention", "mlp")
 
@@ -33,11 +37,19 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
     """
     head = model.get_output_embeddings()
     linear = [path for path, module in model.named_modules() if is_linear(module)]
+    foreign = foreign_names(model, linear)
     if spec.target_modules == ALL_LINEAR:
         paths = [path for path in linear if model.get_submodule(path) is not head]
+        paths = [path for path in paths if _name(path) not in foreign]
     else:
         targets = without_groups(model, spec.target_modules)
         paths = [path for path, _ in model.named_modules() if _matches(path, targets)]
+        if taken := sorted(foreign & set(map(_name, paths))):
+            raise UserError(
+                f"adapter {spec.name!r}: lora_target_modules reaches {', '.join(taken)} of "
+                f"{type(model).__name__}, where PEFT {foreign_reason(model)}, so that nothing else "
+                f"could load what they learn; use {ALL_LINEAR}, which leaves them out"
+            )
     copy_paths = saved_paths(model, spec)
     paths = [p for p in paths if not any(p == w or p.startswith(f"{w}.") for w in copy_paths)]
     if not paths:
@@ -55,6 +67,49 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
                 f"modules_to_save to train it whole"
             )
     return paths
+
+
+def foreign_names(model: PreTrainedModel, paths: Iterable[str]) -> set[str]:
+    """Last names of linear modules on which PEFT would load no low-rank update of ours.
+
+    In models whose experts are stacked it takes the names of what an expert has for the experts'
+    own, wherever they stand: updates of a shared expert or a dense layer are lost. In some models
+    with Mamba layers it refuses these layers' last product, which a kernel may pass by.
+    """
+    names = set(map(_name, paths))
+    if getattr(model.config, "model_type", None) in _MAMBAS:
+        return names & {_MAMBAS_LAST}
+    layers = decoder_layers(model)
+    stacked = any(p.dim() == 3 for layer in layers for p in layer.parameters())
+    return set(filter(functools.partial(_means_experts, model), names)) if stacked else set()
+
+
+def foreign_reason(model: PreTrainedModel) -> str:
+    """Why PEFT would load none on the names of `foreign_names`."""
+    if getattr(model.config, "model_type", None) in _MAMBAS:
+        return "takes no low-rank update"
+    return "takes these names for those of the stacked experts"
+
+
+def _means_experts(model: PreTrainedModel, name: str) -> bool:
+    from peft import LoraConfig  # it takes a second and more to import
+
+    try:
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_config_for_transformers as convert,
+        )
+    except ImportError:  # PEFT before 0.19
+        return False
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert(config, model, conversions=None)
+    except ValueError:  # one name of several that are one tensor now
+        return True
+    return name not in (config.target_modules or ())
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def sibling_paths(paths: Iterable[str]) -> list[list[str]]:
@@ -106,6 +161,8 @@ def group_paths(model: PreTrainedModel, group: str) -> list[str]:
         and (parents := _parents_within(model, path, layers)) is not None
         and any(map(_is_attention, parents)) == (group == "attention")
     ]
+    foreign = foreign_names(model, paths)
+    paths = [path for path in paths if _name(path) not in foreign]
     if not paths:
         raise UserError(
             f"lora_target_modules: {group}: the decoder layers of {type(model).__name__} have no "
