@@ -52,6 +52,19 @@ def test_trap21_our_own_attention_is_packed_unless_something_hinders_it() -> Non
         choose_packing(True, model, "a prompt stands in front")
 
 
+@pytest.mark.parametrize("arch", ["falcon_h1", "lfm2"])
+def test_trap21_rows_are_never_packed_where_layers_carry_a_state(arch: str) -> None:
+    """In bfloat16 the loss of the first batch need not tell."""
+    attention.register()
+    model = tiny_model(arch)
+    model.set_attn_implementation(attention.NAME)
+    choice = choose_packing("auto", model)
+    assert choice.value == "off"
+    assert "carry a state from one row to the next" in choice.reason
+    with pytest.raises(UserError, match="carry a state"):
+        choose_packing(True, model)
+
+
 def test_trap23_a_packed_run_has_the_same_steps_of_the_same_tokens(
     tiny_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:

@@ -161,7 +161,7 @@ def cohort_at_start(cohort: Cohort, arch: str) -> Cohort:
     return cohort_of(*cohort.specs.values(), arch=arch)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "deepseek_v3", "gemma3n_text", "glm4_moe"])
 def test_trap21_logits_of_a_packed_row_are_its_own(arch: str) -> None:
     cohort = in_blocks(cohort_of(random_spec(), arch=arch))
     plain = cohort_of(random_spec(), arch=arch)

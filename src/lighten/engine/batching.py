@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from lighten import cpu, models
+from lighten.adapters.decoder import decoder_layers
 from lighten.engine import workers
 from lighten.errors import UserError
 from lighten.machine import hardware
@@ -16,6 +18,8 @@ from lighten.models import attention
 # (docs/lab-notes.md).
 CPU_TOKENS, TILES_TOKENS = 1024, 1536
 TILES = "amx_bf16"
+# Kinds of layers, as transformers calls them, that carry something from token to token.
+CARRYING = {"conv", "linear_attention", "mamba"}
 
 
 def choose_packing(
@@ -29,8 +33,9 @@ def choose_packing(
         hindered: Why what learns cannot be packed, or None.
 
     Raises:
-        UserError: It is wanted and the attention would look across rows.
+        UserError: It is wanted and a layer would look across rows.
     """
+    hindered = hindered or _carries(model)
     implementation = str(model.config._attn_implementation)
     name = attention.setting_of(implementation)
     if setting is False:
@@ -55,6 +60,20 @@ def choose_packing(
             f"or attn_implementation to one of {', '.join(sorted(offered))}"
         )
     return Choice("off", f"{name} attention does not keep packed rows apart")
+
+
+def _carries(model: PreTrainedModel) -> str | None:
+    """Why rows behind each other would not be told apart, whatever the attention is."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    convolutions = (
+        module
+        for layer in decoder_layers(model)
+        for module in layer.modules()
+        if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
+    )
+    if CARRYING.isdisjoint(kinds) and next(convolutions, None) is None:
+        return None
+    return f"layers of {type(model).__name__} carry a state from one row to the next"
 
 
 def choose_tokens(setting: int | str | None, device: str, dtype: str) -> tuple[int | None, str]:

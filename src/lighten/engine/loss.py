@@ -54,7 +54,8 @@ class HeadRule:
     """What an architecture does to its logits after the head.
 
     Attributes:
-        scale: Factor on the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
+        scale: Factor on the logits (Cohere's `logit_scale`, Falcon-H1's `lm_head_multiplier`,
+            Granite's 1 / `logits_scaling`).
         softcap: c in c · tanh(logits / c) (Gemma 2), or None.
     """
 
@@ -66,6 +67,7 @@ class HeadRule:
         """Read the rule from the model's configuration."""
         config = model.config
         scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 

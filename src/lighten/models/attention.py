@@ -224,7 +224,7 @@ def block_attention(
     Args:
         query: [B, K · G, T, D].
         key: [B, K, T, D].
-        value: [B, K, T, D].
+        value: [B, K, T, D]; here alone D may be another.
         scale: Factor on the scores.
         starts: Where each of the packed rows begins that the T tokens are (B is 1), and T.
         window: How many keys a query sees, its own last; 0: all before it.
@@ -350,9 +350,9 @@ def _forward(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     plain = attention_mask is None and causal and not options.get("dropout")
-    same_shape = query.shape[2] == key.shape[2] > 1 and query.shape[-1] == value.shape[-1]
+    whole = query.shape[2] == key.shape[2] > 1
     window = _window(module, options)
-    if not (plain and same_shape) or options.get("position_bias") is not None:
+    if not (plain and whole) or options.get("position_bias") is not None:
         if attention_mask is None and window and query.shape[2] == key.shape[2]:
             tokens = range(query.shape[2])
             attention_mask = _window_mask(tokens, tokens, window, query.device)[None, None]
@@ -372,12 +372,14 @@ _forward_uncompiled = torch.compiler.disable(_forward)
 
 
 def _forward_in_kernel(
-    module: nn.Module, query: Tensor, *args: Any, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`_forward`, of which a compiler sees the kernel as one operation."""
-    if torch.compiler.is_dynamo_compiling() and not kernel.fits(query):
-        return _forward_uncompiled(module, query, *args, **options)
-    return _forward(module, query, *args, **options)
+    # DeepSeek V3's values are narrower than its keys.
+    fits = kernel.fits(query) and query.shape[-1] == value.shape[-1]
+    if torch.compiler.is_dynamo_compiling() and not fits:
+        return _forward_uncompiled(module, query, key, value, *args, **options)
+    return _forward(module, query, key, value, *args, **options)
 
 
 def _forward_repeated(

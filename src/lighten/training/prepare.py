@@ -146,7 +146,8 @@ def prepare(
     )  # fmt: skip
     if not trained.supports_fast_loss:
         objective.reason = "the head learns inside PEFT's own module"
-    objective.packing_reason = trained.no_packing or objective.packing_reason
+    if packing.value == "off":
+        objective.packing_reason = packing.reason
     return Setup(
         recipe=recipe,
         base=base,
