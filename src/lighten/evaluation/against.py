@@ -87,7 +87,7 @@ def compare(
                 reference = their_metrics[metric][0]
                 draws = Resamples(len(statistics), samples, seed)
                 difference = draws.difference(statistics, reference, formula)
-                lower = _metric(metric).lower_is_better
+                lower = registry.described(metric).lower_is_better
                 rows.append({
                     "model": name, "against": their_name, "metric": metric,
                     "difference": difference.value, "low": difference.low, "high": difference.high,
@@ -127,12 +127,6 @@ def _tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str,
                 "difference": difference.pop("value"), **difference,
             })  # fmt: skip
     return rows
-
-
-def _metric(name: str) -> metrics.Metric:
-    return next(
-        (metric for metric in metrics.METRICS if metric.name == name), registry.described(name)
-    )
 
 
 def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -233,13 +227,8 @@ def _statistics(evaluation: Mapping[str, Any]) -> dict[str, dict[str, tuple[Arra
             answers = registry.nfc(
                 [example["answers"][model["name"]] for example in evaluation["examples"]]
             )
-            for name, text in (("chrf", metrics.chrf()), ("bleu", metrics.bleu())):
-                by_metric[name] = (text.statistics(answers, references), text)
-            by_metric["exact_match"] = (
-                metrics.exact_match_statistics(answers, references), metrics.percent,
-            )  # fmt: skip
-            for name in evaluation["settings"].get("extra_metrics", []):
-                extra = registry.extra(name)
-                by_metric[name] = (extra.statistics(answers, references), extra.formula)
+            for name in (*registry.OF_ANSWERS, *evaluation["settings"].get("extra_metrics", [])):
+                scorer = registry.scorer(name)
+                by_metric[name] = (scorer.statistics(answers, references), scorer.formula)
         result[model["name"]] = by_metric
     return result

@@ -114,6 +114,5 @@ def percent(sums: Array) -> Array:
 FROM_SUMS: dict[str, FromSums] = {
     "loss": mean_loss,
     "perplexity": perplexity,
-    "exact_match": percent,
     "general_loss": mean_loss,
 }

@@ -122,7 +122,8 @@ SCORES: dict[str, tuple[str, Score]] = {
 }
 CHRF_SPACES = "chrf_spaces"
 NAMES = (*SCORES, CHRF_SPACES)
-OF_ANSWERS = ("bleu", "chrf", "exact_match")  # that every evaluation has
+OF_ANSWERS = ("chrf", "bleu", "exact_match")  # that every evaluation has
+_USUAL = {metric.name: metric for metric in METRICS}
 ROUGE_SIGNATURE = "f1|case:lc|tok:words, Hangul, kana and Han by sign|stemmer:no"
 
 
@@ -144,7 +145,9 @@ class Extra:
 
 
 def described(name: str) -> Metric:
-    """How to read a metric of this module, which need not be at hand any more."""
+    """How to read a metric; a function of the user's need not be at hand any more."""
+    if name in _USUAL:
+        return _USUAL[name]
     if name == CHRF_SPACES:
         return Metric(name, "chrF with spaces", False)
     return Metric(name, SCORES[name][0] if name in SCORES else name, False)
@@ -158,11 +161,10 @@ def scorer(name: str) -> Extra:
     """
     if name not in OF_ANSWERS:
         return extra(name)
-    metric = next(candidate for candidate in METRICS if candidate.name == name)
     if name == "exact_match":
-        return Extra(metric, exact_match_statistics, percent, name)
+        return Extra(described(name), exact_match_statistics, percent, name)
     text = bleu() if name == "bleu" else chrf()
-    return Extra(metric, text.statistics, text, text.signature)
+    return Extra(described(name), text.statistics, text, text.signature)
 
 
 def extra(name: str) -> Extra:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lighten.data import Example
 from lighten.evaluation import forgetting, metrics, registry
-from lighten.evaluation.bootstrap import Array, FromSums, Resamples
+from lighten.evaluation.bootstrap import Array, Resamples
 from lighten.evaluation.result import Evaluation, Measured
 from lighten.evaluation.verdicts import verdict
 from lighten.recipe import EvaluateOptions
@@ -19,13 +19,9 @@ def summarise(
     results: Sequence[Measured], answered: Sequence[Example], settings: EvaluateOptions
 ) -> Evaluation:
     """Metrics with intervals, and each adapter's paired difference from the base."""
-    text = {"bleu": metrics.bleu(), "chrf": metrics.chrf()}
-    signatures = {name: metric.signature for name, metric in text.items()}
-    extras = {name: registry.extra(name) for name in settings.extra_metrics}
-    formulas: dict[str, FromSums] = {
-        **metrics.FROM_SUMS, **text, **{name: extra.formula for name, extra in extras.items()},
-    }  # fmt: skip
-    signatures |= {name: extra.signature for name, extra in extras.items()}
+    names = (*registry.OF_ANSWERS, *settings.extra_metrics)
+    scorers = {name: registry.scorer(name) for name in names}
+    formulas = metrics.FROM_SUMS | {name: scorer.formula for name, scorer in scorers.items()}
     base = results[0]
     draws = {
         len(statistics): Resamples(len(statistics), settings.bootstrap_samples, settings.seed)
@@ -34,7 +30,7 @@ def summarise(
     summaries, differences = [], []
     for result in results:
         estimates: dict[str, Any] = {}
-        for metric in (*metrics.METRICS, *(extra.metric for extra in extras.values())):
+        for metric in (*metrics.METRICS, *map(registry.described, settings.extra_metrics)):
             if metric.name not in result.statistics:
                 continue
             counts, formula = result.statistics[metric.name], formulas[metric.name]
@@ -83,7 +79,11 @@ def summarise(
         **settings.model_dump(),
         "interval": "95 % percentile bootstrap over examples, paired for differences",
         "normalisation": "NFC",
-        "signatures": signatures if answered else {},
+        "signatures": {
+            name: scorer.signature
+            for name, scorer in scorers.items()
+            if answered and name != "exact_match"
+        },
     }
     return Evaluation(recorded_settings, {}, summaries, differences, examples, created=now())
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lighten.evaluation.metrics import METRICS
 from lighten.evaluation.registry import described
-
-_LABELS = {metric.name: metric.label for metric in METRICS}
 
 
 def section(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -47,9 +44,7 @@ def _against(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     rows = [row for row in compared if all(row[side] != name for side, name in hidden.items())]
     if not rows:
         return None
-    metrics = {row["metric"] for row in rows}
-    labels = {name: _LABELS.get(name) or described(name).label for name in metrics}
     return {
         "run": rows[0]["run"],
-        "rows": [{**row, "label": labels[row["metric"]]} for row in rows],
+        "rows": [{**row, "label": described(row["metric"]).label} for row in rows],
     }

@@ -21,6 +21,7 @@ from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluation.evaluation import Progress, askable, held_out_examples, measure
 from lighten.evaluation.partial_results import PartialResults
+from lighten.evaluation.registry import OF_ANSWERS, scorer
 from lighten.evaluation.run_models import Models
 from lighten.machine import hardware
 from lighten.models import limits_of
@@ -94,7 +95,7 @@ def _path(folder: Path, name: str) -> Path:
 
 def formulas() -> dict[str, FromSums]:
     """From summed statistics to each metric."""
-    return {**metrics.FROM_SUMS, "bleu": metrics.bleu(), "chrf": metrics.chrf()}
+    return metrics.FROM_SUMS | {name: scorer(name).formula for name in OF_ANSWERS}
 
 
 def statistics_of(measurement: Measurement, metric: str) -> Array | None:

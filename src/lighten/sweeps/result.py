@@ -15,6 +15,7 @@ import numpy as np
 from lighten import runs
 from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Resamples
+from lighten.evaluation.registry import described
 from lighten.evaluation.verdicts import verdict
 from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
@@ -227,9 +228,7 @@ def _add_differences(
 ) -> None:
     """Each arm's metric minus each reference's, paired over the telling examples."""
     metric = recipe.sweep.metric
-    lower = next(
-        definition.lower_is_better for definition in metrics.METRICS if definition.name == metric
-    )
+    lower = described(metric).lower_is_better
     references = [row["name"] for row in rows if row["reference"]]
     for row in rows:
         row["against"] = {}
