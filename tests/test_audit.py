@@ -377,13 +377,6 @@ def test_ratios_have_intervals_that_hold() -> None:
     assert 0.93 <= float(np.mean(covered)) <= 0.97
 
 
-def test_student_is_right() -> None:
-    """Against published tables."""
-    assert ratios.student(1) == pytest.approx(12.706)
-    assert ratios.student(30) == pytest.approx(2.042, abs=1e-3)
-    assert ratios.student(15) == pytest.approx(2.131, abs=1e-3)
-
-
 def test_mistakes_are_told(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"data": str(chat_file), "output_dir": tmp_path / "new"}
     with pytest.raises(UserError, match="--budget soon: write a time such as 90s"):

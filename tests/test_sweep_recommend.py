@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lighten.sweeps.recommend import Candidate, Recommendation, after_training, recommend, student
+from lighten.evaluation.bootstrap import student
+from lighten.sweeps.recommend import Candidate, Recommendation, after_training, recommend
 
 EXAMPLES = 160
 

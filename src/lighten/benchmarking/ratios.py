@@ -17,12 +17,9 @@ from typing import Any
 import numpy as np
 
 from lighten.evaluation import metrics
-from lighten.evaluation.bootstrap import Resamples
+from lighten.evaluation.bootstrap import LEVEL, Resamples, student
 from lighten.evaluation.verdicts import verdict
 
-# Student's t at 0.975 for 1 to 12 degrees of freedom; beyond, Cornish and Fisher's expansion.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-_Z = 1.959964
 DRAWS = 2000
 # Steps of a training that count: its first ones warm up.
 WARMUP = 1
@@ -96,21 +93,13 @@ def ratio(
     if not between.freedom:
         return {"value": value, "low": None, "high": None}
     error = between.deviation * math.sqrt(1 / len(ours) + 1 / len(theirs))
-    half = student(between.freedom) * math.sqrt(2) * error
+    half = student((1 + LEVEL) / 2, between.freedom) * math.sqrt(2) * error
     return {"value": value, "low": math.exp(difference - half), "high": math.exp(difference + half)}
 
 
 def _logs(row: Mapping[str, Any], figure: str) -> list[float]:
     figures = (FIGURES[figure](process) for process in row.get("processes", ()))
     return [math.log(value) for value in figures if value]
-
-
-def student(freedom: int) -> float:
-    """Student's t at 0.975."""
-    if freedom <= len(_T):
-        return _T[freedom - 1]
-    z = _Z
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def loss_difference(row: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any] | None:

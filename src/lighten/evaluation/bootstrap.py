@@ -7,8 +7,10 @@ An example's tokens are not independent, so whole examples are drawn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -85,3 +87,22 @@ class Resamples:
             return Estimate(value, None, None, None)
         low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(value, float(values.std(ddof=1)), float(low), float(high))
+
+
+def student(level: float, freedom: float) -> float:
+    """Quantile of Student's t distribution; the normal one for infinitely many degrees.
+
+    Read off the distribution function, which is summed by Simpson's rule over the angle whose
+    tangent is t / sqrt(freedom); degrees of freedom need not be whole.
+    """
+    if math.isinf(freedom) or freedom > 1e4:
+        return NormalDist().inv_cdf(level)
+    freedom = max(freedom, 1.0)
+    # With t = sqrt(n) tan(a) the density becomes cos(a)^(n - 1), up to its normalisation.
+    angles = np.linspace(0.0, math.pi / 2, 20001)
+    heights = np.cos(angles) ** (freedom - 1)
+    step = angles[1]
+    pairs = (heights[:-2:2] + 4 * heights[1:-1:2] + heights[2::2]) * step / 3
+    area = np.concatenate([[0.0], np.cumsum(pairs)])
+    angle = float(np.interp((2 * level - 1) * area[-1], area, angles[::2]))
+    return math.sqrt(freedom) * math.tan(angle)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lighten.data import FEWEST
-from lighten.evaluation.bootstrap import LEVEL, Array, Resamples
+from lighten.evaluation.bootstrap import LEVEL, Array, Resamples, student
 from lighten.wording import counted, significant
 
 # Arms that have seen less of the data than this, in fewer steps than this, have hardly warmed up:
@@ -376,28 +376,3 @@ def _listed(names: Sequence[str]) -> str:
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def student(level: float, freedom: float) -> float:
-    """Quantile of Student's t distribution; the normal one for infinitely many degrees.
-
-    By bisection of the distribution function, itself by Simpson's rule over the angle whose
-    tangent is t / sqrt(freedom); degrees of freedom need not be whole.
-    """
-    if math.isinf(freedom) or freedom > 1e4:
-        return _normal(level)
-    freedom = max(freedom, 1.0)
-    # With t = sqrt(n) tan(a) the density becomes cos(a)^(n - 1), up to its normalisation.
-    angles = np.linspace(0.0, math.pi / 2, 20001)
-    heights = np.cos(angles) ** (freedom - 1)
-    step = angles[1]
-    pairs = (heights[:-2:2] + 4 * heights[1:-1:2] + heights[2::2]) * step / 3
-    area = np.concatenate([[0.0], np.cumsum(pairs)])
-    angle = float(np.interp((2 * level - 1) * area[-1], area, angles[::2]))
-    return math.sqrt(freedom) * math.tan(angle)
-
-
-def _normal(level: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(level)
