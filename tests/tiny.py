@@ -63,6 +63,7 @@ _NEWER: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "glm4_moe": {**_EXPERTS, "head_dim": 8},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
 }  # fmt: skip
 NEWER = tuple(_NEWER)

@@ -23,7 +23,21 @@ from lighten.cpu import products
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a low-rank update can be added to the module (`nn.Linear` or GPT-2's `Conv1D`)."""
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear | Conv1D) and not _is_more(module)
+
+
+def _is_more(module: nn.Module) -> bool:
+    """Whether a model's own kind of `nn.Linear` is no plain product: some routers of experts."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return False
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    outputs, inputs = weight.shape
+    try:
+        with torch.no_grad():
+            out = module(weight.new_zeros(1, inputs))
+    except RuntimeError:  # it wants its input cut into groups
+        return True
+    return not isinstance(out, Tensor) or out.shape != (1, outputs)
 
 
 def is_quantized(module: nn.Module) -> bool:

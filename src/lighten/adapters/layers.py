@@ -183,14 +183,12 @@ class CohortLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen weight, for code that looks at a layer's format or device."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight
+        return self.base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
         """The frozen bias, for code that takes a layer apart."""
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        return bias
+        return self.base.bias  # type: ignore[return-value]
 
     def add(self, spec: AdapterSpec, generator: torch.Generator) -> None:
         """Add an adapter; at the start its update is zero unless the spec says otherwise."""
@@ -223,8 +221,7 @@ class CohortLinear(nn.Module):
         """What the adapters add to this layer on x, as the given one of several layers."""
         route = self.route
         if not route.shares:
-            name = route.everyone
-            if name is None or name not in self.specs:
+            if (name := route.everyone) is None or name not in self.specs:
                 return []
             rows = math.prod(x.shape[:-1])
             return [(name, Part(0, rows, self.scales[name], layer=layer))]
