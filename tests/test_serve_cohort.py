@@ -551,6 +551,7 @@ def test_an_adapter_of_another_base_is_refused(engine: Engine, tmp_path: Path) -
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
                                        "rope_theta": 10000.0}}, "rotary"),
         ("falcon", {}, "attention"),
+        ("gpt_oss", {"head_dim": 8, "num_local_experts": 4}, "sinks"),
     ],
 )  # fmt: skip
 def test_bases_that_slots_would_get_wrong_are_refused(
@@ -558,6 +559,14 @@ def test_bases_that_slots_would_get_wrong_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         Engine(tiny_model(arch, **changes))
+
+
+def test_a_base_that_masks_by_itself_answers_nothing() -> None:
+    """Its first request says so, which the server asks before it is ready."""
+    engine = Engine(tiny_model("doge", attn_implementation="eager"), max_sequences=1, max_tokens=32)
+    with pytest.raises(UserError, match="a mask of its own"):
+        finished(ask(engine, PROMPTS[1], None))
+    engine.close(10)
 
 
 LOGITS = torch.tensor([0.1, 2.0, 1.9, -4.0, 1.0])

@@ -210,10 +210,10 @@ def _forward(
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """What transformers calls: [1, H, N, D] → [1, N, H, D]."""
-    if options.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks")
     batch = _batch.get()
     if batch is not None:
+        if attention_mask is not None and not batch.packed:
+            raise UserError("this model's attention has a mask of its own")
         keys, values = batch.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
         keys[batch.slots, :, batch.positions] = key[0].transpose(0, 1)
         values[batch.slots, :, batch.positions] = value[0].transpose(0, 1)
@@ -354,3 +354,5 @@ def require_plain(model: PreTrainedModel) -> None:
         raise UserError(f"{name}'s rotary embedding depends on the length of the whole batch")
     if not model._supports_attention_backend:
         raise UserError(f"{name}'s attention cannot be replaced")
+    if any(path.endswith(".sinks") for path, _ in model.named_parameters()):
+        raise UserError(f"{name}'s attention has sinks")
