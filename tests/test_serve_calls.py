@@ -14,7 +14,15 @@ from lighten.serving.call_reader import CallFormat, CallReader
 from tests.tiny import CHATML, tiny_tokenizer
 from tests.tool_templates import FORMATS, PYTHONIC
 
-NAMES = ("get_weather", "send")
+TYPED = ("typed", {"text": "5", "maybe": "null", "kind": "1", "count": 5, "flag": False,
+                   "list": [1, "a"], "other": "words"})  # fmt: skip
+FUNCTIONS: dict[str, Any] = {
+    "get_weather": None, "send": None, "typed": {"type": "object", "properties": {
+        "text": {"type": "string"}, "count": {"type": "integer"}, "flag": {"type": "boolean"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "kind": {"enum": ["1", "2"]},
+        "list": {"type": "array"}, "none": {"type": ["integer", "null"]},
+    }},
+}  # fmt: skip
 OSLO = ("get_weather", {"city": "Oslo"})
 SENT = ("send", {"to": ["a", "b"], "text": 'said "}</tool_call>" \\ {[', "more": {"n": 1.5}})
 
@@ -36,6 +44,18 @@ def call(name: str, arguments: dict[str, Any], key: str = "arguments", **more: A
 
 def hermes(*calls: tuple[str, dict[str, Any]]) -> str:
     return "\n".join(f"<tool_call>\n{call(*each)}\n</tool_call>" for each in calls)
+
+
+def xml(*calls: tuple[str, dict[str, Any]]) -> str:
+    def value(argument: Any) -> str:
+        return argument if isinstance(argument, str) else json.dumps(argument)
+
+    return "\n".join(
+        f"<tool_call>\n<function={name}>\n"
+        + "".join(f"<parameter={k}>\n{value(v)}\n</parameter>\n" for k, v in arguments.items())
+        + "</function>\n</tool_call>"
+        for name, arguments in calls
+    )
 
 
 def blocks(*calls: tuple[str, dict[str, Any]]) -> str:
@@ -107,6 +127,19 @@ TEXTS: list[tuple[str, str, str, list[tuple[str, dict[str, Any]]]]] = [
      f"{json.dumps(OSLO[1])}", "a", [("send", {}), OSLO]),
     ("mistral new", "[TOOL_CALLS]send", None, []),
     ("mistral new", "[TOOL_CALLS]send[ARGS]5", None, []),
+    ("xml", xml(OSLO), "", [OSLO]),
+    ("xml", "So:\n" + xml(OSLO, SENT, ("send", {})), "So:", [OSLO, SENT, ("send", {})]),
+    ("xml", xml(TYPED), "", [TYPED]),
+    ("xml", "<tool_call>\n<function=typed>\n<parameter=flag>\nTrue\n</parameter>\n"
+     "<parameter=none>\nNone\n</parameter>\n<parameter=text>\n\na\n\n</parameter>\n</function>\n"
+     "</tool_call>", "", [("typed", {"flag": True, "none": None, "text": "\na\n"})]),
+    ("xml", xml(OSLO).removesuffix("\n</function>\n</tool_call>"), None, []),
+    ("xml", "<tool_call>\n<function=send>\n", None, []),
+    ("xml", xml(OSLO).replace("=get", " get"), None, []),
+    ("keys", "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+     "</tool_call>", "", [OSLO]),
+    ("keys", "<tool_call>typed<arg_key>count</arg_key><arg_value>5</arg_value><arg_key>text"
+     "</arg_key><arg_value>5</arg_value></tool_call>", "", [("typed", {"count": 5, "text": "5"})]),
     ("blocks", blocks(OSLO, SENT), "", [OSLO, SENT]),
     ("blocks", "So:\n" + blocks(SENT), "So:", [SENT]),
 ]  # fmt: skip
@@ -131,39 +164,39 @@ def test_calls_are_told_from_content_wherever_the_text_is_split(
     splits = [[text], list(text), [*text, ""], [text, ""]]
     splits += [[text[:at], text[at:]] for at in range(1, len(text))]
     for pieces in splits:
-        contents, whole = read(CallReader(format_of(name), NAMES), pieces)
+        contents, whole = read(CallReader(format_of(name), FUNCTIONS), pieces)
         assert ("".join(contents), whole) == expected, pieces
 
 
 @pytest.mark.parametrize("name", ["hermes", "mistral", "mistral new", "blocks"])
 def test_what_begins_no_call_is_shown_at_once(name: str) -> None:
-    contents, _ = read(CallReader(format_of(name), NAMES), [*"a < b [c] is", ""])
+    contents, _ = read(CallReader(format_of(name), FUNCTIONS), [*"a < b [c] is", ""])
     assert "".join(contents[:2]) == "a"
     assert "".join(contents[:-1]) == "a < b [c] is"
 
 
 def test_an_answer_ends_with_the_calls_that_are_wanted() -> None:
-    reader = CallReader(format_of("hermes"), NAMES, most=1)
+    reader = CallReader(format_of("hermes"), FUNCTIONS, most=1)
     assert read(reader, [hermes(OSLO, SENT)]) == ([""], [OSLO])
     assert reader.complete
-    reader = CallReader(format_of("mistral"), NAMES, most=1)
+    reader = CallReader(format_of("mistral"), FUNCTIONS, most=1)
     assert read(reader, [f"[TOOL_CALLS] [{call(*OSLO)}, {call(*SENT)}]"])[1] == [OSLO]
 
 
 def test_no_call_stands_in_a_thought_that_the_prompt_opened() -> None:
-    reader = CallReader(format_of("hermes"), NAMES, thinking=True)
+    reader = CallReader(format_of("hermes"), FUNCTIONS, thinking=True)
     text = f"I call {hermes(SENT)}</think>"
     assert read(reader, [text, hermes(OSLO)]) == ([text, ""], [OSLO])
 
 
 def test_ids_are_such_as_the_template_takes_back() -> None:
-    (first,) = CallReader(format_of("mistral"), NAMES).take(f"[TOOL_CALLS] [{call(*OSLO)}]")[1]
+    (first,) = CallReader(format_of("mistral"), FUNCTIONS).take(f"[TOOL_CALLS] [{call(*OSLO)}]")[1]
     assert re.fullmatch("[A-Za-z0-9]{9}", first.id)
-    (second,) = CallReader(format_of("hermes"), NAMES).take(hermes(OSLO))[1]
+    (second,) = CallReader(format_of("hermes"), FUNCTIONS).take(hermes(OSLO))[1]
     assert re.fullmatch("call_[0-9a-f]{24}", second.id)
 
 
 def test_half_of_a_character_in_arguments_can_be_sent() -> None:
     text = '<tool_call>\n{"name": "send", "arguments": {"text": "\\ud83d"}}\n</tool_call>'
-    (whole,) = CallReader(format_of("hermes"), NAMES).take(text)[1]
+    (whole,) = CallReader(format_of("hermes"), FUNCTIONS).take(text)[1]
     assert whole.arguments.encode() == b'{"text": "\\ud83d"}'

@@ -179,7 +179,8 @@ def follows(base: Path, lark: str, text: str) -> bool:
 
 WEATHER = [
     {"type": "function", "function": {"name": name, "parameters": {
-        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
+        "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city", "days"],
         "additionalProperties": False}}}
     for name in ("get", "get_all")
 ]  # fmt: skip
@@ -203,18 +204,30 @@ def test_a_forced_answer_is_calls_of_the_given_functions(
     def written(*calls: tuple[str, dict[str, Any]]) -> str:
         return re.sub(r', "id": "\w+"', "", rendered(calls, FORMATS[name]))
 
-    oslo, rome = ("get", {"city": "Oslo"}), ("get_all", {"city": '"} \n'})
+    oslo = ("get", {"city": "Oslo", "days": 5})
+    rome = ("get_all", {"city": '"} \n', "days": -1})
     for call in (oslo, rome):
         assert follows(folder, lark, written(call))
         assert follows(folder, one, written(call))
     if name != "llama":
         assert follows(folder, lark, written(oslo, rome, rome))
         assert not follows(folder, one, written(oslo, rome))
-    for text in (
-        "Well, " + written(oslo), written(("put", {"city": "Oslo"})), written(("get", {})),
-        written(("get", {"city": 5})), written(("get", {"town": "Oslo"})), written(oslo)[:-1],
-    ):  # fmt: skip
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("put", oslo[1]), ("get", {}), ("get", {"city": "Oslo"}),
+        ("get", {"city": "Oslo", "days": "some"}), ("get", {"town": "Oslo", "days": 5}),
+    ]  # fmt: skip
+    for text in ("Well, " + written(oslo), written(oslo)[:-1], *map(written, wrong)):
         assert not follows(folder, lark, text), text
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_function_without_arguments_is_called_without_any(base: Path, name: str) -> None:
+    for described in ({}, {"parameters": {"type": "object", "properties": {}}}):
+        nothing = {"type": "function", "function": {"name": "get", **described}}
+        lark = grammar_of(base, name, tools=[nothing])
+        assert follows(
+            base, lark, re.sub(r', "id": "\w+"', "", rendered([("get", {})], FORMATS[name]))
+        )
 
 
 def rendered(calls: Sequence[tuple[str, dict[str, Any]]], template: str) -> str:

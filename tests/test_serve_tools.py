@@ -49,6 +49,7 @@ ADDED = {
                AddedToken("</tool_call>", special=False, normalized=False)],
     "mistral": [AddedToken("[TOOL_CALLS]", special=True, normalized=False)],
     "llama": [],
+    "xml": [AddedToken("<tool_call>", special=False, normalized=False)],
 }  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def rows_of(
     return torch.tensor([ids]), torch.tensor([labels])
 
 
-@pytest.fixture(scope="module", params=["hermes", "mistral", "llama"])
+@pytest.fixture(scope="module", params=["hermes", "mistral", "llama", "xml"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -150,6 +151,10 @@ def cities_of(message: Any) -> list[str]:
 
 def expected(family: str) -> list[str]:
     return list(CITIES[: 1 if family == "llama" else 2])
+
+
+def before_city(family: str) -> str:
+    return "<parameter=city>\n" if family == "xml" else '"city": "'
 
 
 def test_a_model_calls_and_answers_with_the_results(client: openai.OpenAI, family: str) -> None:
@@ -202,16 +207,16 @@ def test_several_answers_with_log_probabilities_each_have_their_calls(
         assert cities_of(choice.message) == ["Oslo"]
         assert choice.finish_reason == "tool_calls"
         told = "".join(token.token for token in choice.logprobs.content)
-        assert '"city": "Oslo"' in told
+        assert f"{before_city(family)}Oslo" in told
 
 
-def test_a_call_that_is_cut_off_is_content(client: openai.OpenAI) -> None:
+def test_a_call_that_is_cut_off_is_content(client: openai.OpenAI, family: str) -> None:
     short = ask(client, max_tokens=12).choices[0]
     assert (short.finish_reason, short.message.tool_calls) == ("length", None)
-    assert '"name"' in short.message.content
+    assert ("<function" if family == "xml" else '"name"') in short.message.content
     stopped = ask(client, stop="Oslo").choices[0]
     assert (stopped.finish_reason, stopped.message.tool_calls) == ("stop", None)
-    assert stopped.message.content.endswith('"city": "')
+    assert stopped.message.content.endswith(before_city(family))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -266,7 +271,11 @@ def test_tools_that_are_not_to_be_called_are_not(client: openai.OpenAI) -> None:
     assert with_tools.choices[0].message.content == without.choices[0].message.content
 
 
-def test_what_the_page_shows_runs(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_page_shows_runs(
+    url: str, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if family == "xml":
+        pytest.skip("what ends a text is several tokens, which this model does not know")
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.S)
     code = code.replace("http://127.0.0.1:8000", url).replace('"support"', '"base"')
     quote = tiny_tokenizer().convert_tokens_to_ids('"')  # texts end soon

@@ -76,6 +76,22 @@ BLOCKS = HERMES.replace(
     "{{ '\n```json\n' }}{{ c.function.arguments | tojson }}{{ '\n```<|end_call|>' }}{% endfor %}"
     "{{ '<|end_calls|>' }}",
 )
+# Qwen3.5's and Nemotron's, arguments one by one; and GLM's.
+XML = HERMES.replace(
+    _HERMES_CALLS,
+    "{% for c in m.tool_calls %}{% if not loop.first or m.content %}{{ '\n' }}{% endif %}"
+    "{{ '<tool_call>\n<function=' + c.function.name + '>\n' }}"
+    "{% for k, v in c.function.arguments.items() %}{{ '<parameter=' + k + '>\n' }}"
+    "{{ v if v is string else (v | tojson if v is mapping or v is iterable else v | string) }}"
+    "{{ '\n</parameter>\n' }}{% endfor %}{{ '</function>\n</tool_call>' }}{% endfor %}",
+)
+KEYS = HERMES.replace(
+    _HERMES_CALLS,
+    "{% for c in m.tool_calls %}{{ '\n<tool_call>' + c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %}{{ '\n<arg_key>' + k + '</arg_key>' }}"
+    "{{ '\n<arg_value>' }}{{ v if v is string else v | tojson }}{{ '</arg_value>' }}"
+    "{% endfor %}{{ '\n</tool_call>' }}{% endfor %}",
+)
 # Calls as Python, which is not read here; and a template that leaves tools out.
 PYTHONIC = HERMES.replace(
     _HERMES_CALLS,
@@ -84,5 +100,5 @@ PYTHONIC = HERMES.replace(
 )
 FORMATS = {
     "hermes": HERMES, "qwen3": QWEN3, "llama": LLAMA, "mistral": MISTRAL,
-    "mistral new": MISTRAL_NEW, "blocks": BLOCKS,
+    "mistral new": MISTRAL_NEW, "blocks": BLOCKS, "xml": XML, "keys": KEYS,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,17 +13,19 @@ from lighten.data import Message
 from lighten.data.asking import OPENED
 from lighten.data.spans import EMPTY_THOUGHT, RefusedError, render
 from lighten.data.special import MARKER, special_tokens
+from lighten.serving.call_parameters import Parameters
 from lighten.serving.call_reader import CallFormat, CallReader
 
-_CALLED, _ARGUMENTS = "lighten_call", {"lighten_argument": "lighten_value"}
+_CALLED = "lighten_call"
+_ARGUMENTS = {"lighten_argument": "lighten_value", "lighten_other": "lighten_text"}
 _IDS = ("lighten01", "lighten02")  # as Mistral's templates want them
-_TOOL = {
+_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": _CALLED, "description": "A call.",
         "parameters": {"type": "object", "properties": {
-            "lighten_argument": {"type": "string", "description": "A value."},
-        }, "required": ["lighten_argument"]},
+            key: {"type": "string", "description": "A value."} for key in _ARGUMENTS
+        }, "required": list(_ARGUMENTS)},
     },
 }  # fmt: skip
 _QUESTION = Message("user", "?")
@@ -123,6 +126,7 @@ class _Span:
     name_key: str | None = None
     arguments_key: str | None = None
     middle: str = ""
+    parameters: Parameters | None = None
 
 
 def _format(one: str, two: str | None, ends: Iterable[str]) -> CallFormat | None:
@@ -137,9 +141,12 @@ def _format(one: str, two: str | None, ends: Iterable[str]) -> CallFormat | None
         if same and _up_to(two[after.end :], ends) == end:
             between, written = two[before.end : after.begin], two[: after.end] + end
     call_format = CallFormat(
-        one[: first.begin], between, end, first.name_key, first.arguments_key, first.middle
-    )
-    if call_format.is_bare and call_format.name_key is None:
+        one[: first.begin], between, end, first.name_key, first.arguments_key, first.middle,
+        first.parameters,
+    )  # fmt: skip
+    # A name without a mark before it is any word; gpt-oss calls otherwise than its template writes.
+    unmarked = call_format.is_bare and call_format.name_key is None
+    if unmarked or any(word in call_format.marks for word in (_CALLED, "<|channel|>")):
         return None
     read = [_read(call_format, one[: first.end] + end)]
     if between is not None:
@@ -149,7 +156,8 @@ def _format(one: str, two: str | None, ends: Iterable[str]) -> CallFormat | None
 
 def _read(call_format: CallFormat, text: str) -> int:
     """How many calls are read in a text that is nothing else."""
-    content, calls = CallReader(call_format, [_CALLED]).take(text, final=True)
+    functions = {_CALLED: _TOOL["function"]["parameters"]}
+    content, calls = CallReader(call_format, functions).take(text, final=True)
     right = all((call.name, json.loads(call.arguments)) == (_CALLED, _ARGUMENTS) for call in calls)
     return len(calls) if right and not content else 0
 
@@ -175,9 +183,29 @@ def _span(text: str, start: int) -> _Span | None:
     behind = at + len(_CALLED)
     brace = text.find("{", behind)
     value, end = _object(text, brace)
-    if value != _ARGUMENTS:
+    if value == _ARGUMENTS:
+        return _Span(at, end, middle=text[behind:brace])
+    return _one_by_one(text, at, behind)
+
+
+def _one_by_one(text: str, begin: int, behind: int) -> _Span | None:
+    """A call whose arguments stand one by one behind its name."""
+    words = [word for pair in _ARGUMENTS.items() for word in pair]
+    places = [text.find(word, behind) for word in words]
+    if min(places) < 0 or places != sorted(places):
         return None
-    return _Span(at, end, middle=text[behind:brace])
+    ends = [behind, *(place + len(word) for place, word in zip(places, words, strict=True))]
+    before, after_key, between, same, rest = (
+        text[end:place] for end, place in zip(ends, [*places, len(text)], strict=True)
+    )
+    pairs = zip(reversed(before), reversed(between), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    before_key, after_value = between[len(between) - shared :], between[: len(between) - shared]
+    marks = (before_key, after_key, after_value)
+    if after_key != same or not rest.startswith(after_value) or not all(map(str.strip, marks)):
+        return None
+    middle = before[: len(before) - shared]
+    return _Span(begin, ends[-1] + len(after_value), None, None, middle, Parameters(*marks))
 
 
 def _object(text: str, at: int) -> tuple[dict[str, Any], int]:

@@ -7,14 +7,17 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
+
+from lighten.serving.call_parameters import JSON, Parameters
 
 # Llama's mark of a call, which its models write or leave out.
 TAG = "<|python_tag|>"
 _LETTERS = string.ascii_letters + string.digits
 _NAME = re.compile(r"\s*([\w.:/-]+)")
+_KEY = re.compile(r"\s*([^<>\s]+)")
 _FIRST_WORD = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\S+")
 
 
@@ -48,6 +51,7 @@ class CallFormat:
             JSON of its arguments.
         arguments_key: Of the same.
         middle: Between name and arguments.
+        parameters: Where arguments stand one by one behind the name, what stands around each.
     """
 
     begin: str
@@ -56,6 +60,7 @@ class CallFormat:
     name_key: str | None = None
     arguments_key: str | None = None
     middle: str = ""
+    parameters: Parameters | None = None
 
     @property
     def is_bare(self) -> bool:
@@ -65,7 +70,11 @@ class CallFormat:
     @property
     def marks(self) -> str:
         """All that it writes around names and arguments."""
-        return " ".join((self.begin, self.between or "", self.middle, self.end))
+        one_by_one = self.parameters or Parameters("", "", "")
+        return " ".join((
+            self.begin, self.between or "", self.middle, self.end, one_by_one.before_key,
+            one_by_one.after_key, one_by_one.after_value,
+        ))  # fmt: skip
 
     def new_id(self) -> str:
         """Mistral's templates take ids of nine letters and digits alone."""
@@ -91,8 +100,8 @@ class CallReader:
 
     Args:
         call_format: Of the model.
-        names: Functions that may be called; where calls have no mark, an object that names
-            another one is content.
+        functions: Those that may be called, with the JSON schemas of their arguments; where calls
+            have no mark, an object that names another one is content.
         most: Calls after which the answer ends; None: any number.
         thinking: Whether the prompt opened a thought. What stands in a thought is no call.
 
@@ -101,11 +110,11 @@ class CallReader:
     """
 
     def __init__(
-        self, call_format: CallFormat, names: Collection[str], *, most: int | None = None,
-        thinking: bool = False,
+        self, call_format: CallFormat, functions: Mapping[str, Mapping[str, Any] | None], *,
+        most: int | None = None, thinking: bool = False,
     ) -> None:  # fmt: skip
         self.count = 0
-        self._format, self._names, self._most = call_format, names, most
+        self._format, self._functions, self._most = call_format, functions, most
         self._thinking = thinking
         self._begin, self._end, self._middle = (
             "".join(text.split())
@@ -223,7 +232,7 @@ class CallReader:
         try:
             return calls, _past(self._end, text, at)
         except _NotYet:
-            if not final:
+            if not final or self._format.parameters is not None:
                 raise
             return calls, len(text)  # a token that ended the answer stood for it
 
@@ -250,7 +259,7 @@ class CallReader:
                 at = _past(TAG, text, at)
             try:
                 call, end = self._call(text, at)
-                if call[0] not in self._names:
+                if call[0] not in self._functions:
                     raise _NoCall
             except (_NoCall, _NotYet) as error:
                 if not calls or (isinstance(error, _NotYet) and not final):
@@ -272,7 +281,11 @@ class CallReader:
                 raise _NoCall if text[at:].strip() else _NotYet
             if match.end() == len(text):
                 raise _NotYet  # the name may go on
-            arguments, at = self._object(text, _past(self._middle, text, match.end()))
+            at = _past(self._middle, text, match.end())
+            if self._format.parameters is not None:
+                arguments, at = self._one_by_one(text, at, match[1], self._format.parameters)
+            else:
+                arguments, at = self._object(text, at)
             return (match[1], arguments), at
         written, at = self._object(text, at)
         keys = (self._format.arguments_key, "arguments", "parameters")
@@ -280,13 +293,33 @@ class CallReader:
         name, arguments = written.get(self._format.name_key), written.get(str(key), {})
         if isinstance(arguments, str):
             try:
-                arguments = _JSON.decode(arguments)
+                arguments = JSON.decode(arguments)
             except (ValueError, RecursionError):
                 raise _NoCall from None
         named = isinstance(name, str) and name and (key is not None or not self._format.is_bare)
         if not named or not isinstance(arguments, dict):
             raise _NoCall
         return (str(name), arguments), at
+
+    def _one_by_one(
+        self, text: str, at: int, name: str, marks: Parameters
+    ) -> tuple[dict[str, Any], int]:
+        arguments: dict[str, Any] = {}
+        while True:
+            try:
+                at = _past("".join(marks.before_key.split()), text, at)
+            except _NoCall:
+                return arguments, at
+            key = _KEY.match(text, at)
+            if key is None or key.end() == len(text):
+                raise _NoCall if text[at:].strip() and key is None else _NotYet
+            at = _past("".join(marks.after_key.split()), text, key.end())
+            end = text.find(marks.after_value.strip(), at)
+            if end < 0:
+                raise _NotYet
+            schema = self._functions.get(name)
+            arguments[key[1]] = marks.value(text[at:end], key[1], schema)
+            at = _past("".join(marks.after_value.split()), text, end)
 
     def _object(self, text: str, at: int) -> tuple[dict[str, Any], int]:
         at += len(text[at:]) - len(text[at:].lstrip())
@@ -295,7 +328,7 @@ class CallReader:
         if text[at] != "{":
             raise _NoCall
         try:
-            value, end = _JSON.raw_decode(text, at)
+            value, end = JSON.raw_decode(text, at)
         except (ValueError, RecursionError):
             self._awaits_brace = True
             raise _NotYet from None
@@ -334,11 +367,3 @@ def _past(mark: str, text: str, at: int) -> int:
             raise _NoCall
         at += 1
     return at
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-# Models write ends of lines into their texts, which strict JSON does not take.
-_JSON = json.JSONDecoder(parse_constant=_no_number, strict=False)

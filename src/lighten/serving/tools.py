@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lighten.data import Message
 from lighten.data.special import special_tokens
-from lighten.errors import UserError
 from lighten.serving.adapters import Model
 from lighten.serving.call_formats import abilities
+from lighten.serving.call_grammar import call_grammar
 from lighten.serving.call_reader import CallFormat, CallReader
-from lighten.serving.prompts import Asking
 from lighten.serving.requests import ChatRequest, Refused
-from lighten.serving.schemas import compiled, laid_out
-from lighten.serving.tool_fields import Function, NamedChoice
-
-# In one answer that has to call: small models would go on for ever.
-_MOST_CALLS = 16
+from lighten.serving.tool_fields import NamedChoice
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class ToolUse:
     Attributes:
         described: For the chat template.
         call_format: In which the model calls.
-        names: Of the functions that it may call.
+        functions: Those that it may call, with the schemas of their arguments.
         most: Calls of an answer; None: any number.
         shown: Special tokens that stand around calls.
         grammar: Of the answer, in llguidance's Lark; None: it is free.
@@ -38,7 +32,7 @@ class ToolUse:
 
     described: Sequence[dict[str, Any]]
     call_format: CallFormat
-    names: frozenset[str]
+    functions: Mapping[str, Mapping[str, Any] | None]
     most: int | None
     shown: tuple[str, ...]
     grammar: str | None
@@ -50,7 +44,7 @@ class ToolUse:
         Args:
             thinking: Whether its prompt opened a thought.
         """
-        return CallReader(self.call_format, self.names, most=self.most, thinking=thinking)
+        return CallReader(self.call_format, self.functions, most=self.most, thinking=thinking)
 
 
 def tool_use(request: ChatRequest, model: Model) -> ToolUse | None:
@@ -88,11 +82,13 @@ def tool_use(request: ChatRequest, model: Model) -> ToolUse | None:
     grammar = None
     if forced or schema is not None:
         content = None if forced else schema
-        grammar = _grammar(model.asking, call_format, functions, callable_ones, most, content)
+        grammar = call_grammar(
+            model.asking.tokenizer, call_format, functions, callable_ones, most, content
+        )
     special = special_tokens(model.asking.tokenizer).texts
     return ToolUse(
         [tool.described() for tool in tools], call_format,
-        frozenset(each.name for each in functions), most,
+        {each.name: each.parameters for each in functions}, most,
         tuple(token for token in special if token in call_format.marks),
         grammar, forced,
     )  # fmt: skip
@@ -124,75 +120,3 @@ def _format(model: Model) -> CallFormat:
         raise Refused(400, f"tools: the form in which the chat template of {model.name} writes "
                       "calls is not understood by this server", "tools")  # fmt: skip
     return able.calls
-
-
-def _grammar(
-    asking: Asking, call_format: CallFormat, functions: Sequence[Function],
-    numbers: Sequence[int], most: int | None, content: dict[str, Any] | None,
-) -> str:  # fmt: skip
-    """Answers that call some of the functions, or follow a JSON schema instead."""
-
-    def text(marks: str) -> str:
-        return _terminals(marks, asking.tokenizer)
-
-    calls = f"{text(call_format.begin)} call"
-    if call_format.between is not None and most != 1:
-        calls += f" ({text(call_format.between)} call){{0,{_MOST_CALLS - 1}}}"
-    lines = [f"start: calls{'' if content is None else ' | content'}",
-             f"calls: {calls} {text(call_format.end)}",
-             f"call: {' | '.join(f'call{number}' for number in numbers)}"]  # fmt: skip
-    for number in numbers:
-        function = functions[number]
-        schema = _arguments(function, number)
-        name = json.dumps(function.name, ensure_ascii=False)
-        if call_format.name_key is None:
-            words = f"{text(function.name)} {text(call_format.middle)} arguments{number}"
-        else:
-            before = f'{{"{call_format.name_key}": {name}, "{call_format.arguments_key}": '
-            words = f'{json.dumps(before, ensure_ascii=False)} arguments{number} "}}"'
-        lines += [f"call{number}: {words}", f"arguments{number}: %json {json.dumps(schema)}"]
-    if content is not None:
-        _require_followed(content, "response_format")
-        lines.append(f"content: %json {json.dumps(laid_out(content))}")
-    return "\n".join(lines) + "\n"
-
-
-def _arguments(function: Function, number: int) -> dict[str, Any]:
-    """The schema of a function's arguments.
-
-    Raises:
-        Refused: It cannot be followed.
-    """
-    schema = function.parameters
-    if schema is None:  # OpenAI's meaning
-        schema = {"properties": {}, "additionalProperties": False}
-    field = f"tools[{number}].function.parameters"
-    schema = {"type": "object", **schema}
-    if schema["type"] != "object":
-        raise Refused(400, f"{field}: arguments are an object, not {schema['type']!r}", field)
-    _require_followed(schema, field)
-    return laid_out(schema)
-
-
-def _require_followed(schema: dict[str, Any], field: str) -> None:
-    try:
-        compiled(schema)
-    except UserError as error:
-        raise Refused(400, f"{field}: {error}", field) from error
-
-
-def _terminals(marks: str, tokenizer: Any) -> str:
-    """A text in Lark, tokens of their own by their ids."""
-    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-    words, rest = [], marks
-    while rest:
-        at, token = min(
-            ((rest.find(token), token) for token in added if token and token in rest),
-            key=lambda place: (place[0], -len(place[1])), default=(len(rest), ""),
-        )  # fmt: skip
-        if at:
-            words.append(json.dumps(rest[:at], ensure_ascii=False))
-        if token:
-            words.append(f"<[{added[token]}]>")
-        rest = rest[at + len(token) :]
-    return " ".join(words)
