@@ -66,8 +66,8 @@ def test_a_layout_keeps_every_row_within_its_budgets(
 
 def test_collate_pads_right_orders_by_adapter_and_points_at_the_token_before() -> None:
     rows = [Row([5, 6, 7], [False, False, True]), Row([1, 2, 3, 4], [False, True, False, True])]
-    batch = collate([Item("b", 1, 0), Item("a", 0, 0)], rows, ["a", "b"], pad_id=9)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 9], [1, 2, 3, 4]]
+    batch = collate([Item("b", 1, 0), Item("a", 0, 0)], rows, ["a", "b"])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 0], [1, 2, 3, 4]]
     assert batch.lengths == (3, 4)
     assert batch.labels.tolist() == [7, 2, 4]
     assert batch.positions.tolist() == [1, 4, 6]
@@ -98,9 +98,9 @@ def test_a_row_by_itself_and_a_thinned_batch_point_at_the_same_tokens(packed: bo
 
 
 def test_trap11_a_pad_token_equal_to_eos_is_supervised_where_it_ends_the_answer() -> None:
-    eos = 2
+    eos = 0
     rows = [Row([5, 6, eos], [False, True, True]), Row([5, 6, 7, 8, eos], [False] * 4 + [True])]
-    batch = collate([Item("a", 0, 0), Item("a", 1, 0)], rows, ["a"], pad_id=eos)
+    batch = collate([Item("a", 0, 0), Item("a", 1, 0)], rows, ["a"])
     assert batch.labels.tolist() == [6, eos, eos]
     assert batch.input_ids[0].tolist() == [5, 6, eos, eos, eos]
 

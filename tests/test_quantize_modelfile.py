@@ -121,15 +121,13 @@ def test_the_start_token_is_not_put_twice() -> None:
     assert with_bos.render(CHATS[0]) == "<s>" + without.render(CHATS[0])
 
 
-def test_a_modelfile_names_model_adapter_and_stops(tmp_path: Path) -> None:
+def test_a_modelfile_names_model_and_stops(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     stops, adds_bos = stop_texts(folder, 320)
     assert (stops, adds_bos) == (["<|im_end|>"], False)
-    text = modelfile(
-        tiny_tokenizer(), source="model.gguf", adapter="adapter.gguf", stops=[*stops, 'say "x"\n']
-    )
+    text = modelfile(tiny_tokenizer(), source="model.gguf", stops=[*stops, 'say "x"\n'])
     lines: list[Any] = text.splitlines()
-    assert lines[:2] == ["FROM ./model.gguf", "ADAPTER ./adapter.gguf"]
+    assert lines[0] == "FROM ./model.gguf"
     assert 'PARAMETER stop "<|im_end|>"' in lines
     assert lines[-1] == r'PARAMETER stop "say \"x\"\n"'
     assert modelfile(tiny_tokenizer(template=None), source="smollm2:135m", stops=[]) == (

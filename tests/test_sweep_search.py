@@ -44,7 +44,13 @@ def run_search(
     """Ask, train and tell, as a sweep does, until every trial has been made; the best first."""
     while groups := search.ask():
         search.tell(train(groups))
-    return search.completed_trials()
+    return completed(search)
+
+
+def completed(search: Search) -> list[Trial]:
+    """The settings that were trained to the end, best first."""
+    done = [trial for trial in search._drawn_trials() if trial.loss is not None]
+    return sorted(done, key=lambda trial: float(trial.loss or 0.0))
 
 
 def test_without_optuna_the_command_is_named(
@@ -112,8 +118,7 @@ def test_a_search_that_was_killed_goes_on_with_the_same_trials(
     with pytest.raises(KeyboardInterrupt):
         run_search(Search(recipe(chat_file), tmp_path), killed)
     before = {
-        trial.arm.name: trial.loss
-        for trial in Search(recipe(chat_file), tmp_path).completed_trials()
+        trial.arm.name: trial.loss for trial in completed(Search(recipe(chat_file), tmp_path))
     }
     assert 0 < len(before) <= 2 * TOGETHER
     resumed = Search(recipe(chat_file), tmp_path)

@@ -432,7 +432,7 @@ def test_a_gradient_that_no_float16_factor_mends_is_a_divergence() -> None:
         one_step(cohort, UNEVEN, 3, scaler=scaler)
 
 
-def test_factors_come_back_from_checkpoints_of_this_and_of_earlier_versions() -> None:
+def test_factors_come_back_from_checkpoints() -> None:
     scaler = LossScaler(initial=4.0)
     scaler.update("a", finite=False)
     scaler.update("b", finite=True)
@@ -440,9 +440,6 @@ def test_factors_come_back_from_checkpoints_of_this_and_of_earlier_versions() ->
     restored.load_state_dict(scaler.state_dict())
     assert (restored.factor("a"), restored.factor("b")) == (2.0, 4.0)
     assert restored.state_dict() == scaler.state_dict()
-    earlier = torch.amp.GradScaler("cpu", init_scale=2.0**7).state_dict()
-    restored.load_state_dict(earlier)
-    assert restored.factor("a") == restored.factor("b") == 2.0**7
     growing = LossScaler(initial=4.0)
     for _ in range(2000):
         growing.update("a", finite=True)

@@ -307,7 +307,6 @@ def collate(
     rows: Sequence[TokenRow],
     adapters: Sequence[str | None],
     *,
-    pad_id: int = 0,
     packed: bool = False,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
@@ -317,7 +316,6 @@ def collate(
         items: The rows and their adapters.
         rows: The encoded data that `Item.row` counts in.
         adapters: The adapters in their order.
-        pad_id: What stands right of a row; it is never attended to and never supervised.
         packed: Rows behind each other in place of under each other.
         device: Where the tensors go.
     """
@@ -330,7 +328,8 @@ def collate(
     else:
         starts = [place * width for place in range(len(items) + 1)]
     size = starts[-1]
-    ids = np.full(size, pad_id, dtype=np.int64)
+    # What stands right of a row is never attended to and never supervised (trap 11).
+    ids = np.zeros(size, dtype=np.int64)
     supervised = np.zeros(size, dtype=bool)
     supervised_before = [0]
     for item, start, length in zip(items, starts, lengths, strict=False):

@@ -81,16 +81,8 @@ class LossScaler:
         return {name: asdict(scale) for name, scale in self._scales.items()} if self.enabled else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave.
-
-        Args:
-            state: Or the one of a `GradScaler`, as checkpoints of earlier versions have it: its
-                factor is everybody's.
-        """
-        if "scale" in state:
-            self.initial, self._scales = float(state["scale"]), {}
-        else:
-            self._scales = {name: LossScale(**values) for name, values in state.items()}
+        """Put back what `state_dict` gave."""
+        self._scales = {name: LossScale(**values) for name, values in state.items()}
 
     def _scale_of(self, name: str) -> LossScale:
         return self._scales.setdefault(name, LossScale(self.initial))

@@ -24,7 +24,6 @@ def held_out(
     *,
     max_rows: int,
     max_tokens: int | None = None,
-    pad_id: int = 0,
     device: torch.device | str = "cpu",
     workers: Workers | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -39,7 +38,6 @@ def held_out(
         adapter: The adapter's name.
         max_rows: Rows per batch at most.
         max_tokens: Padded tokens per batch at most.
-        pad_id: Padding.
         device: Where the model is.
         workers: Take batches side by side; None: one after another.
         progress: Log how many rows are measured, and of how many, where they are not side by side.
@@ -54,8 +52,7 @@ def held_out(
         workers=workers.count if workers else 1,
     )  # fmt: skip
     batches = [
-        collate(part, rows, [adapter], pad_id=pad_id, packed=objective.packs, device=device)
-        for part in parts
+        collate(part, rows, [adapter], packed=objective.packs, device=device) for part in parts
     ]
     if batches:
         objective.verify(batches[0], undropped(batches[0]))
@@ -75,8 +72,8 @@ def held_out(
         losses = workers.measure(objective, batches)
     if idle:
         assert spare is not None
-        spare_batch = collate([Item(adapter, 0, 0)], [spare], [adapter], pad_id=pad_id,
-                        packed=objective.packs, device=device)  # fmt: skip
+        spare_batch = collate([Item(adapter, 0, 0)], [spare], [adapter], packed=objective.packs,
+                              device=device)  # fmt: skip
         for _ in range(idle):
             measure(spare_batch, objective)
     for batch, row_losses in zip(batches, losses, strict=True):

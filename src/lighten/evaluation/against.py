@@ -109,10 +109,8 @@ def _tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str,
             task["values"].items(), (counterpart or {"values": {}})["values"].items()
         ):
             assert counterpart is not None
-            # A file of an earlier version has means alone, each document with the same weight.
             first, second = (
-                np.stack([np.asarray(scores, float), which.get("weights", {}).get(model)
-                          or np.ones(len(scores))], 1)
+                np.stack([scores, which["weights"][model]], 1).astype(float)
                 for which, model, scores in (
                     (task, name, values), (counterpart, against, references)
                 )
@@ -120,7 +118,7 @@ def _tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str,
             draws = Resamples(len(values), samples, seed)
             difference = harness.difference(
                 first, second, draws, higher=task["higher_is_better"],
-                formula=task.get("formula", "mean"),
+                formula=task["formula"],
             )  # fmt: skip
             rows.append({
                 "model": name, "against": against, "metric": f"{task['task']}, {task['metric']}",
@@ -172,9 +170,7 @@ def _other_documents(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
                 f"task {task['task']} has {task['documents']} and {counterpart['documents']} "
                 "documents"
             )
-        elif task["documents_sha256"] != counterpart.get(
-            "documents_sha256", task["documents_sha256"]  # which earlier versions did not write
-        ):  # fmt: skip
+        elif task["documents_sha256"] != counterpart["documents_sha256"]:
             different.append(f"the documents of task {task['task']} are not the same")
     return different
 
@@ -199,8 +195,7 @@ def _refuse(different: Sequence[str]) -> None:
 
 def _other_examples(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether what was measured on says something else, in a turn or a text that is not kept."""
-    digests = [which["dataset"].get("examples_sha256") for which in (ours, theirs)]
-    return None not in digests and digests[0] != digests[1]  # earlier versions wrote none
+    return bool(ours["dataset"]["examples_sha256"] != theirs["dataset"]["examples_sha256"])
 
 
 def _questions(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -289,9 +289,9 @@ def cache_folder() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "lighten"
 
 
-def commit(folder: Path | None = None) -> tuple[str | None, bool | None]:
+def commit() -> tuple[str | None, bool | None]:
     """Commit of the checkout that this package runs from, and whether its tree is clean."""
-    where = folder or Path(__file__).parents[1]  # the package's folder
+    where = Path(__file__).parents[1]  # the package's folder
     if not any((parent / "pyproject.toml").is_file() for parent in where.parents[:2]):
         return None, None  # installed into an environment that lies in somebody else's checkout
     try:

@@ -102,16 +102,13 @@ def merge(
     return plan.notes
 
 
-def merged_shapes(
-    base: Path, adapter: Path, folder: Path, *, dtype: str = "auto", words: int = 0
-) -> dict[str, Weight]:
+def merged_shapes(base: Path, adapter: Path, folder: Path, *, words: int = 0) -> dict[str, Weight]:
     """What `merge` would write: the tensors by name; the configuration is put into a folder.
 
     Args:
         base: As of `merge`.
         adapter: As of `merge`.
         folder: For the configuration.
-        dtype: As of `merge`.
         words: As of `merge`.
 
     Raises:
@@ -121,7 +118,7 @@ def merged_shapes(
     config = read_adapter_config(adapter)
     if stored_as(base) is not None or not streamable(config):
         raise Unmergeable("it is merged in memory")
-    plan = _Plan(base, adapter, dtype, None, words)
+    plan = _Plan(base, adapter, "auto", None, words)
     plan.write_config(folder)
     return plan.shapes()
 

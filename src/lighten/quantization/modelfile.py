@@ -71,7 +71,6 @@ def modelfile(
     *,
     source: str,
     stops: Sequence[str],
-    adapter: str | None = None,
     adds_bos: bool = False,
 ) -> str:
     """The text of a `Modelfile`.
@@ -80,13 +79,10 @@ def modelfile(
         tokenizer: The model's transformers tokenizer, for its chat template.
         source: What `FROM` names: a GGUF file beside the Modelfile, or a model that Ollama has.
         stops: Texts of the tokens that end an answer (`gguf_tokenizer.stop_texts`).
-        adapter: GGUF adapter beside the Modelfile.
         adds_bos: Whether the runtime puts the start token in front of a text, so that the template
             must not.
     """
     lines = [f"FROM {_path(source)}"]
-    if adapter is not None:
-        lines.append(f"ADAPTER {_path(adapter)}")
     pieces = chat_pieces(tokenizer, adds_bos=adds_bos)
     if pieces is not None:
         lines.append(f'TEMPLATE """{pieces.go_template()}"""')

@@ -141,13 +141,12 @@ class Questions:
     limits: Limits | None = None
 
 
-def texts_of(artefact: Artefact, tokenizer: Any, count: int = TEXTS) -> list[str]:
+def texts_of(artefact: Artefact, tokenizer: Any) -> list[str]:
     """Texts to compare next tokens on: the run's held-out ones with their answers, then any others.
 
     Args:
         artefact: What was made.
         tokenizer: Of the model.
-        count: Held-out texts at most.
 
     Raises:
         UserError: A metric of the recipe's cannot be imported.
@@ -155,26 +154,25 @@ def texts_of(artefact: Artefact, tokenizer: Any, count: int = TEXTS) -> list[str
     general = [str(example.text) for example in forgetting.read(forgetting.BUILTIN)]
     questions = None
     if artefact.run is not None:
-        questions = _held_out(artefact, artefact.run, tokenizer, count)
+        questions = _held_out(artefact, artefact.run, tokenizer, TEXTS)
     if questions is None:
         return general
     pairs = zip(questions.prompts, questions.references, strict=True)
     return [*(prompt + answer for prompt, answer in pairs), *general]
 
 
-def questions_of(artefact: Artefact, tokenizer: Any, count: int = PROMPTS) -> Questions:
+def questions_of(artefact: Artefact, tokenizer: Any) -> Questions:
     """What an artefact is compared on: the run's held-out questions, else some of ours.
 
     Args:
         artefact: What it was made from.
         tokenizer: Of that.
-        count: Held-out questions at most.
 
     Raises:
         UserError: A metric of the recipe's cannot be imported.
     """
     if artefact.run is not None:
-        held_out = _held_out(artefact, artefact.run, tokenizer, count)
+        held_out = _held_out(artefact, artefact.run, tokenizer, PROMPTS)
         if held_out is not None:
             return held_out
     if not getattr(tokenizer, "chat_template", None):

@@ -138,15 +138,6 @@ class Search:
         else:
             self._study.tell(number, state=_states().FAIL)
 
-    def completed_trials(self) -> list[Trial]:
-        """The settings that were trained to the end, best first."""
-        done = [
-            trial
-            for trial in self._drawn_trials()
-            if trial.state == "complete" and trial.loss is not None
-        ]
-        return sorted(done, key=lambda trial: float(trial.loss or 0.0))
-
     def _drawn_trials(self) -> list[Trial]:
         return [
             Trial(self._arm(trial.number, trial.params), trial.value, trial.state.name.lower(),

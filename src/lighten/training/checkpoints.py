@@ -43,7 +43,7 @@ class TrainerState:
         elapsed_s: Time spent training, evaluations and checkpoints included.
         total_steps: Of the whole run, where `max_time` set them; else 0.
         examples_per_step: Rows of one optimiser step over all ranks, which a run keeps when it goes
-            on with another number of them; 0 in checkpoints of older versions.
+            on with another number of them; 0 before there is a checkpoint.
         global_step: The step again under transformers' name, for tools that read it.
         files: SHA-256 of the checkpoint's other files by relative path.
     """

@@ -16,7 +16,7 @@ def require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
     """The run must see the model, tokenizer, data and chat template that it began with.
 
     Other rows would stand in another order, and held-out losses of other examples say nothing about
-    which state is the best. What runs of older versions did not note is not compared.
+    which state is the best. What a run that ended too early did not note is not compared.
 
     Args:
         run: Which.
