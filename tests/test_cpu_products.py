@@ -33,7 +33,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Model(nn.Module):
-    """Two linear layers."""
+    """Two linear layers; the first one's output is changed in place, as in Gemma 3n."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,6 +41,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.first(x)
+        hidden *= 0.5
         return self.last(hidden)  # type: ignore[no-any-return]
 
 

@@ -49,7 +49,7 @@ from tests.test_train_step import (
     micro_batches,
     one_step,
 )
-from tests.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, NEWER, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 14, 200, 31, 77, 8]])
 
@@ -99,7 +99,7 @@ def step(trained: WholeBase, **options: Any) -> tuple[AdapterStep, AdapterOptimi
     return report["default"], members["default"]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, *NEWER])
 def test_a_step_of_the_whole_base_is_that_of_plain_autograd(arch: str) -> None:
     expected_loss, expected = plain(arch, UNEVEN)
     report, member = step(whole_base(arch))

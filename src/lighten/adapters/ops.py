@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from lighten.adapters.frozen import product, weight_of
 from lighten.cpu import dropout
-from lighten.cpu.products import add_linear, linear, linear_into, opaque
+from lighten.cpu.products import add_linear, linear, linear_into, opaque, shaped
 
 # On a GPU a product costs its launch: up to this many ranks side by side, the parts of several
 # adapters become one product over all rows in which a row's foreign ranks are zeroed.
@@ -274,10 +274,7 @@ class _LowRankLinears(torch.autograd.Function):
         ctx.bases, ctx.blocks = bases, blocks
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *factors, *lows)
-        # No views to autograd, as of any linear layer: Gemma 3n changes one in place.
-        return tuple(
-            torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1])) for out in outs
-        )
+        return tuple(shaped(out, x) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -60,8 +60,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     if not (compiled or takes(x, weight)):
         return F.linear(x, weight, self.bias)
     flat = x.reshape(-1, x.shape[-1])
-    out: Tensor = _Linear.apply(flat, weight, self.bias)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return shaped(_Linear.apply(flat, weight, self.bias), x)
 
 
 class _Linear(torch.autograd.Function):
@@ -90,7 +89,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     product: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
-    return product.view(*x.shape[:-1], product.shape[-1])
+    return shaped(product, x)
+
+
+def shaped(out: Tensor, x: Tensor) -> Tensor:
+    """Outputs [N, O] of a layer as its input [..., I] lies: [..., O].
+
+    They are no view to autograd, as of any linear layer: Gemma 3n changes one in place.
+    """
+    outputs: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
+    return outputs
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
