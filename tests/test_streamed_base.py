@@ -93,11 +93,11 @@ def test_one_adapter_learns_the_same(
     assert before == after, "the base is described as it is, wherever it waits"
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "gemma2", "opt", "phi3", "qwen2"])
+@pytest.mark.parametrize("arch", ["gpt2", "falcon_h1", "gemma2", "opt", "phi3", "qwen2"])
 def test_every_kind_of_layer_learns_the_same(
     arch: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Transposed weights, biases, tied heads, projections beside the layers; some not adapted."""
+    """Transposed weights, biases, tied heads, convolutions, projections beside the layers."""
     targets = {"gpt2": ["c_attn"], "phi3": ["o_proj"]}.get(arch, ["q_proj", "v_proj"])
     run_settings = {**settings, "model_name_or_path": str(save_deep(tmp_path / "base", arch)),
                     "lora_target_modules": targets, "max_steps": 2}  # fmt: skip

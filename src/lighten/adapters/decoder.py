@@ -6,6 +6,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+def stacked_experts(layer: nn.Module) -> list[str]:
+    """Names of parameters that hold the weights of several experts, one behind the other."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in layer.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
+    ]
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers of a base, first to last; none if the architecture does not say.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from lighten.adapters.decoder import decoder_layers
+from lighten.adapters.decoder import decoder_layers, stacked_experts
 from lighten.adapters.frozen import is_linear
 from lighten.adapters.spec import AdapterSpec
 from lighten.errors import UserError
@@ -79,9 +79,9 @@ def foreign_names(model: PreTrainedModel, paths: Iterable[str]) -> set[str]:
     names = set(map(_name, paths))
     if getattr(model.config, "model_type", None) in _MAMBAS:
         return names & {_MAMBAS_LAST}
-    layers = decoder_layers(model)
-    stacked = any(p.dim() == 3 for layer in layers for p in layer.parameters())
-    return set(filter(functools.partial(_means_experts, model), names)) if stacked else set()
+    if not any(map(stacked_experts, decoder_layers(model))):
+        return set()
+    return set(filter(functools.partial(_means_experts, model), names))
 
 
 def foreign_reason(model: PreTrainedModel) -> str:

@@ -336,6 +336,7 @@ def census(model: nn.Module) -> Census:
     layers = [
         layer for layer in layers_by_weight.values() if getattr(layer, "storage", None) is not None
     ]
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
     parameters = quantized = stacked = weight_bytes = 0
     counted: set[int] = set()
     for parameter in model.parameters():
@@ -343,7 +344,8 @@ def census(model: nn.Module) -> Census:
         numbers = parameter.numel() if layer is None else layer.in_features * layer.out_features
         parameters += numbers
         quantized += numbers if getattr(layer, "storage", None) is not None else 0
-        stacked += numbers if layer is None and parameter.dim() == 3 else 0
+        fused = parameter.dim() == 3 and id(parameter) not in convolutions
+        stacked += numbers if layer is None and fused else 0
         if hasattr(layer, "streamed_bytes"):  # of which none is here
             weight_bytes += layer.streamed_bytes
             continue

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from lighten.adapters.decoder import decoder_layers
+from lighten.adapters.decoder import decoder_layers, stacked_experts
 from lighten.adapters.frozen import out_in_features
 from lighten.errors import UserError
 from lighten.models.configuration import FAULTS, read_config, reason
@@ -211,8 +211,7 @@ def _linears(
     paths = {id(module): path for path, module in model.named_modules()}
     linears: list[list[Linear]] = []
     for layer in layers:
-        stacked = [key for key, value in layer.named_parameters() if value.dim() == 3]
-        if stacked:
+        if stacked := stacked_experts(layer):
             raise UserError(
                 f"{setting.name}: the experts of {name} are stacked ({stacked[0]}) and would stay "
                 f"in memory; {setting.instead}"
