@@ -237,13 +237,13 @@ def _rate(call: Any, numbers: int) -> float:
 def _folder_format(target: Target, source: _Source, timed: bool, missing: str | None) -> Format:
     from lighten.models import skeleton
     from lighten.quantization.file_sizes import folder_bytes
-    from lighten.quantization.shapes import about_nf4
+    from lighten.quantization.shapes import about_experts, about_nf4
 
     model = skeleton(str(source.folder))
     size = folder_bytes(target.kind, model, group=source.group)
-    weights = source.weights
+    about = about_experts(model), about_nf4(model) if target.kind == "nf4" else ""
+    weights, note = source.weights, "; ".join(filter(None, about))
     if target.kind.startswith("int4") or target.kind == DYNAMIC:
-        note = "its peak memory and time are not known beforehand"
         return Format(target.name, size, None, None, missing, note)
     largest = max(weight.numbers for weight in weights.values())
     # What is made, and one weight as its file has it and in 16 bits.
@@ -252,7 +252,6 @@ def _folder_format(target: Target, source: _Source, timed: bool, missing: str | 
     if timed and missing is None:
         matrices = sum(weight.numbers for weight in weights.values() if len(weight.shape) == 2)
         seconds = matrices * _folder_rate(target.kind)
-    note = about_nf4(model) if target.kind == "nf4" else ""
     return Format(target.name, size, peak, seconds, missing, note)
 
 

@@ -67,10 +67,14 @@ def group_size(model: PreTrainedModel) -> int:
         for size in GROUPS:
             if rows and all(row % size == 0 for row in rows):
                 return size
+    odd = sorted(
+        path for path, layer in quantised_layers(model).items()
+        if layer.in_features % GROUPS[-1] or layer.out_features % PACKED
+    )  # fmt: skip
+    which = f"has {odd[0]} ({len(odd)} such layers)" if odd else "has no linear layer there"
     raise UserError(
-        f"int4 needs rows that groups of {GROUPS[-1]} divide and outputs in eights, and the "
-        f"model's linear layers have rows of {', '.join(map(str, sorted(rows))) or 'no kind'}; use "
-        "nf4 or int8"
+        f"int4 needs rows that groups of {GROUPS[-1]} divide and outputs in eights, and the model "
+        f"{which}; use nf4 or int8"
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lighten.adapters.decoder import decoder_layers, stacked_experts
 from lighten.errors import UserError
 from lighten.quantization.targets import DYNAMIC
 from lighten.wording import counted
@@ -65,6 +66,22 @@ def about_nf4(model: PreTrainedModel) -> str:
         f"{counted(len(dense), 'linear layer')} of {len(shapes)}, {share:.0%} of their weights, "
         f"stay in 16 bits: their rows are no multiples of {BLOCK} or their outputs of {OUTPUTS}, "
         "with which bitsandbytes does not compute on processors"
+    )
+
+
+def about_experts(model: PreTrainedModel) -> str:
+    """What has to be said of experts that are stacked in one tensor; nothing where none are."""
+    stacked = sum(
+        layer.get_parameter(name).numel()
+        for layer in decoder_layers(model)
+        for name in stacked_experts(layer)
+    )
+    if not stacked:
+        return ""
+    share = stacked / sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"the experts, {share:.0%} of the weights, stay in 16 bits: they are stacked in one tensor "
+        "each layer, and formats of linear layers leave them as they are"
     )
 
 

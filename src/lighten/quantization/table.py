@@ -133,9 +133,8 @@ def quantize(
             root / QUANTIZE, {row["name"] for row in rows}, settings
         )
         rows += earlier
-        dense = next((entry.note for entry in expected.formats if entry.name == "nf4"), "")
         notes = [*measuring.notes(), *_about_bytes([row["name"] for row in rows[1:]], model),
-                 *([f"nf4: {dense}"] if dense else [])]  # fmt: skip
+                 *expected.notes()]  # fmt: skip
         if earlier:
             names = ", ".join(row["name"] for row in earlier)
             notes.append(f"{names}: of an earlier command, their speeds too")
