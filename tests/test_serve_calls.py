@@ -14,7 +14,7 @@ from lighten.serving.call_reader import CallFormat, CallReader
 from tests.tiny import CHATML, tiny_tokenizer
 from tests.tool_templates import FORMATS, PYTHONIC
 
-TYPED = ("typed", {"text": "5", "maybe": "null", "kind": "1", "count": 5, "flag": False,
+TYPED = ("typed", {"text": "5", "maybe": "some", "kind": "1", "count": 5, "flag": False,
                    "list": [1, "a"], "other": "words"})  # fmt: skip
 FUNCTIONS: dict[str, Any] = {
     "get_weather": None, "send": None, "typed": {"type": "object", "properties": {
@@ -131,8 +131,8 @@ TEXTS: list[tuple[str, str, str, list[tuple[str, dict[str, Any]]]]] = [
     ("xml", "So:\n" + xml(OSLO, SENT, ("send", {})), "So:", [OSLO, SENT, ("send", {})]),
     ("xml", xml(TYPED), "", [TYPED]),
     ("xml", "<tool_call>\n<function=typed>\n<parameter=flag>\nTrue\n</parameter>\n"
-     "<parameter=none>\nNone\n</parameter>\n<parameter=text>\n\na\n\n</parameter>\n</function>\n"
-     "</tool_call>", "", [("typed", {"flag": True, "none": None, "text": "\na\n"})]),
+     "<parameter=none>\nNone\n</parameter>\n<parameter=maybe>\nnull\n</parameter>\n<parameter=text>\n\na\n\n</parameter>\n</function>\n"
+     "</tool_call>", "", [("typed", {"flag": True, "none": None, "maybe": None, "text": "\na\n"})]),
     ("xml", xml(OSLO).removesuffix("\n</function>\n</tool_call>"), None, []),
     ("xml", "<tool_call>\n<function=send>\n", None, []),
     ("xml", xml(OSLO).replace("=get", " get"), None, []),

@@ -105,6 +105,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
      "tools[0].function.parameters", "object"),
     (HERMES, {**parameters(properties={"a": {"type": "nothing"}}), "tool_choice": NAMED},
      "tools[0].function.parameters", "nothing"),
+    (FORMATS["xml"], {**parameters(properties={"a": {"type": "string", "pattern": "^a$"}}),
+     "tool_choice": NAMED}, "tools[0].function.parameters", "pattern cannot be followed"),
     (HERMES, {"tool_choice": NAMED, "chat_template_kwargs": {"enable_thinking": True}},
      "tool_choice", "no thought"),
     (HERMES, calling(function={"name": "get", "arguments": "{"}), "messages[1].tool_calls",
@@ -228,6 +230,27 @@ def test_a_function_without_arguments_is_called_without_any(base: Path, name: st
         assert follows(
             base, lark, re.sub(r', "id": "\w+"', "", rendered([("get", {})], FORMATS[name]))
         )
+
+
+def test_texts_without_quotes_are_those_of_their_schema(base: Path) -> None:
+    """An enum, perhaps of one, perhaps with nothing; more than that is refused."""
+    enum = {"type": "string", "enum": ["a", "b c"]}
+    properties = {
+        "enum": enum, "const": {"const": "one"}, "maybe": {"anyOf": [enum, {"type": "null"}]},
+    }  # fmt: skip
+    schema = {"type": "object", "properties": properties, "required": ["enum", "const"]}
+    lark = grammar_of(base, "xml", **parameters(**schema))
+
+    def call(**arguments: Any) -> str:
+        return rendered([("get", arguments)], FORMATS["xml"])
+
+    for arguments in ({"enum": "b c"}, {"enum": "a", "maybe": "a"}, {"enum": "a", "maybe": "null"}):
+        written = {key: value for key, value in arguments.items() if key != "maybe"}
+        more = {key: value for key, value in arguments.items() if key == "maybe"}
+        assert follows(base, lark, call(**written, const="one", **more))
+    for wrong in ({"enum": "c", "const": "one"}, {"enum": "a", "const": "two"}, {"enum": "a"},
+                  {"enum": "a", "const": "one", "maybe": "c"}):  # fmt: skip
+        assert not follows(base, lark, call(**wrong))
 
 
 def rendered(calls: Sequence[tuple[str, dict[str, Any]]], template: str) -> str:

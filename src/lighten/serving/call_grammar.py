@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lighten.errors import UserError
-from lighten.serving.call_parameters import Parameters, is_text
+from lighten.serving.call_parameters import Parameters, choices_of, is_text, limits_of
 from lighten.serving.call_reader import CallFormat
 from lighten.serving.requests import Refused
 from lighten.serving.schemas import compiled, laid_out
@@ -57,7 +57,7 @@ def call_grammar(
         if call_format.parameters is None:
             lines.append(f"arguments{number}: {_json(schema)}")
         else:
-            lines += _one_by_one(call_format.parameters, schema, number, text)
+            lines += _one_by_one(call_format.parameters, schema, place, text)
     if content is not None:
         _require_followed(content, "response_format")
         lines.append(f"content: {_json(content)}")
@@ -116,9 +116,13 @@ def _require_followed(schema: Mapping[str, Any], field: str) -> None:
 
 
 def _one_by_one(
-    marks: Parameters, schema: Mapping[str, Any], number: str, text: _Terminals
+    marks: Parameters, schema: Mapping[str, Any], number: int, text: _Terminals
 ) -> list[str]:
-    """Arguments in the order of their schema, those that need not be there or not."""
+    """Arguments in the order of their schema, those that need not be there or not.
+
+    Raises:
+        Refused: Texts that stand as they are have to follow more than a list of them.
+    """
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     required, words, lines = schema.get("required") or (), [], []
     for place, (key, described) in enumerate((schema.get("properties") or {}).items()):
@@ -127,11 +131,16 @@ def _one_by_one(
         lines.append(f"{name}: {text(marks.before_key)} {_literal(key)} {text(marks.after_key)} "
                      f"value{name}")  # fmt: skip
         after = text(marks.after_value)
-        choices = described.get("enum") if isinstance(described, Mapping) else None
-        if is_text(described) and choices:
-            options = " | ".join(_literal(str(choice)) for choice in choices)
+        choices = choices_of(described) if is_text(described) else None
+        if choices is not None:
+            options = " | ".join(map(_literal, choices))
             lines.append(f"value{name}: ({options}) {after}")
         elif is_text(described):
+            if limits := limits_of(described):
+                field = f"tools[{number}].function.parameters"
+                raise Refused(400, f"{field}: {limits[0]} cannot be followed, since this model "
+                              "writes texts as they are, not as JSON; leave it out or use "
+                              "tool_choice auto", field)  # fmt: skip
             lines.append(f"value{name}[suffix={_literal(marks.after_value)}]: /(?s:.*)/")
         else:
             described = {**shared, **described} if isinstance(described, Mapping) else {}

@@ -46,7 +46,8 @@ class Parameters:
             text = text.removesuffix("\n")
         described = ((schema or {}).get("properties") or {}).get(key)
         if is_text(described):
-            return text
+            nothing = any("null" in _kinds(option) for option in _options(described))
+            return None if nothing and text.strip() in ("null", "None") else text
         try:
             return _WORDS[word] if (word := text.strip()) in _WORDS else JSON.decode(text)
         except (ValueError, RecursionError):
@@ -55,14 +56,46 @@ class Parameters:
 
 def is_text(described: Any) -> bool:
     """Whether a schema takes texts, which are written as they are."""
+    return any("string" in _kinds(option) for option in _options(described))
+
+
+def choices_of(described: Any) -> list[str] | None:
+    """The texts that a schema of texts takes; None: any."""
+    choices: list[str] = []
+    for option in _options(described):
+        if _kinds(option) == ["null"]:
+            choices.append("null")
+            continue
+        values = option.get("enum") or ([option["const"]] if "const" in option else None)
+        if values is None:
+            return None
+        choices += [value if isinstance(value, str) else json.dumps(value) for value in values]
+    return choices
+
+
+def limits_of(described: Any) -> list[str]:
+    """What else a schema says of its texts."""
+    return [
+        name
+        for option in _options(described)
+        for name in ("pattern", "minLength", "maxLength")
+        if name in option
+    ]
+
+
+def _options(described: Any) -> list[Mapping[str, Any]]:
+    """The schemas that stand for alternatives in one."""
     if not isinstance(described, Mapping):
-        return False
-    options = described.get("anyOf") or described.get("oneOf") or ()
-    kind = described.get("type")
-    kinds = kind if isinstance(kind, list) else [kind]
-    choices = described.get("enum") or [described.get("const")]
-    return (
-        "string" in kinds
-        or (kind is None and all(isinstance(choice, str) for choice in choices))
-        or any(is_text(option) for option in options)
-    )
+        return []
+    several = described.get("anyOf") or described.get("oneOf")
+    if not isinstance(several, list):
+        return [described]
+    return [inner for option in several for inner in _options(option)]
+
+
+def _kinds(option: Mapping[str, Any]) -> list[str]:
+    kind = option.get("type")
+    if kind is not None:
+        return kind if isinstance(kind, list) else [kind]
+    values = option.get("enum") or [option.get("const")]
+    return ["string"] if isinstance(values, list) and isinstance(values[0], str) else []
