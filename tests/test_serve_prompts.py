@@ -246,16 +246,28 @@ def test_an_echo_tells_of_every_token_of_every_prompt(
             assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
+def prompt_tokens(client: httpx.Client) -> float:
+    """As the server counts them for adapter `one`."""
+    lines = client.get("/metrics").text.splitlines()
+    return sum(
+        float(line.split()[-1])
+        for line in lines
+        if line.startswith('lighten_prompt_tokens_total{model="one"}')
+    )
+
+
 def test_an_echo_without_an_answer(client: httpx.Client, tiny_folder: Path) -> None:
     ids = models.load_tokenizer(str(tiny_folder))(LETTERS)["input_ids"]
     whole = complete(client, prompt=LETTERS, logprobs=1)["choices"][0]["logprobs"]
     for prompt in (LETTERS, ids):
+        before = prompt_tokens(client)
         answer = complete(client, prompt=prompt, logprobs=1, max_tokens=0)
         (choice,) = answer["choices"]
         assert (choice["text"], choice["finish_reason"]) == (LETTERS, "length")
         assert choice["logprobs"] == {key: whole[key][:-1] for key in whole}
         assert answer["usage"]["completion_tokens"] == 0
         assert answer["usage"]["prompt_tokens"] == len(ids)
+        assert prompt_tokens(client) - before == len(ids)
     plain = complete(client, prompt=LETTERS, max_tokens=0)["choices"][0]
     assert (plain["text"], plain["logprobs"]) == (LETTERS, None)
     refused = client.post("/v1/completions", json={"model": "one", "prompt": "a", "max_tokens": 0})

@@ -290,7 +290,8 @@ class Answering:
                 del refused  # an error that its own frame holds keeps all of the request
         finally:
             self._front.answering -= len(self._generations)
-            if generated := sum(choice.tokens for choice in choices):
+            generated = sum(choice.tokens for choice in choices)
+            if generated or any(choice.finish for choice in choices):  # a prompt may be read alone
                 metrics, name = self._front.metrics, self._model.name
                 metrics.count("prompt_tokens", self._prompt_tokens, model=name)
                 metrics.count("generated_tokens", generated, model=name)
