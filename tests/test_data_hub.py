@@ -241,6 +241,11 @@ def test_a_config_is_chosen_by_other_tools_names(tmp_path: Path) -> None:
     assert Recipe.from_file(recipe, {"dataset": "a/c"}).dataset == "a/c"
     recipe.write_text("model: m\ndataset: a/b\n")
     assert Recipe.from_file(recipe, {"subset": "en"}).dataset == "a/b/en"
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "README.md").write_text(CARD)
+    recipe.write_text("model: m\ndataset: rows\nsubset: first\n")
+    for chosen, overrides in (("first", {}), ("two", {"subset": "two"})):
+        assert Recipe.from_file(recipe, overrides).dataset == str(tmp_path / "rows" / chosen)
     with pytest.raises(UserError, match="subset is of one data set; write dataset: NAME/en"):
         data_set(dataset=["a/b", "a/c"], subset="en")
 

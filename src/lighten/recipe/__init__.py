@@ -130,7 +130,7 @@ class Recipe(RecipeFields):
         if folder is not None:
             settings = places.beside(settings, folder)
         over, override_notices, override_problems = aliases.translate(
-            overrides or {}, beside=values
+            overrides or {}, beside=values if folder is None else places.beside(values, folder)
         )
         for key, value in over.items():
             section, _, name = key.partition(".")

@@ -238,7 +238,9 @@ def translate(
             out[key] = value
     for key in _SUBSETS:
         if values.get(key) is not None:
-            data_set = out.get("dataset") or everything.get("dataset")
+            names = ("dataset", *(alias for alias, name in RENAMED.items() if name == "dataset"))
+            said = (everything[name] for name in names if everything.get(name) is not None)
+            data_set = out.get("dataset") or next(said, None)
             if isinstance(data_set, str) and several(data_set, folder) == data_set:
                 out["dataset"] = with_config(data_set, str(values[key]))
                 notices.append(f"{key} is read as dataset: {out['dataset']}")
