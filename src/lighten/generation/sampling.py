@@ -71,7 +71,7 @@ def likelihoods(logits: Tensor, tokens: Sequence[int], most: int) -> list[Chosen
         most: Alternatives to tell of.
     """
     told = []
-    ids = torch.tensor(tokens, device=logits.device)[:, None]
+    ids = torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]
     for rows, came in zip(logits.split(_ROWS), ids.split(_ROWS), strict=True):
         logprobs = rows.float().log_softmax(-1)
         values = logprobs.gather(-1, came)
