@@ -143,6 +143,26 @@ def test_a_special_token_that_is_a_stop_ends_the_answer(
         assert answer["usage"]["completion_tokens"] == tokens
 
 
+def test_what_ends_an_answer_is_for_clients_to_say(client: httpx.Client, tiny_folder: Path) -> None:
+    """By vLLM's fields: loads of equal length leave out the usual end."""
+    end = models.load_tokenizer(str(tiny_folder)).eos_token_id
+    likely = {"prompt": "a", "logit_bias": {str(end): 100}, "max_tokens": 4}
+    for more, finish, tokens in (
+        ({}, "stop", 1), ({"ignore_eos": True}, "length", 4), ({"ignore_eos": False}, "stop", 1)
+    ):  # fmt: skip
+        answer = complete(client, **likely, **more)
+        assert answer["choices"][0]["finish_reason"] == finish
+        assert answer["usage"]["completion_tokens"] == tokens
+    for ignore in (False, True):
+        likely = {"prompt": "a", "logit_bias": {"70": 100}, "max_tokens": 4, "ignore_eos": ignore}
+        answer = complete(client, **likely, stop_token_ids=[70, 71])
+        assert (answer["choices"][0]["text"], answer["usage"]["completion_tokens"]) == ("", 1)
+        assert answer["choices"][0]["finish_reason"] == "stop"
+    body = {"model": "one", "prompt": "a", "stop_token_ids": [100_000]}
+    refused = client.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stop_token_ids")
+
+
 def test_an_answer_that_ends_at_its_limit_keeps_its_last_character(client: httpx.Client) -> None:
     """One that stands for what is no character, too; a part of one is not shown."""
     for most, text in (

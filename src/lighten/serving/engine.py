@@ -42,6 +42,8 @@ class Generation:
         prompt_logprobs: As `logprobs`, for the tokens of the prompt.
         tells_end: Whether the token that ends the answer is told among those with
             log-probabilities.
+        ignores_ends: Whether tokens that end this model's answers end this one only where
+            `stop_ids` has them.
     """
 
     prompt: Sequence[int]
@@ -56,6 +58,7 @@ class Generation:
     continues: bool = False
     prompt_logprobs: int | None = None
     tells_end: bool = False
+    ignores_ends: bool = False
 
 
 @dataclass(frozen=True)

@@ -437,7 +437,8 @@ def _generation(
         raise Refused(400, f"{field}: {most} are more than the {room} that the prompt's "
                       f"{len(prompt)} tokens leave of a context of {context}", field,
                       "context_length_exceeded")  # fmt: skip
-    response_format = parsed.response_format
+    stop_ids, response_format = parsed.stop_token_ids or (), parsed.response_format
+    require_tokens(stop_ids, front.registry.vocabulary, "stop_token_ids")
     schema = None if response_format is None else response_format.schema_wanted()
     grammar = None if tools is None else tools.grammar
     shown = () if tools is None else tools.shown
@@ -446,7 +447,7 @@ def _generation(
         None if model.adapter is None else model.adapter.key,
         room if most is None else most,
         parsed.sampling(front.registry.vocabulary, number),
-        model.asking.ends(parsed.stops),
+        model.asking.ends(parsed.stops, stop_ids, usual=not parsed.ignore_eos),
         tuple(dict.fromkeys((*model.asking.shown, *shown))),
         parsed.alternatives,
         schema if grammar is None else None,
@@ -454,4 +455,5 @@ def _generation(
         continues=isinstance(parsed, CompletionRequest),
         prompt_logprobs=parsed.prompt_alternatives,
         tells_end=echo,
+        ignores_ends=bool(parsed.ignore_eos),
     )

@@ -290,6 +290,7 @@ def request_body(
         "seed": -1 if sampling.seed is None else sampling.seed % (2**32 - 1),
         "logit_bias": [[token, value] for token, value in bias.items()],
         "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
+        "ignore_eos": generation.ignores_ends,
         "preserved_tokens": list(generation.shown),
         "n_probs": 0 if generation.logprobs is None else max(1, generation.logprobs),
         "lora": [

@@ -55,11 +55,19 @@ class Asking:
         """The tokens that end its answers, as they are written."""
         return [str(text) for text in self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))]
 
-    def ends(self, stops: Iterable[str]) -> frozenset[int]:
-        """Tokens that end an answer, with special ones that a client names: no text holds them."""
+    def ends(
+        self, stops: Iterable[str], more: Iterable[int] = (), *, usual: bool = True
+    ) -> frozenset[int]:
+        """Tokens that end an answer, with special ones that a client names: no text holds them.
+
+        Args:
+            stops: Texts that end it.
+            more: Tokens that do.
+            usual: Whether those that end this model's answers do.
+        """
         special = special_tokens(self.tokenizer).texts
-        named = [stop for stop in stops if stop in special]
-        return self.stop_ids | frozenset(self.tokenizer.convert_tokens_to_ids(named))
+        named = self.tokenizer.convert_tokens_to_ids([stop for stop in stops if stop in special])
+        return (self.stop_ids if usual else frozenset()) | frozenset((*named, *more))
 
     def plain(self, prompt: str) -> list[int]:
         """Token ids of a plain text alone."""

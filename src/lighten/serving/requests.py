@@ -123,7 +123,10 @@ class _Common(BaseModel):
     stream: StrictBool | None = None
     stream_options: _StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None  # vLLM's
+    # vLLM's
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    ignore_eos: StrictBool | None = None
 
     @field_validator("stop")
     @classmethod

@@ -281,7 +281,9 @@ def request_body(generation: Generation) -> dict[str, Any]:
 
 def prompt_body(generation: Generation) -> dict[str, Any]:
     """The same for the log-probabilities of its prompt, with the one token that vLLM adds."""
-    body = request_body(dataclasses.replace(generation, max_tokens=1, logprobs=None, schema=None))
+    body = request_body(
+        dataclasses.replace(generation, max_tokens=1, logprobs=None, schema=None, grammar=None)
+    )
     return {**body, "stream": False, "prompt_logprobs": generation.prompt_logprobs}
 
 
