@@ -124,13 +124,13 @@ def test_quantised_folders_and_gguf_files_are_models_too(chat_file: Path, tmp_pa
                      questions=0, dataset=str(chat_file))  # fmt: skip
     alone = tmp_path / "alone"
     losses = {}
-    for name in ("base", "int8", "nf4", "gguf-f16/base.gguf"):
+    for name in ("base", "int8", "nf4", "gguf-f16/base.f16.gguf"):
         model = base if name == "base" else tmp_path / "smaller" / name
         dtype = "auto" if name in ("int8", "nf4") else "float32"
         folder = alone / name.partition("/")[0]
         evaluation = measured(model, chat_file, folder, dtype=dtype)
         losses[name] = evaluation.models[0]["metrics"]["loss"]["value"]
-    assert losses["gguf-f16/base.gguf"] == pytest.approx(losses["base"], rel=1e-3)
+    assert losses["gguf-f16/base.f16.gguf"] == pytest.approx(losses["base"], rel=1e-3)
     assert losses["int8"] == pytest.approx(losses["base"], rel=0.02)
     assert losses["nf4"] == pytest.approx(losses["base"], rel=0.1)
     assert len(set(losses.values())) == 4, "each by its own weights"
