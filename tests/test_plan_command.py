@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,29 @@ def test_layers_of_a_folder_in_few_bits_are_planned_as_they_are_streamed(
     feed = build("stored", folder, torch.bfloat16, device="cpu").feed
     assert traced.setup.base.feed is not None
     assert traced.setup.base.feed.base_bytes == feed.base_bytes
+
+
+def test_packed_layers_that_are_streamed_are_in_their_slots_alone(tmp_path: Path) -> None:
+    """A plan counts neither the layers that they were made of nor scales beside a slot's."""
+    pytest.importorskip("bitsandbytes")
+    folder = save_tiny(tmp_path)
+    recipe = plannable(
+        model_name_or_path=str(folder), dtype="bfloat16", load_in_4bit=True, offload_base="disk",
+        max_length=64,
+    )  # fmt: skip
+    gc.disable()
+    try:
+        traced = follow_recipe(
+            recipe, config_of(recipe)[0], Choice("bfloat16", "of the test"), "cpu",
+            rows_tokens=(1, 64),
+        )  # fmt: skip
+    finally:
+        gc.enable()
+    feed = traced.setup.base.feed
+    assert feed is not None
+    assert feed.base_bytes > 8192
+    alive = traced.timeline.alive_at(len(traced.timeline.events) - 1)
+    assert alive["temporary buffers"] < 512
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,9 @@ def _streamed(
     state = layer.weight.quant_state
     weight_piece = pieces.add("", torch.uint8, layer.weight.shape)
     scales = pieces.add("", state.absmax.dtype, state.absmax.shape)
+    state.absmax = None
+    # The weight knows its layer: both would stay until Python looks for garbage.
+    del layer.weight.module
     return StreamedLinear4bit(was, absent, weight_piece, scales, state)
 
 
