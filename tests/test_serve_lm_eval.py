@@ -25,6 +25,7 @@ from lighten import models
 from lighten.serving.options import Options
 from tests.caches import new_cache
 from tests.serving import client_of, save_adapters
+from tests.tiny import save_tiny, tiny_tokenizer
 
 CONTEXTS = ("the answer is", "the user asks the system a question", "서울은", "")
 ENDS = (" the question", " a user", " 어디", "</s>")
@@ -85,3 +86,22 @@ def test_lm_eval_scores_an_adapter_through_the_server_as_in_peft(
     for ours, theirs in zip(served.generate_until(asked), hf.generate_until(asked), strict=True):
         # A part of a character at the end is not shown here.
         assert ours.rstrip(PART) == theirs.rstrip(PART)
+
+
+def test_a_token_that_begins_texts_is_asked_for(tmp_path: Path) -> None:
+    """What `hf` models do by themselves."""
+    folder = save_tiny(tmp_path / "base")
+    tiny_tokenizer(add_bos=True).save_pretrained(folder)
+    base = models.load(str(folder), dtype="float32")
+    hf = HFLM(pretrained=base.model, tokenizer=base.tokenizer, device="cpu", max_length=128)
+    options = Options(engine="lighten", served_name="base", storage="f32", slots=2, context=128)
+    pairs = requests("loglikelihood", PAIRS)
+    expected = hf.loglikelihood(pairs)
+    with client_of(folder, new_cache(tmp_path / "cache"), options) as http:
+        served = LocalCompletionsAPI(
+            model="base", base_url=f"{http.base_url}/v1/completions", tokenizer=str(folder),
+            max_length=128, add_bos_token=True,
+        )  # fmt: skip
+        scores = served.loglikelihood(pairs)
+    for ours, theirs in zip(scores, expected, strict=True):
+        assert ours == (pytest.approx(theirs[0], abs=1e-3), theirs[1])
