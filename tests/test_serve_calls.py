@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lighten.serving.call_formats import Abilities, abilities
-from lighten.serving.call_reader import CallFormat, CallReader
+from lighten.serving.tools.formats import Abilities, abilities
+from lighten.serving.tools.reader import CallFormat, CallReader
 from tests.tiny import CHATML, tiny_tokenizer
 from tests.tool_templates import FORMATS, PYTHONIC
 

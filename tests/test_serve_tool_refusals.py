@@ -27,7 +27,7 @@ from lighten.serving.front import application
 from lighten.serving.options import Options
 from lighten.serving.requests import ChatRequest, parse
 from lighten.serving.running import prepare
-from lighten.serving.tools import tool_use
+from lighten.serving.tools.use import tool_use
 from lighten.serving.vllm import request_body
 from tests.processes import run_async
 from tests.tiny import CHATML, save_tiny, tiny_tokenizer

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeVar
 from lighten.errors import UserError
 from lighten.serving.adapters import Model
 from lighten.serving.answers import Choice, Form, Usage, failure_event
-from lighten.serving.call_reader import Call, CallReader
 from lighten.serving.engine import (
     Engine,
     EngineFailed,
@@ -26,6 +25,7 @@ from lighten.serving.metrics import Metrics
 from lighten.serving.registry import Registry
 from lighten.serving.requests import Refused
 from lighten.serving.stopping import StopTexts
+from lighten.serving.tools.reader import Call, CallReader
 
 if TYPE_CHECKING:
     from starlette.requests import Request

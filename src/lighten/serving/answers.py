@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from lighten.serving.call_reader import Call
 from lighten.serving.echo import Echo
 from lighten.serving.engine import Finish, Piece, TokenLogprob
+from lighten.serving.tools.reader import Call
 
 # Ends of lines to clients that read a stream as Python reads text, as httpx does; to no others.
 _LINE_ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from lighten.errors import UserError
 from lighten.generation.settings import Sampling
-from lighten.serving.call_reader import Call
+from lighten.serving.tools.reader import Call
 
 Finish = Literal["stop", "length", "tool_calls"]
 

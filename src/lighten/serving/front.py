@@ -30,7 +30,7 @@ from lighten.serving.requests import (
     validated,
 )
 from lighten.serving.tokens import DetokenizeRequest, TokenizeText, as_chat
-from lighten.serving.tools import ToolUse, require_written, tool_use
+from lighten.serving.tools.use import ToolUse, require_written, tool_use
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

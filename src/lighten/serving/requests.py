@@ -21,7 +21,7 @@ from lighten.data import Message
 from lighten.data.tools import tool_calls_of
 from lighten.data.values import BadRowError, check_nested
 from lighten.generation.settings import LEAST_TEMPERATURE, Sampling
-from lighten.serving.tool_fields import NamedChoice, SentCall, Tool
+from lighten.serving.tools.fields import NamedChoice, SentCall, Tool
 
 MOST_ANSWERS = 16  # `n`
 MOST_STOPS = 16

@@ -9,11 +9,11 @@ from typing import Any
 from lighten.data import Message
 from lighten.data.special import special_tokens
 from lighten.serving.adapters import Model
-from lighten.serving.call_formats import abilities
-from lighten.serving.call_grammar import call_grammar
-from lighten.serving.call_reader import CallFormat, CallReader
 from lighten.serving.requests import ChatRequest, Refused
-from lighten.serving.tool_fields import NamedChoice
+from lighten.serving.tools.fields import NamedChoice
+from lighten.serving.tools.formats import abilities
+from lighten.serving.tools.grammar import call_grammar
+from lighten.serving.tools.reader import CallFormat, CallReader
 
 
 @dataclass(frozen=True)

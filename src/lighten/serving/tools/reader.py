@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lighten.serving.call_parameters import JSON, Parameters
+from lighten.serving.tools.parameters import JSON, Parameters
 
 # Llama's mark of a call, which its models write or leave out.
 TAG = "<|python_tag|>"

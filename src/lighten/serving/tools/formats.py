@@ -13,8 +13,8 @@ from lighten.data import Message
 from lighten.data.asking import OPENED
 from lighten.data.spans import EMPTY_THOUGHT, RefusedError, render
 from lighten.data.special import MARKER, special_tokens
-from lighten.serving.call_parameters import Parameters
-from lighten.serving.call_reader import CallFormat, CallReader
+from lighten.serving.tools.parameters import Parameters
+from lighten.serving.tools.reader import CallFormat, CallReader
 
 _CALLED = "lighten_call"
 _ARGUMENTS = {"lighten_argument": "lighten_value", "lighten_other": "lighten_text"}

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lighten.errors import UserError
-from lighten.serving.call_parameters import Parameters, choices_of, is_text, limits_of
-from lighten.serving.call_reader import CallFormat
 from lighten.serving.requests import Refused
 from lighten.serving.schemas import compiled, laid_out
-from lighten.serving.tool_fields import Function
+from lighten.serving.tools.fields import Function
+from lighten.serving.tools.parameters import Parameters, choices_of, is_text, limits_of
+from lighten.serving.tools.reader import CallFormat
 
 # In one answer: small models would go on for ever.
 _MOST_CALLS = 16
