@@ -18,7 +18,7 @@ import lighten
 from lighten import api
 from lighten.errors import UserError
 from lighten.quantization import table
-from lighten.quantization.int4 import group_size
+from lighten.quantization.int4 import suited_layers
 from lighten.quantization.model_source import calibration_of, opened
 from lighten.quantization.scores import EvaluationRow, score, summary
 from lighten.quantization.table import Quantized
@@ -221,7 +221,13 @@ def test_rows_that_no_group_divides_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"has model.layers.0.mlp.down_proj \(14 such layers\); use nf4"
     ):
-        group_size(tiny_model("llama", hidden_size=24, intermediate_size=40))
+        suited_layers(tiny_model("llama", hidden_size=24, intermediate_size=40))
+
+
+def test_stacked_experts_are_refused_in_int4() -> None:
+    """auto-round would load them as zeros: each answer of the folder is NaN."""
+    with pytest.raises(UserError, match="experts are stacked in one tensor each layer; use nf4"):
+        suited_layers(tiny_model("ernie4_5_moe"))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +237,7 @@ def test_rows_that_no_group_divides_are_refused() -> None:
         (
             "int4",
             (24, 40),
-            "int4 needs rows that groups of 16 divide.*model has model.layers.0.mlp",
+            "int4 needs linear layers with rows and outputs that 32 divides.*model.layers.0.mlp",
         ),
         ("8da4w", (32, 48), "rows that groups of 32 divide.*32, 48"),
     ],

@@ -51,7 +51,9 @@ def test_folders_are_as_large_as_was_said(
 ) -> None:
     """Against the files that the libraries write, with their headers."""
     pytest.importorskip("bitsandbytes")
-    forecast = api.plan_formats(models[name], ",".join(KINDS), output_dir=tmp_path)
+    # INT4 refuses experts that are stacked.
+    kinds = [kind for kind in KINDS if name != "experts" or kind.partition(":")[0] != "int4"]
+    forecast = api.plan_formats(models[name], ",".join(kinds), output_dir=tmp_path)
     for entry in forecast.formats:
         folder = tmp_path / entry.name.replace(":", "-")
         folder.mkdir()
@@ -64,7 +66,7 @@ def test_folders_are_as_large_as_was_said(
     assert forecast.disk_bytes == sum(entry.file_bytes or 0 for entry in forecast.formats)
     assert forecast.weight_bytes == pytest.approx(weight_bytes(models[name]), rel=0.01)
     assert forecast.temporary_bytes == 0
-    assert forecast.fits() is None  # int4's memory is not known
+    assert forecast.fits() is None  # the memory that calibrated formats need is not known
 
 
 @pytest.mark.parametrize("type_name", TYPES)

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lighten import models
+from lighten.api import plan_formats
 from lighten.quantization import calibrated, gptq
+from lighten.quantization.calibrated import quantised_layers, rounded_layers
 from lighten.quantization.verify import InTransformers
 from lighten.quantization.weights import make
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -150,6 +152,40 @@ def test_a_calibrated_folder_loads_and_is_nearer_than_plain_rounding(
             )
     assert divergence["int4"] < 0.8 * divergence["int4:rounded"]
     assert sizes["int4"] == sizes["int4:rounded"]
+
+
+@pytest.mark.parametrize("format_name", ["int4:rounded", "int4"])
+def test_layers_that_its_products_do_not_take_stay_in_16_bits(
+    format_name: str, tmp_path: Path
+) -> None:
+    """Falcon-H1's `in_proj` has a number of outputs that 32 does not divide."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    out.mkdir()
+    model = tiny_model("falcon_h1", dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    rows = torch.randint(5, 300, (4, 24)).tolist()
+    (planned,) = plan_formats(str(folder), format_name).formats
+    make(format_name, folder, out, rows)
+    layers = quantised_layers(model)
+    kept = {p for p, layer in layers.items() if layer.in_features % 32 or layer.out_features % 32}
+    assert kept
+    assert f"{len(kept)} linear layers of {len(layers)}" in planned.note
+    size = (out / "model.safetensors").stat().st_size
+    assert size == pytest.approx(planned.file_bytes, rel=0.01)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    for path in layers:
+        module = loaded.get_submodule(path)
+        assert (type(module) is torch.nn.Linear) == (path in kept), path
+    for path in kept:
+        assert torch.equal(loaded.get_submodule(path).weight, layers[path].weight)
+
+
+def test_calibration_calls_layers_as_their_model_does() -> None:
+    """Gemma 3n gives what belongs to a layer by its place among the arguments."""
+    model = tiny_model("gemma3n_text")
+    rounded = rounded_layers(model, torch.randint(5, 300, (2, 24)).tolist(), lambda _: 2)
+    assert rounded.keys() == quantised_layers(model).keys()
 
 
 def test_layers_of_several_kinds_get_their_own_masks() -> None:

@@ -9,6 +9,7 @@ Dimensions: O outputs, I inputs, G groups of a row.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,14 +82,16 @@ def _inputs(
     model: PreTrainedModel, layers: Sequence[nn.Module], rows: Sequence[Sequence[int]]
 ) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     """What enters the first layer, by row, and what else each layer is called with."""
+    first = next(iter(inspect.signature(layers[0].forward).parameters))
     states: list[Tensor] = []
     calls: list[list[dict[str, Any]]] = []
 
     def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if layer is layers[0]:
-            states.append(args[0] if args else kwargs["hidden_states"])
+            states.append(args[0] if args else kwargs[first])
             calls.append([])
-        calls[-1].append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+        named = dict(zip(inspect.signature(layer.forward).parameters, args, strict=False)) | kwargs
+        calls[-1].append({key: value for key, value in named.items() if key != first})
         if layer is layers[-1]:
             raise _Reached
 

@@ -15,8 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lighten.quantization.calibrated import quantised_layers
-from lighten.quantization.int4 import group_size
+from lighten.quantization.int4 import suited_layers
 from lighten.quantization.shapes import (
     dense_in_nf4,
     linear_layers,
@@ -142,7 +141,7 @@ def _bitsandbytes(file: _File, model: PreTrainedModel, *, four: bool) -> None:
 
 
 def _auto_round(file: _File, model: PreTrainedModel) -> None:
-    group, layers = group_size(model), quantised_layers(model)
+    group, layers = suited_layers(model)
     for name, rounded, shape in _parameters(model, head=False, conv=False):
         stem = name.rpartition(".")[0]
         if rounded is None or stem not in layers:

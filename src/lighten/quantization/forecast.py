@@ -236,13 +236,16 @@ def _rate(call: Any, numbers: int) -> float:
 
 def _folder_format(target: Target, source: _Source, timed: bool, missing: str | None) -> Format:
     from lighten.models import skeleton
+    from lighten.quantization import int4
     from lighten.quantization.file_sizes import folder_bytes
     from lighten.quantization.shapes import about_experts, about_nf4
 
+    abouts = {"nf4": about_nf4, "int4": int4.about}
     model = skeleton(str(source.folder))
     size = folder_bytes(target.kind, model, group=source.group)
-    about = about_experts(model), about_nf4(model) if target.kind == "nf4" else ""
-    weights, note = source.weights, "; ".join(filter(None, about))
+    about = abouts.get(target.kind.partition(":")[0])
+    notes = about_experts(model), about(model) if about else ""
+    weights, note = source.weights, "; ".join(filter(None, notes))
     if target.kind.startswith("int4") or target.kind == DYNAMIC:
         return Format(target.name, size, None, None, missing, note)
     largest = max(weight.numbers for weight in weights.values())

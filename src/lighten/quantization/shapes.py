@@ -7,6 +7,8 @@ bfloat16 arithmetic refuse them. They stay dense, which every loader of the fold
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -58,14 +60,22 @@ def about_nf4(model: PreTrainedModel) -> str:
         UserError: They all would.
     """
     shapes = linear_layers(model)
-    if not (dense := dense_in_nf4(shapes)):
+    reason = (
+        f"their rows are no multiples of {BLOCK} or their outputs of {OUTPUTS}, with which "
+        "bitsandbytes does not compute on processors"
+    )
+    return about_dense(dense_in_nf4(shapes), shapes, reason)
+
+
+def about_dense(dense: Collection[str], shapes: dict[str, tuple[int, int]], reason: str) -> str:
+    """That layers stay in 16 bits, and why; nothing where none does."""
+    if not dense:
         return ""
     sizes = {path: outputs * inputs for path, (outputs, inputs) in shapes.items()}
     share = sum(sizes[path] for path in dense) / sum(sizes.values())
     return (
         f"{counted(len(dense), 'linear layer')} of {len(shapes)}, {share:.0%} of their weights, "
-        f"stay in 16 bits: their rows are no multiples of {BLOCK} or their outputs of {OUTPUTS}, "
-        "with which bitsandbytes does not compute on processors"
+        f"stay in 16 bits: {reason}"
     )
 
 
