@@ -133,3 +133,16 @@ def test_layers_that_peft_would_lose_are_refused_by_name_and_left_out_of_all_lin
     assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= names
     assert "out_proj" not in names
     assert arch != "glm4_moe" or names.isdisjoint({"gate_proj", "up_proj", "down_proj"})
+
+
+@pytest.mark.parametrize(
+    ("arch", "names"),
+    [("mixtral", ("w1", "w2", "w3")), ("qwen3_moe", ("down_proj", "gate_proj", "up_proj"))],
+)
+def test_names_of_experts_that_are_stacked_are_not_passed_over(
+    arch: str, names: tuple[str, ...]
+) -> None:
+    """PEFT trains the experts then; the rest of the list alone would learn without a word."""
+    with pytest.raises(UserError, match=f"names {', '.join(names)}, but the experts of "):
+        attach(tiny_model(arch), [AdapterSpec(target_modules=("q_proj", *names))])
+    attach(tiny_model(arch), [AdapterSpec(target_modules=("q_proj", "attention"))])

@@ -50,6 +50,13 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
                 f"{type(model).__name__}, where PEFT {foreign_reason(model)}, so that nothing else "
                 f"could load what they learn; use {ALL_LINEAR}, which leaves them out"
             )
+        if stacked := _names_of_experts(model, spec.target_modules, linear):
+            raise UserError(
+                f"adapter {spec.name!r}: lora_target_modules names {', '.join(stacked)}, but the "
+                f"experts of {type(model).__name__} are stacked in one tensor each layer; leave "
+                "them out, or train the experts through peft: {peft_type: LORA, "
+                "target_parameters: [...]}"
+            )
     copy_paths = saved_paths(model, spec)
     paths = [p for p in paths if not any(p == w or p.startswith(f"{w}.") for w in copy_paths)]
     if not paths:
@@ -82,6 +89,16 @@ def foreign_names(model: PreTrainedModel, paths: Iterable[str]) -> set[str]:
     if not any(map(stacked_experts, decoder_layers(model))):
         return set()
     return set(filter(functools.partial(_means_experts, model), names))
+
+
+def _names_of_experts(
+    model: PreTrainedModel, targets: str | tuple[str, ...], linear: Iterable[str]
+) -> list[str]:
+    """Names that mean the stacked experts alone: of an expert's layers before it was stacked."""
+    if isinstance(targets, str) or not any(map(stacked_experts, decoder_layers(model))):
+        return []
+    rest = set(targets) - set(map(_name, linear)) - set(GROUPS)
+    return sorted(name for name in rest if _means_experts(model, name))
 
 
 def foreign_reason(model: PreTrainedModel) -> str:
