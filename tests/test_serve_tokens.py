@@ -64,7 +64,7 @@ def test_texts_are_tokens_and_back(ask: Ask) -> None:
         assert plain == whole[1:]
         assert ask("/detokenize", tokens=plain, **name).json() == {"prompt": "the 서울 answer"}
     assert ask("/detokenize", tokens=whole).json() == {"prompt": "<s>the 서울 answer"}
-    assert tokens(ask, prompt="", add_special_tokens=False) == []
+    assert tokens(ask, prompt="", add_special_tokens=False, messages=None) == []
     answer = ask("/tokenize", prompt="the answer", return_token_strs=True).json()
     assert answer["token_strs"] == tokenizer.convert_ids_to_tokens(answer["tokens"])
 

@@ -329,7 +329,7 @@ async def _conversation(
 async def _tokenize(request: Request, front: Front) -> Reply:
     context, base = front.engine.context, front.registry.name
     body = await _body(request, front)
-    if isinstance(body, dict) and "messages" in body:
+    if isinstance(body, dict) and body.get("messages") is not None:
         chat_request, texts_wanted = as_chat(body, base)
         model = front.registry.named(chat_request.model, chat_request.adapter_id)
         ids, _ = await _conversation(chat_request, model, context)
