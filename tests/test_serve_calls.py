@@ -15,13 +15,16 @@ from tests.tiny import CHATML, tiny_tokenizer
 from tests.tool_templates import FORMATS, PYTHONIC
 
 TYPED = ("typed", {"text": "5", "maybe": "some", "kind": "1", "count": 5, "flag": False,
-                   "list": [1, "a"], "other": "words"})  # fmt: skip
+                   "list": [1, "a"], "other": "words", "ref": "5",
+                   "first name": "a b"})  # fmt: skip
 FUNCTIONS: dict[str, Any] = {
     "get_weather": None, "send": None, "typed": {"type": "object", "properties": {
         "text": {"type": "string"}, "count": {"type": "integer"}, "flag": {"type": "boolean"},
         "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "kind": {"enum": ["1", "2"]},
         "list": {"type": "array"}, "none": {"type": ["integer", "null"]},
-    }},
+        "ref": {"allOf": [{"$ref": "#/$defs/self"}], "default": "5"},
+    }, "$defs": {"self": {"anyOf": [{"$ref": "#/$defs/self"}, {"$ref": "#/$defs/digit"}]},
+                 "digit": {"enum": ["5", "6"]}}},
 }  # fmt: skip
 OSLO = ("get_weather", {"city": "Oslo"})
 SENT = ("send", {"to": ["a", "b"], "text": 'said "}</tool_call>" \\ {[', "more": {"n": 1.5}})

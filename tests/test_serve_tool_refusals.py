@@ -107,6 +107,10 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
      "tools[0].function.parameters", "nothing"),
     (FORMATS["xml"], {**parameters(properties={"a": {"type": "string", "pattern": "^a$"}}),
      "tool_choice": NAMED}, "tools[0].function.parameters", "pattern cannot be followed"),
+    (FORMATS["xml"], {**parameters(anyOf=[{"required": ["a"]}]), "tool_choice": NAMED},
+     "tools[0].function.parameters", "anyOf cannot be followed"),
+    (FORMATS["xml"], {**parameters(properties={}, required=["a"]), "tool_choice": NAMED},
+     "tools[0].function.parameters", "required 'a' cannot be followed"),
     (HERMES, {"tool_choice": NAMED, "chat_template_kwargs": {"enable_thinking": True}},
      "tool_choice", "no thought"),
     (HERMES, calling(function={"name": "get", "arguments": "{"}), "messages[1].tool_calls",
@@ -236,9 +240,11 @@ def test_texts_without_quotes_are_those_of_their_schema(base: Path) -> None:
     """An enum, perhaps of one, perhaps with nothing; more than that is refused."""
     enum = {"type": "string", "enum": ["a", "b c"]}
     properties = {
-        "enum": enum, "const": {"const": "one"}, "maybe": {"anyOf": [enum, {"type": "null"}]},
+        "enum": enum, "const": {"const": "one"},
+        "maybe": {"anyOf": [{"$ref": "#/$defs/enum"}, {"type": "null"}]},
     }  # fmt: skip
-    schema = {"type": "object", "properties": properties, "required": ["enum", "const"]}
+    schema = {"type": "object", "properties": properties, "required": ["enum", "const"],
+              "$defs": {"enum": enum}}  # fmt: skip
     lark = grammar_of(base, "xml", **parameters(**schema))
 
     def call(**arguments: Any) -> str:
@@ -266,6 +272,17 @@ def rendered(calls: Sequence[tuple[str, dict[str, Any]]], template: str) -> str:
     prompt = render([question], tokenizer, "", add_generation_prompt=True)
     text = render([question, answer], tokenizer, "").removeprefix(prompt)
     return text.removeprefix("<think>\n\n</think>\n\n").partition("<|im_end|>")[0]
+
+
+def test_an_answer_that_follows_a_grammar_holds_no_thought(base: Path) -> None:
+    """Where the prompt opened one, a call in place of JSON is a call."""
+    model = fronted(base, HERMES).registry.models["base"]
+    for changes in ({"tool_choice": NAMED}, {"response_format": {"type": "json_object"}}):
+        use = tool_use(parse(ChatRequest, {**CHAT, **changes}), model)
+        assert use is not None
+        text = rendered([("get", {})], HERMES)
+        content, calls = use.reader(thinking=True).take(text, final=True)
+        assert (content, [call.name for call in calls]) == ("", ["get"])
 
 
 def test_vllm_is_told_a_grammar_that_it_reads(base: Path) -> None:

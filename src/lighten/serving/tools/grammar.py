@@ -18,6 +18,8 @@ from lighten.serving.tools.reader import CallFormat
 
 # In one answer: small models would go on for ever.
 _MOST_CALLS = 16
+# What a schema says of an object's members together.
+_OF_ALL = ("$ref", "anyOf", "oneOf", "allOf", "minProperties")
 
 
 def call_grammar(
@@ -121,23 +123,31 @@ def _one_by_one(
     """Arguments in the order of their schema, those that need not be there or not.
 
     Raises:
-        Refused: Texts that stand as they are have to follow more than a list of them.
+        Refused: Texts that stand as they are have to follow more than a list of them, or the
+            arguments more than each its own schema.
     """
+    field, named = f"tools[{number}].function.parameters", schema.get("properties") or {}
+    of_all = [key for key in _OF_ALL if key in schema]
+    of_all += [f"required {key!r}" for key in schema.get("required") or () if key not in named]
+    if of_all:
+        raise Refused(400, f"{field}: {of_all[0]} cannot be followed, since this model writes "
+                      "arguments one by one; describe each in properties or use tool_choice auto",
+                      field)  # fmt: skip
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     required, words, lines = schema.get("required") or (), [], []
-    for place, (key, described) in enumerate((schema.get("properties") or {}).items()):
+    for place, (key, described) in enumerate(named.items()):
         name = f"argument{number}x{place}"
         words.append(name if key in required else f"{name}?")
         lines.append(f"{name}: {text(marks.before_key)} {_literal(key)} {text(marks.after_key)} "
                      f"value{name}")  # fmt: skip
         after = text(marks.after_value)
-        choices = choices_of(described) if is_text(described) else None
+        as_text = is_text(described, schema)
+        choices = choices_of(described, schema) if as_text else None
         if choices is not None:
             options = " | ".join(map(_literal, choices))
             lines.append(f"value{name}: ({options}) {after}")
-        elif is_text(described):
-            if limits := limits_of(described):
-                field = f"tools[{number}].function.parameters"
+        elif as_text:
+            if limits := limits_of(described, schema):
                 raise Refused(400, f"{field}: {limits[0]} cannot be followed, since this model "
                               "writes texts as they are, not as JSON; leave it out or use "
                               "tool_choice auto", field)  # fmt: skip

@@ -45,8 +45,9 @@ class Parameters:
         if self.after_value.startswith("\n"):
             text = text.removesuffix("\n")
         described = ((schema or {}).get("properties") or {}).get(key)
-        if is_text(described):
-            nothing = any("null" in _kinds(option) for option in _options(described))
+        if is_text(described, schema):
+            options = _options(described, schema)
+            nothing = any("null" in _kinds(option) for option in options)
             return None if nothing and text.strip() in ("null", "None") else text
         try:
             return _WORDS[word] if (word := text.strip()) in _WORDS else JSON.decode(text)
@@ -54,15 +55,20 @@ class Parameters:
             return text
 
 
-def is_text(described: Any) -> bool:
-    """Whether a schema takes texts, which are written as they are."""
-    return any("string" in _kinds(option) for option in _options(described))
+def is_text(described: Any, schema: Mapping[str, Any] | None) -> bool:
+    """Whether an argument takes texts, which are written as they are.
+
+    Args:
+        described: Its schema.
+        schema: Of all arguments, which holds what that refers to.
+    """
+    return any("string" in _kinds(option) for option in _options(described, schema))
 
 
-def choices_of(described: Any) -> list[str] | None:
-    """The texts that a schema of texts takes; None: any."""
+def choices_of(described: Any, schema: Mapping[str, Any] | None) -> list[str] | None:
+    """The texts that an argument of texts takes; None: any. See `is_text`."""
     choices: list[str] = []
-    for option in _options(described):
+    for option in _options(described, schema):
         if _kinds(option) == ["null"]:
             choices.append("null")
             continue
@@ -73,24 +79,36 @@ def choices_of(described: Any) -> list[str] | None:
     return choices
 
 
-def limits_of(described: Any) -> list[str]:
-    """What else a schema says of its texts."""
+def limits_of(described: Any, schema: Mapping[str, Any] | None) -> list[str]:
+    """What else a schema says of an argument's texts; see `is_text`."""
     return [
         name
-        for option in _options(described)
+        for option in _options(described, schema)
         for name in ("pattern", "minLength", "maxLength")
         if name in option
     ]
 
 
-def _options(described: Any) -> list[Mapping[str, Any]]:
-    """The schemas that stand for alternatives in one."""
+def _options(
+    described: Any, schema: Mapping[str, Any] | None, followed: frozenset[str] = frozenset()
+) -> list[Mapping[str, Any]]:
+    """The schemas that stand for alternatives in one, those that it refers to among them."""
     if not isinstance(described, Mapping):
         return []
-    several = described.get("anyOf") or described.get("oneOf")
+    reference = described.get("$ref")
+    if isinstance(reference, str):
+        if reference in followed:  # it refers to itself
+            return []
+        target: Any = schema
+        for part in reference.removeprefix("#/").split("/"):
+            target = target.get(part) if isinstance(target, Mapping) else None
+        return _options(target, schema, followed | {reference})
+    several, whole = described.get("anyOf") or described.get("oneOf"), described.get("allOf")
+    if several is None and isinstance(whole, list) and len(whole) == 1:
+        several = whole  # pydantic's, of a reference with a default
     if not isinstance(several, list):
         return [described]
-    return [inner for option in several for inner in _options(option)]
+    return [inner for option in several for inner in _options(option, schema, followed)]
 
 
 def _kinds(option: Mapping[str, Any]) -> list[str]:

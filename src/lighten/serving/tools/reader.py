@@ -17,7 +17,7 @@ from lighten.serving.tools.parameters import JSON, Parameters
 TAG = "<|python_tag|>"
 _LETTERS = string.ascii_letters + string.digits
 _NAME = re.compile(r"\s*([\w.:/-]+)")
-_KEY = re.compile(r"\s*([^<>\s]+)")
+_KEY = re.compile(r"\s*([^<>\s]+(?: +[^<>\s]+)*)")
 _FIRST_WORD = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\S+")
 
 

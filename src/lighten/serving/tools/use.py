@@ -44,6 +44,7 @@ class ToolUse:
         Args:
             thinking: Whether its prompt opened a thought.
         """
+        thinking = thinking and self.grammar is None  # which has no place for a thought
         return CallReader(self.call_format, self.functions, most=self.most, thinking=thinking)
 
 
