@@ -146,3 +146,8 @@ def test_names_of_experts_that_are_stacked_are_not_passed_over(
     with pytest.raises(UserError, match=f"names {', '.join(names)}, but the experts of "):
         attach(tiny_model(arch), [AdapterSpec(target_modules=("q_proj", *names))])
     attach(tiny_model(arch), [AdapterSpec(target_modules=("q_proj", "attention"))])
+
+
+def test_all_linear_in_a_list_is_not_passed_over() -> None:
+    with pytest.raises(UserError, match="all-linear stands by itself, not in a list"):
+        attach(tiny_model("llama"), [AdapterSpec(target_modules=("attention", "all-linear"))])

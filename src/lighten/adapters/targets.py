@@ -42,6 +42,11 @@ def low_rank_paths(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
         paths = [path for path in linear if model.get_submodule(path) is not head]
         paths = [path for path in paths if _name(path) not in foreign]
     else:
+        if not isinstance(spec.target_modules, str) and ALL_LINEAR in spec.target_modules:
+            raise UserError(
+                f"adapter {spec.name!r}: {ALL_LINEAR} stands by itself, not in a list; use "
+                f"lora_target_modules: {ALL_LINEAR}, which holds every other name"
+            )
         targets = without_groups(model, spec.target_modules)
         paths = [path for path, _ in model.named_modules() if _matches(path, targets)]
         if taken := sorted(foreign & set(map(_name, paths))):
