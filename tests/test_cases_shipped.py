@@ -63,7 +63,7 @@ def test_copies_of_two_models_lie_beside_each_other(
     for seed, name in enumerate("ab"):
         save_tiny(tmp_path / name, seed=seed)
     first, second = (api.quantize(str(tmp_path / name), "gguf:q8_0") for name in "ab")
-    files = [Path(made.format("gguf:q8_0")["folder"]) / f"{name}.gguf"
+    files = [Path(made.format("gguf:q8_0")["folder"]) / f"{name}.q8_0.gguf"
              for name, made in (("a", first), ("b", second))]  # fmt: skip
     assert files[0].read_bytes() != files[1].read_bytes()
     assert forecast("a", "gguf:q8_0", timed=False).folder == first.folder

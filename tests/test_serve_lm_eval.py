@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def client(
         yield http
 
 
+def in_thread(ask: Callable[[list[Instance]], list[Any]], asked: list[Instance]) -> list[Any]:
+    """What lm-eval is told; it begins an event loop, and Playwright's may be in this thread."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(ask, asked).result()
+
+
 def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
     return [Instance(kind, {}, each, place) for place, each in enumerate(arguments)]
 
@@ -74,16 +81,22 @@ def test_lm_eval_scores_an_adapter_through_the_server_as_in_peft(
         tokenizer=str(beside if name == "two" else tiny_folder), max_length=128, **settings,
     )  # fmt: skip
     pairs = requests("loglikelihood", PAIRS)
-    for ours, theirs in zip(served.loglikelihood(pairs), hf.loglikelihood(pairs), strict=True):
+    for ours, theirs in zip(
+        in_thread(served.loglikelihood, pairs), hf.loglikelihood(pairs), strict=True
+    ):
         assert ours[0] == pytest.approx(theirs[0], abs=2e-2)
         assert ours[1] == theirs[1]
     texts = requests("loglikelihood_rolling", [(" ".join(CONTEXTS * 4),), ("the user",)])
-    rolled = zip(served.loglikelihood_rolling(texts), hf.loglikelihood_rolling(texts), strict=True)
+    rolled = zip(
+        in_thread(served.loglikelihood_rolling, texts), hf.loglikelihood_rolling(texts), strict=True
+    )
     for ours, theirs in rolled:
         assert ours == pytest.approx(theirs, rel=2e-4)  # of a hundred tokens
     how = {"until": ["question"], "max_gen_toks": 8, "do_sample": False}
     asked = requests("generate_until", [(context, how) for context in CONTEXTS[:3]])
-    for ours, theirs in zip(served.generate_until(asked), hf.generate_until(asked), strict=True):
+    for ours, theirs in zip(
+        in_thread(served.generate_until, asked), hf.generate_until(asked), strict=True
+    ):
         # A part of a character at the end is not shown here.
         assert ours.rstrip(PART) == theirs.rstrip(PART)
 
@@ -102,6 +115,6 @@ def test_a_token_that_begins_texts_is_asked_for(tmp_path: Path) -> None:
             model="base", base_url=f"{http.base_url}/v1/completions", tokenizer=str(folder),
             max_length=128, add_bos_token=True,
         )  # fmt: skip
-        scores = served.loglikelihood(pairs)
+        scores = in_thread(served.loglikelihood, pairs)
     for ours, theirs in zip(scores, expected, strict=True):
         assert ours == (pytest.approx(theirs[0], abs=1e-3), theirs[1])

@@ -102,6 +102,26 @@ def test_where_all_slots_are_full_the_one_used_longest_ago_is_overwritten(engine
     assert finished(ask(engine, prompts[1], None)).cached == 0
 
 
+def test_a_question_does_not_wait_until_a_long_document_is_read() -> None:
+    """Nor does the document wait for ever: a block of the oldest prompt is read in each step."""
+    engine = Engine(tiny_model("llama"), max_tokens=1024, prefill_tokens=128)
+    begun: list[str] = []
+    ended = threading.Semaphore(0)
+    together = threading.Event()
+    engine._inbox.put(together.wait)  # type: ignore[arg-type]
+    for name, length in (("document", 600), ("question", 20), ("letter", 260)):
+        engine.submit(Request(
+            words(length, length), None, 1, frozenset(), GREEDY, None,
+            lambda _, name=name: begun.append(name),  # type: ignore[misc]
+            lambda _: ended.release(),
+        ))  # fmt: skip
+    together.set()
+    for _ in range(3):
+        assert ended.acquire(timeout=60)
+    engine.close(10)
+    assert begun == ["question", "letter", "document"]
+
+
 def test_prompts_that_come_together_are_read_once(engine: Engine, folders: dict[str, Path]) -> None:
     """Several answers to one, and others that begin so; what another adapter reads is another's."""
     begin = words(2 * BLOCK, 20)

@@ -364,24 +364,41 @@ class Engine:
 
     def _parts(self) -> list[tuple[Taken, int]]:
         """Sequences of the next step and how many of their tokens, sorted by adapter."""
-        room, logit_rows = self._prefill_tokens, self._logit_rows
+        begun = [
+            sequence for place, sequence in enumerate(self._running)
+            if sequence.begun or self._begins(sequence, self._running[:place])
+        ]  # fmt: skip
+        shares = self._shares([sequence for sequence in begun if not sequence.decoding])
         parts = []
-        for place, sequence in enumerate(self._running):
-            if not sequence.begun and not self._begins(sequence, self._running[:place]):
-                continue
-            count = sequence.waiting_tokens
-            if not sequence.decoding:
-                most = min(room, logit_rows) if sequence.reads_whole else room
-                if count > most:  # whole blocks
-                    count = most - most % self._block
-                room -= count
-                logit_rows -= count * sequence.reads_whole
-            if count:
+        for sequence in begun:
+            if count := shares.get(sequence, 1):  # of an answer the last token
                 parts.append((sequence, count))
                 if not sequence.begun:
                     sequence.begun = True
                     sequence.request.on_begin(sequence.cached)
         return sorted(parts, key=lambda part: id(part[0].adapter) if part[0].adapter else 0)
+
+    def _shares(self, prompts: Sequence[Taken]) -> dict[Taken, int]:
+        """Tokens of each prompt that the next step reads: whole blocks, or what is left of it.
+
+        A block of the oldest, so that it comes to its end whatever else comes; then of those with
+        the fewest tokens left: a question does not wait until a long document is read.
+        """
+        room, logit_rows = self._prefill_tokens, self._logit_rows
+        shares = dict.fromkeys(prompts, 0)
+        shortest_first = sorted(prompts, key=lambda sequence: sequence.waiting_tokens)
+        for sequence, limit in (
+            *((oldest, self._block) for oldest in prompts[:1]),
+            *((prompt, room) for prompt in shortest_first),
+        ):
+            most = min(limit, room, logit_rows) if sequence.reads_whole else min(limit, room)
+            count = sequence.waiting_tokens - shares[sequence]
+            if count > most:
+                count = most - most % self._block
+            shares[sequence] += count
+            room -= count
+            logit_rows -= count * sequence.reads_whole
+        return shares
 
     def _begins(self, sequence: Taken, earlier: Sequence[Taken]) -> bool:
         """Whether a prompt is read now: what one before it is reading of it, it takes from that."""
