@@ -11,7 +11,7 @@ import pytest
 
 from lighten import api
 from lighten.planning import predict
-from lighten.planning.changes import SHORTEST, cheapest, ideas
+from lighten.planning.changes import ALONE, SHORTEST, cheapest, ideas
 from lighten.planning.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.planning.trace import plan_recipe
 from lighten.recipe import Recipe
@@ -114,6 +114,11 @@ def test_nothing_is_joined_that_is_not_needed(capacity_mib: int, tiny_folder: Pa
             assert planner(recipe.changed(fewer)).fits() is not True
 
 
+def together(share: float) -> bool:
+    """The time for looking is over before several changes are looked at together."""
+    return share > ALONE
+
+
 def test_a_base_that_is_streamed_to_a_gpu_takes_the_time_of_its_link(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, layers=8, hidden_size=512, intermediate_size=2048)
     recipe = recipe_of(folder, max_length=64)
@@ -124,7 +129,7 @@ def test_a_base_that_is_streamed_to_a_gpu_takes_the_time_of_its_link(tmp_path: P
         card.host_link = bytes_per_s
         planner = functools.partial(plan_recipe, device=card)
         (change,) = (
-            change for change in cheapest(recipe, base, planner)
+            change for change in cheapest(recipe, base, planner, over=together)
             if change.settings == {"offload_base": "cpu"}
         )  # fmt: skip
         if bytes_per_s is None:  # and not "as fast"
@@ -143,8 +148,9 @@ def test_whole_weights_that_do_not_fit_are_told_that_their_state_can_wait(tmp_pa
     assert plan.states is not None
     assert plan.time is not None
     (change,) = (
-        change for change in cheapest(recipe, plan, functools.partial(plan_recipe, device=card))
-        if change.settings == {"offload_optimizer": "cpu"}
+        change for change in cheapest(
+            recipe, plan, functools.partial(plan_recipe, device=card), over=together
+        ) if change.settings == {"offload_optimizer": "cpu"}
     )  # fmt: skip
     assert 0.5 * plan.states.optimiser < change.saves_bytes <= plan.states.optimiser + 2**25
     # It comes and goes over the link.
