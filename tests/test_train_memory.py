@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from tests.test_train_step import (
     one_step,
     random_spec,
 )
-from tests.tiny import ARCHITECTURES
+from tests.tiny import ARCHITECTURES, save_tiny
 
 GLIBC = heap.glibc() is not None
 # Blocks of growing size, written and freed as activations are: how many pages had to be fetched?
@@ -385,3 +386,21 @@ def test_gpu_offload_is_bitwise_and_frees_memory() -> None:
     assert len(plain) > 10
     assert all(torch.equal(a, b) for a, b in zip(plain, moved_grads, strict=True))
     assert low < 0.7 * high
+
+
+def test_a_second_run_of_a_process_is_measured_like_the_first(tmp_path: Path) -> None:
+    """What the first left free counted as held before, and its use as none."""
+    settings = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    folder = save_tiny(tmp_path / "base", **settings)
+    said = [{"role": "user", "content": "the user"}, {"role": "assistant", "content": "the answer"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join([json.dumps({"messages": said})] * 16), encoding="utf-8")
+    peaks = []
+    for name in ("first", "second", "third"):
+        run = lighten.train(
+            model_name_or_path=str(folder), dataset=str(rows), output_dir=str(tmp_path / name),
+            method="full", dtype="float32", max_steps=2, workers=1, progress=False, planned=False,
+        )  # fmt: skip
+        record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+        peaks.append(record["training"]["peak_bytes"])
+    assert min(peaks[1:]) > 0.8 * peaks[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -204,6 +205,8 @@ def _train(
     if planned:
         _report_plan(run, accelerator, progress, prediction)
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
+    gc.collect()
+    allocator.trim()  # what an earlier run of this process left would be used again, uncounted
     memory = hardware.PeakMemory(accelerator.device.type)
     rows = prediction.rows if prediction is not None else None
     if rows is None:  # what is wrong with them is told before a base is loaded
