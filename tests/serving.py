@@ -119,6 +119,17 @@ def client_of(base: Path, cache: Path, options: Options) -> Iterator[httpx.Clien
 
 
 @contextmanager
+def client_of_two(base: Path, adapters: Path, cache: Path) -> Iterator[httpx.Client]:
+    """The same of our engine in float32, with the adapters `one` and `two` of a folder."""
+    options = Options(
+        adapters={name: str(adapters / name) for name in ("one", "two")}, engine="lighten",
+        served_name="base", storage="f32", slots=3, threads=1, context=128,
+    )  # fmt: skip
+    with client_of(base, cache, options) as http:
+        yield http
+
+
+@contextmanager
 def serving(
     *words: str,
     cache: Path,

@@ -26,6 +26,7 @@ from lighten.generation.sampling import Chosen, Sampler
 from lighten.generation.segments import Factors, Segments, Update
 from lighten.generation.settings import Sampling
 from lighten.models.quantized import Storage, finish
+from tests.generation import choose_kernels
 from tests.tiny import VOCAB, tiny_model
 
 SERVED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "opt")
@@ -135,10 +136,7 @@ def test_trap_33_a_mixed_batch_answers_as_each_adapter_alone(
     arch: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts beyond the sliding window, read in pieces, against PEFT in float32."""
-    if compiled and kernels.library() is None:
-        pytest.skip(f"no kernels: {kernels.obstacle()}")
-    if not compiled:
-        monkeypatch.setattr(kernels, "library", lambda: None)
+    choose_kernels(monkeypatch, compiled=compiled)
     # PEFT's own choice of layers is the model's plain attention; eager is exact about windows.
     model = tiny_model(arch, attn_implementation="eager")
     target = "c_attn" if arch == "gpt2" else "qkv_proj" if arch == "phi3" else "v_proj"
@@ -178,10 +176,7 @@ def test_an_adapted_head_answers_as_in_peft(
     Against factors that float16 rounded as the engine keeps them: a head's update reaches the
     logits whole, and their rounding is `CLOSE`'s.
     """
-    if compiled and kernels.library() is None:
-        pytest.skip(f"no kernels: {kernels.obstacle()}")
-    if not compiled:
-        monkeypatch.setattr(kernels, "library", lambda: None)
+    choose_kernels(monkeypatch, compiled=compiled)
     model = tiny_model(arch, attn_implementation="eager", **changes)
     assert (arch == "llama" and not changes) != model.config.tie_word_embeddings
     target = "c_attn" if arch == "gpt2" else "v_proj"

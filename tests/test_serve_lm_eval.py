@@ -25,7 +25,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lighten import models
 from lighten.serving.options import Options
 from tests.caches import new_cache
-from tests.serving import client_of, save_adapters
+from tests.serving import client_of, client_of_two, save_adapters
 from tests.tiny import save_tiny, tiny_tokenizer
 
 CONTEXTS = ("the answer is", "the user asks the system a question", "서울은", "")
@@ -43,12 +43,8 @@ def adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def client(
     tiny_folder: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
-    options = Options(
-        adapters={name: str(adapters / name) for name in ("one", "two")}, engine="lighten",
-        served_name="base", storage="f32", slots=3, threads=1, context=128,
-    )  # fmt: skip
     cache = new_cache(tmp_path_factory.mktemp("cache"))
-    with client_of(tiny_folder, cache, options) as http:
+    with client_of_two(tiny_folder, adapters, cache) as http:
         yield http
 
 

@@ -20,13 +20,13 @@ pytest.importorskip("uvicorn")
 from lighten import models
 from lighten.errors import UserError
 from lighten.generation import engine as engine_module
-from lighten.generation import kernels
 from lighten.generation.engine import Engine
 from lighten.generation.request import Request
 from lighten.generation.sampling import Chosen
 from lighten.serving.options import Options
 from tests.caches import new_cache
-from tests.serving import client_of, save_adapters
+from tests.generation import choose_kernels
+from tests.serving import client_of, client_of_two, save_adapters
 from tests.test_serve_cohort import (
     CLOSE,
     GREEDY,
@@ -95,10 +95,7 @@ def test_prompts_are_as_likely_as_in_peft(
     arch: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mixed batch, read in pieces, beside answers that nobody asks the prompt of."""
-    if compiled and kernels.library() is None:
-        pytest.skip(f"no kernels: {kernels.obstacle()}")
-    if not compiled:
-        monkeypatch.setattr(kernels, "library", lambda: None)
+    choose_kernels(monkeypatch, compiled=compiled)
     monkeypatch.setattr(engine_module, "LOGIT_BYTES", 4 * VOCAB * 12)  # rows in one step
     model = tiny_model(arch, attn_implementation="eager")
     target = "c_attn" if arch == "gpt2" else "v_proj" if arch != "phi3" else "qkv_proj"
@@ -189,12 +186,8 @@ def adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def client(
     tiny_folder: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
-    options = Options(
-        adapters={name: str(adapters / name) for name in ("one", "two")}, engine="lighten",
-        served_name="base", storage="f32", slots=3, threads=1, context=128,
-    )  # fmt: skip
     cache = new_cache(tmp_path_factory.mktemp("cache"))
-    with client_of(tiny_folder, cache, options) as http:
+    with client_of_two(tiny_folder, adapters, cache) as http:
         yield http
 
 
