@@ -147,11 +147,11 @@ def test_whole_weights_that_do_not_fit_are_told_that_their_state_can_wait(tmp_pa
     plan = plan_recipe(recipe, card)
     assert plan.states is not None
     assert plan.time is not None
-    (change,) = (
-        change for change in cheapest(
-            recipe, plan, functools.partial(plan_recipe, device=card), over=together
-        ) if change.settings == {"offload_optimizer": "cpu"}
-    )  # fmt: skip
+    changes = cheapest(recipe, plan, functools.partial(plan_recipe, device=card), over=together)
+    (change,) = (c for c in changes if c.settings == {"offload_optimizer": "cpu"})
+    (all_states,) = (c for c in changes if c.settings.get("offload_params") == "cpu")
+    assert all_states.settings["strategy"] == "zero3"
+    assert all_states.saves_bytes > change.saves_bytes + plan.states.gradients / 2
     assert 0.5 * plan.states.optimiser < change.saves_bytes <= plan.states.optimiser + 2**25
     # It comes and goes over the link.
     longer_s = 2 * plan.states.optimiser / 1e9

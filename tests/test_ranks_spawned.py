@@ -103,8 +103,6 @@ def test_one_process_computes_where_it_was_told_to(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("changes", "processes", "message"), [
     ({"strategy": "single"}, 2, "strategy: single trains in one process, but 2 ranks"),
     ({"offload_base": "disk"}, 2, "offload_base: disk trains in one process, and 2 ranks"),
-    ({"method": "full", "lora_r": 8, "strategy": "zero3", "offload_optimizer": "nvme",
-      "offload_params": "nvme"}, None, "and this is one process; start several"),
 ])  # fmt: skip
 def test_a_recipe_for_another_number_of_ranks_is_told_before_anything_loads(
     changes: dict[str, Any], processes: int | None, message: str, settings: dict[str, Any],

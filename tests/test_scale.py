@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -280,7 +281,9 @@ def test_a_deepspeed_configuration_is_read(
     ({"deepspeed": {"optimizer": "AdamW"}}, "optimizer is 'AdamW', where"),
     ({"deepspeed": "nowhere.json"}, "nowhere.json cannot be read"),
     ({"deepspeed": {"gradient_clipping": 0.5}, "max_grad_norm": 2.0}, "both set the same thing"),
-    ({"fsdp": "full_shard offload"}, "'offload' is not built"),
+    ({"fsdp": "full_shard offload"}, "offload_params: cpu moves weights that learn"),
+    ({"fsdp": "shard_grad_op offload", "method": "full"}, "strategy: zero2 leaves them whole"),
+    ({"fsdp": "hybrid_shard"}, "'hybrid_shard' is not built"),
     ({"fsdp": ["full_shard", 3]}, "fsdp: full_shard and 3 contradict each other; keep one"),
 ])  # fmt: skip
 def test_what_has_no_equal_here_is_told(
@@ -296,6 +299,17 @@ def test_transformers_words_for_fsdp_are_read(chat_file: Path) -> None:
     assert recipe(chat_file, fsdp=["full_shard", 1]).strategy == "fsdp"  # said twice
     assert recipe(chat_file, fsdp=True).strategy == "fsdp"  # transformers 5
     assert recipe(chat_file, fsdp=False).strategy == "auto"
+    whole = functools.partial(recipe, chat_file, method="full")
+    for moved in (
+        whole(fsdp="full_shard offload auto_wrap"),
+        whole(fsdp=True, fsdp_config={"cpu_offload": True}),
+        whole(fsdp=True, fsdp_config={"fsdp_offload_params": "true"}),
+        whole(deepspeed="zero3_offload"),
+        whole(deepspeed={"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}),
+    ):
+        assert moved.strategy in ("fsdp", "zero3")
+        assert moved.offload_params == "cpu"
+    assert whole(fsdp=True, fsdp_config={"offload_params": False}).offload_params == "none"
 
 
 def test_a_recipe_may_say_again_what_its_deepspeed_configuration_says(chat_file: Path) -> None:
@@ -380,7 +394,8 @@ def test_a_step_is_what_accelerate_was_configured_for(chat_file: Path) -> None:
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "cpu_offload: 'true' has no equal here"),
+    ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"},
+     "offload_params: cpu moves weights that learn.*configured so"),
     ({**FSDP, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "'hybrid_shard' is not built"),
     ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}, "activations in main memory"),
     ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"}, "nowhere.json cannot be"),

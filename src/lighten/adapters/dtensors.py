@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 
 def rows_of(tensor: Tensor, rank: int, ranks: int) -> Tensor:
@@ -24,15 +25,16 @@ def rows_of(tensor: Tensor, rank: int, ranks: int) -> Tensor:
 def spread(local: Tensor, like: Tensor, mesh: DeviceMesh) -> DTensor:
     """A tensor of the shape of another one from this rank's rows, which stay where they are.
 
+    `DTensor.from_local` would move them to the mesh's device: what waits in main memory, to a GPU.
+
     Args:
         local: This rank's rows.
         like: A tensor of the whole shape.
         mesh: The ranks, in one dimension.
     """
-    return DTensor.from_local(
-        local, mesh, [Shard(0)], run_check=False,
-        shape=like.shape, stride=torch.empty(like.shape, device="meta").stride(),
-    )  # fmt: skip
+    stride = torch.empty(like.shape, device="meta").stride()
+    spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(like.shape, stride, local.dtype))
+    return DTensor(local, spec, requires_grad=False)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ def plan_spread(
 
     @functools.cache
     def alone_of(cut: str) -> Plan:
-        recipe = chosen.model_copy(update={"strategy": cut})
+        recipe = chosen.model_copy(update={"strategy": cut, "offload_params": "none"})
         return predict.plan(recipe, where, changes=False, ranks=ranks)
 
     def spread_by(name: Strategy) -> Distributed:

@@ -28,10 +28,11 @@ def choose(
         strategy: `auto`, or a strategy by name.
         accelerator: The ranks.
         trained: What learns.
-        weights_store: Makes what a rank's part of the weights waits in; None: memory.
+        weights_store: Makes what a rank's part of the weights waits in; None: they stay on its
+            device.
         feed: What brings the base's layers, where they are not in memory.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 and weights_store is None:
         return Strategy("single", accelerator)
     if strategy in ("auto", "ddp"):
         return Strategy("ddp", accelerator)

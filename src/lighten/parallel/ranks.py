@@ -27,6 +27,7 @@ Value = TypeVar("Value")
 # While the first rank plans, encodes or saves, the others wait for it: as long as gloo waits by
 # itself. NCCL would give up after ten minutes, in the midst of a large model's checkpoint.
 PATIENCE = timedelta(minutes=30)
+_BOTH = "cuda:nccl,cpu:gloo"  # as accelerate has it for FSDP with weights in main memory
 # What gloo says of a rank that is gone, in a plain RuntimeError.
 _NETWORK = re.compile(r"gloo|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
@@ -35,13 +36,19 @@ class PeerLost(UserError):
     """Another rank has ended, so that this one cannot go on; the other one's message says why."""
 
 
-def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Accelerator:
+def connect(
+    launch: Launch, device: str, recipe: str, *, gathers: bool = False, offloads: bool = False,
+    **options: Any,
+) -> Accelerator:  # fmt: skip
     """Meet the other ranks, and make sure that all see each other and train the same.
 
     Args:
         launch: What the launcher says of this process.
         device: `cpu`, or a CUDA device.
         recipe: The completed recipe.
+        gathers: Layers are gathered in a pass: one process is a group of ranks too.
+        offloads: Weights or state wait outside of the device: ranks on GPUs gather them in main
+            memory, for norms and checkpoints.
         options: More arguments of `Accelerator`.
 
     Raises:
@@ -58,11 +65,14 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
     met_before = PartialState._shared_state.get("num_processes", 1) > 1
     if met_before and not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # the run before has ended
-    meeting = InitProcessGroupKwargs(backend=None, timeout=PATIENCE)
+    backend = _BOTH if offloads and device != "cpu" and launch.world_size > 1 else None
+    meeting = InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)
     threads = torch.get_num_threads()
     try:
         with lost_peers(launch.rank, launch.world_size), set_aside(os.environ):
-            _meet_again(launch, device)
+            if gathers and launch.world_size == 1:
+                _meet_oneself()
+            _meet_again(launch, "gloo" if device == "cpu" else backend or "nccl")
             accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[meeting], **options)
     except PeerLost as error:
         if "EADDRINUSE" not in str(error.__cause__):
@@ -100,7 +110,16 @@ def connect(launch: Launch, device: str, recipe: str, **options: Any) -> Acceler
     return accelerator
 
 
-def _meet_again(launch: Launch, device: str) -> None:
+def _meet_oneself() -> None:
+    """A group of this process alone; nothing is sent."""
+    if torch.distributed.is_initialized():
+        return  # by a run that failed before it began
+    from torch._C._distributed_c10d import HashStore  # not of every build
+
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+
+
+def _meet_again(launch: Launch, backend: str) -> None:
     """Meet under another name where torchrun has started the ranks once more.
 
     Its store is the one of before (PyTorch 2.13), in which gloo would find ranks that have ended.
@@ -116,7 +135,7 @@ def _meet_again(launch: Launch, device: str) -> None:
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(*place, is_master=False, timeout=PATIENCE)
     torch.distributed.init_process_group(
-        "gloo" if device == "cpu" else "nccl", rank=launch.rank, world_size=launch.world_size,
+        backend, rank=launch.rank, world_size=launch.world_size,
         store=PrefixStore(f"restart-{count}", store), timeout=PATIENCE,
     )  # fmt: skip
 

@@ -4,6 +4,10 @@ Each decoder layer is gathered once for the forward and once for the backward pa
 whatever number of adapters learn on it. Of a base that learns itself gradients and optimiser state
 are spread too. What is frozen outside of the layers (embedding, head, norm) stays whole: it would
 be gathered for the whole pass, and save nothing at its peak.
+
+What a rank has of a base that learns may wait outside of a GPU's memory (`CPUOffloadPolicy`): a
+layer is copied there for each pass, its gradients are copied back, and the optimiser moves the
+weights on the processor. One process alone trains so too, over a mesh of itself.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -25,7 +29,7 @@ from lighten.adapters.whole import make_float32
 from lighten.errors import UserError
 from lighten.machine.heap import drop_mapped_weights
 from lighten.parallel import ranks
-from lighten.parallel.offloaded.stores import Store
+from lighten.parallel.offloaded.stores import MainMemory, Scratch, Store
 from lighten.parallel.strategies import InStep, mesh_of, require_share
 
 Result = TypeVar("Result")
@@ -38,7 +42,8 @@ class Sharded(InStep):
         name: `fsdp`, `zero3` or `zero2`; with the last, layers stay whole from their forward to
             their backward pass.
         accelerator: The ranks.
-        weights_store: Makes what this rank's part of weights that learn waits in; None: memory.
+        weights_store: Makes what this rank's part of weights that learn waits in, with their
+            gradients in main memory; None: both are on the device.
     """
 
     def __init__(
@@ -49,6 +54,11 @@ class Sharded(InStep):
     ) -> None:
         super().__init__(name, accelerator)
         self._store = None if weights_store is None else weights_store()
+        # Copies to and from pinned memory go on while the GPU computes. A file cannot be pinned.
+        pinned = isinstance(self._store, MainMemory) and accelerator.device.type == "cuda"
+        self._offload = (
+            OffloadPolicy() if self._store is None else CPUOffloadPolicy(pin_memory=pinned)
+        )
         self._root: _Root | None = None
         self._layers = 0
         self._away: set[nn.Parameter] = set()
@@ -83,26 +93,27 @@ class Sharded(InStep):
                 make_float32(layer)
             fully_shard(
                 layer, mesh=mesh, reshard_after_forward=self.name != "zero2",
-                ignored_params=adapters,
+                ignored_params=adapters, offload_policy=self._offload,
             )  # fmt: skip
             self._put_away(layer)
             drop_mapped_weights()  # read for this rank's rows
-            if self._store is not None:
+            if isinstance(self._store, Scratch):
                 layer.register_forward_hook(self._let_go)
         inside = {id(p) for layer in layers for p in layer.parameters()}
         outside = {p for p in model.parameters() if id(p) not in inside}
         beside = adapters | {p for p in outside if not p.requires_grad}
         self._root = _Root(model)
-        fully_shard(self._root, mesh=mesh, ignored_params=beside)
+        fully_shard(self._root, mesh=mesh, ignored_params=beside, offload_policy=self._offload)
         self._put_away(self._root)
         for module in self._root.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, FSDPModule) and mesh.size() > 1:
                 # The loss is weighted by all ranks' tokens already: gradients are summed. A factor
                 # alone is a reduction that gloo does not have.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         for parameter in beside | _learning(trained):
-            if parameter.device != self._accelerator.device:
+            whole = not isinstance(parameter, DTensor)
+            if whole and parameter.device != self._accelerator.device:
                 parameter.data = parameter.data.to(self._accelerator.device)
         self._layers = len(layers)
         spread = [p for p in model.parameters() if isinstance(p, DTensor)]
@@ -116,12 +127,12 @@ class Sharded(InStep):
 
     @torch.no_grad()
     def _put_away(self, module: nn.Module) -> None:
-        """Move this rank's part of a module's weights to the store, unless they are there.
+        """Move this rank's part of a module's weights to a file, unless they are there.
 
         A rank that has fewer rows than others keeps those in memory: FSDP fills them up, in memory
         of its own, when the first pass begins.
         """
-        if self._store is None:
+        if not isinstance(self._store, Scratch):
             return
         spread = [p for p in module.parameters() if isinstance(p, DTensor) and p not in self._away]
         even = [p for p in spread if p.shape[0] % self._accelerator.num_processes == 0]
@@ -168,8 +179,13 @@ class Sharded(InStep):
                 f"gradients and optimiser state spread over {count} ranks; layers are gathered "
                 "once per micro-batch"
             )
+        if count == 1:
+            where = "a file" if self._away else "main memory"
+            return f"one process, {self._layers} layers brought once per pass from {where}"
         gathered = f"{self._layers} layers spread over {count} ranks, gathered once per pass"
-        return f"{gathered} from a file on each" if self._away else gathered
+        if self._away:
+            return f"{gathered} from a file on each"
+        return gathered if self._store is None else f"{gathered} from each one's main memory"
 
 
 class _Root(nn.Module):

@@ -106,6 +106,8 @@ class InStep(Strategy):
 
     def passes(self, count: int) -> int:
         """The most that any rank has to make."""
+        if self._accelerator.num_processes == 1:
+            return count
         largest = torch.tensor(count, device=self._accelerator.device)
         place = self._accelerator.process_index, self._accelerator.num_processes
         with ranks.lost_peers(*place):

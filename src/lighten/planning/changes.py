@@ -11,6 +11,7 @@ from lighten.errors import UserError
 from lighten.planning.result import Change, Plan
 from lighten.recipe import Recipe
 from lighten.recipe.fields import AdapterFields
+from lighten.recipe.offloading import SPREADING
 from lighten.recipe.section import LORA_LEARNING_RATE
 
 # A recipe in, its plan out: the device and the data are the caller's.
@@ -116,6 +117,10 @@ def _offloading(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
     if recipe.method == "full" and recipe.offload_optimizer == "none":
         what, where = ("in main memory", "cpu") if on_gpu else ("on a disk", "nvme")
         yield Idea(f"AdamW's state {what}", {"offload_optimizer": where}, True)
+    if on_gpu and recipe.method == "full" and recipe.offload_params == "none":
+        strategy = recipe.strategy if recipe.strategy in SPREADING else "zero3"
+        settings = {"strategy": strategy, "offload_params": "cpu"}
+        yield Idea("weights, gradients and AdamW's state in main memory", settings, True)
     if recipe.offload_base != "none" or recipe.method != "lora":
         return
     if on_gpu:
@@ -286,7 +291,7 @@ def _resort(idea: Idea) -> int:
     """
     if "max_length" in idea.settings:
         return 3
-    moves = idea.settings.keys() & {"offload_base", "offload_optimizer"}
+    moves = idea.settings.keys() & {"offload_base", "offload_optimizer", "offload_params"}
     return 2 if moves else int(not idea.same_result)
 
 

@@ -10,7 +10,7 @@ and an all-reduce between nodes (Zhao et al., arXiv 2304.11277, section 3.2). Of
 
 Left out: the latency of each hop (which counts for thousands of ranks and small messages),
 trees in place of rings, links that ranks share, overlap with computing (both ends of it are given),
-fragmentation of the gathered layers, and padding of shards to equal size.
+fragmentation of the gathered layers, padding of shards to equal size, and that of pinned memory.
 """
 
 from __future__ import annotations
@@ -227,24 +227,42 @@ def offloaded(
 
     With the optimiser in main memory, gradients go there and updated weights come back, once per
     step each (arXiv 2101.06840, section 4.1: 4 bytes per parameter in 16 bits). Weights in main
-    memory come over twice per micro-batch.
+    memory come over twice per micro-batch and their gradients go there once; the optimiser moves
+    them where they are.
 
     Args:
         states: Of one rank, already split.
         offload: `optimizer`, `param`, or both.
         micro_batches: Per optimiser step.
     """
-    host, link = 0.0, 0.0
-    frozen, trained, optimiser = states.frozen, states.trained, states.optimiser
-    if "optimizer" in offload:
-        host += optimiser + states.gradients
-        link += states.gradients + trained
-        optimiser = 0.0
+    weights = states.frozen + states.trained
     if "param" in offload:
-        host += frozen + trained
-        link += 2 * micro_batches * (frozen + trained)
-        frozen = trained = 0.0
-    return States(frozen, trained, states.gradients, optimiser), host, link
+        link = micro_batches * (2 * weights + states.gradients)
+        return States(0.0, 0.0, 0.0, 0.0), states.total, link
+    if "optimizer" in offload:
+        host = states.optimiser + states.gradients
+        return replace(states, optimiser=0.0), host, states.gradients + states.trained
+    return states, 0.0, 0.0
+
+
+def gathered_bytes(states: States, layers: int, offload: tuple[str, ...], kind: str) -> float:
+    """Bytes of weights that are gathered at once on a rank that holds its part, or none of them.
+
+    What learns outside of the layers is gathered for the whole pass. Where weights wait elsewhere,
+    what is frozen there stays, and on a GPU as many gradients are on their way to main memory.
+
+    Args:
+        states: On one device alone.
+        layers: Decoder layers.
+        offload: `optimizer`, `param`, or both.
+        kind: `cpu` or `cuda`.
+    """
+    in_layers = sum(states.spread) - states.outside
+    gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * in_layers + states.outside
+    if "param" not in offload:
+        return gathered
+    learns = kind != "cpu" and states.trained > states.adapters
+    return gathered * (2 if learns else 1) + states.frozen - states.spread[0]
 
 
 def link_seconds(volume: Volume, device: Device, nodes: int) -> float | None:
@@ -298,6 +316,7 @@ def spread(
     if device.kind == "cpu" and offload:
         # A process computes in main memory: what is in a file is read and written back. Weights
         # are read for both passes of a micro-batch too.
+        device_states = replace(device_states, gradients=of_rank.gradients)
         host, link = of_rank.optimiser, 2 * of_rank.optimiser
         if "param" in offload:
             weights = of_rank.frozen + of_rank.trained
@@ -305,8 +324,7 @@ def spread(
     volume = Volume(volume.gather, volume.reduce, volume.across, link)
     gathered, learns_base = 0.0, states.trained > states.adapters
     if ("weights" in _SHARDED[strategy] and ranks > 1) or "param" in offload:
-        in_layers = sum(states.spread) - states.outside
-        gathered = min(1.0, GATHERED_LAYERS / max(1, layers)) * in_layers + states.outside
+        gathered = gathered_bytes(states, layers, offload, device.kind)
     if ranks > 1 and (strategy in ("ddp", "zero1") or not learns_base):
         gathered += states.gradients  # the flat copy that is summed
         device_states = replace(device_states, gradients=states.gradients)

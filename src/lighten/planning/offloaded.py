@@ -1,11 +1,12 @@
-"""What a step's timeline is where optimiser state waits outside of the device."""
+"""What a step's timeline is where optimiser state and weights wait outside of the device."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from lighten.parallel.offloaded.adamw import MOMENTS, PIECE_NUMBERS
-from lighten.planning.result import StepTime
+from lighten.planning.distributed import gathered_bytes
+from lighten.planning.result import States, StepTime
 from lighten.planning.storage_tracker import OUTSIDE, Block, Event, Timeline
 from lighten.recipe import Recipe
 
@@ -15,23 +16,40 @@ UNTRACED = {"torch_compile": False, "activation_offload": False, "offload_optimi
             "offload_params": "none"}  # fmt: skip
 
 
-def leaves_device(recipe: Recipe, kind: str) -> bool:
-    """Whether the optimiser's state is not in the memory that is planned.
+def places(recipe: Recipe, kind: str) -> tuple[str, ...]:
+    """What of a rank's states is not in the memory that is planned: `optimizer`, `param`.
+
+    Args:
+        recipe: What would be trained.
+        kind: `cpu` or `cuda`, where the optimiser's state is with the weights that it moves.
+    """
+    elsewhere = ("nvme",) if kind == "cpu" else ("cpu", "nvme")
+    if recipe.offload_params in elsewhere:
+        return ("optimizer", "param")
+    return ("optimizer",) if recipe.offload_optimizer in elsewhere else ()
+
+
+def bytes_elsewhere(recipe: Recipe, kind: str, states: States, padding: float) -> tuple[int, int]:
+    """Bytes in main memory beside a GPU, and on a disk, where one process trains.
 
     Args:
         recipe: What would be trained.
         kind: `cpu` or `cuda`.
+        states: All of them.
+        padding: How many times its bytes a weight takes in pinned memory.
     """
-    where = recipe.offload_optimizer
-    return where == "nvme" or (where == "cpu" and kind != "cpu")
-
-
-def places(recipe: Recipe, kind: str) -> tuple[str, ...]:
-    """What of a rank's states is elsewhere, by the formulas' names: `optimizer`, `param`."""
-    moved = ["optimizer"] if leaves_device(recipe, kind) else []
-    if recipe.offload_params == "nvme":
-        moved.append("param")
-    return tuple(moved)
+    moved = places(recipe, kind)
+    host, disk = 0.0, 0.0
+    if "optimizer" in moved and recipe.offload_optimizer == "nvme":
+        disk += states.optimiser
+    elif "optimizer" in moved:
+        host += states.optimiser
+    if "param" in moved and recipe.offload_params == "nvme":
+        disk += sum(states.spread)
+        host += states.gradients
+    elif "param" in moved:
+        host += padding * (sum(states.spread) + states.gradients)
+    return int(host), int(disk)
 
 
 def choices(recipe: Recipe, kind: str) -> dict[str, str]:
@@ -46,33 +64,63 @@ def choices(recipe: Recipe, kind: str) -> dict[str, str]:
         if device == "none":
             continue
         where = "on a disk" if device == "nvme" else "in main memory"
-        unmoved = "" if name in moved else ", where the run computes: nothing moves"
-        told[setting] = f"{device}: {what} waits {where}{unmoved}"
+        if name not in moved:
+            where += ", where the run computes: nothing moves"
+        elif setting == "offload_params" and kind != "cpu":
+            where += ", gradients in main memory, and AdamW runs on the processor"
+        told[setting] = f"{device}: {what} waits {where}"
     return told
 
 
 def with_moving(
-    time: StepTime | None, state_bytes: int, link: float | None
-) -> tuple[StepTime | None, str]:
-    """The time of a step that brings the optimiser's state and puts it back, and a sentence.
+    time: StepTime | None, recipe: Recipe, moved: tuple[str, ...], states: States,
+    micro_batches: int, link: float | None,
+) -> tuple[StepTime | None, str]:  # fmt: skip
+    """The time of a step that brings what waits elsewhere and puts it back, and a sentence.
 
     Args:
         time: Of the computation.
-        state_bytes: Of the state.
-        link: To where it waits, in bytes per second, if known.
+        recipe: What would be trained.
+        moved: Its `places`.
+        states: All of them.
+        micro_batches: Of a step: each brings weights twice, and puts gradients away.
+        link: To main memory, in bytes per second, if known.
     """
-    if time is None or link is None:
-        moved = None if time is None else replace(time, whole=False)
-        return moved, "what it takes to bring the optimiser's state is not in the time of a step"
-    seconds = 2 * state_bytes / link
+    what, moved_bytes = "the optimiser's state", 2 * states.optimiser
+    if "param" in moved:
+        what = "weights and gradients"
+        moved_bytes = micro_batches * (2 * sum(states.spread) + states.gradients)
+    on_disk = "nvme" in (recipe.offload_optimizer, recipe.offload_params)
+    if time is None or link is None or on_disk:
+        unknown = None if time is None else replace(time, whole=False)
+        return unknown, f"what it takes to bring {what} is not in the time of a step"
+    seconds = moved_bytes / link
     slower = replace(
         time, seconds=time.seconds + seconds, low=time.low + seconds, high=time.high + seconds,
-        bytes_moved=time.bytes_moved + 2 * state_bytes,
+        bytes_moved=time.bytes_moved + moved_bytes,
     )  # fmt: skip
     return slower, (
-        f"each step moves {2 * state_bytes / 1e9:.1f} GB of the optimiser's state at "
+        f"each step moves {moved_bytes / 1e9:.1f} GB of {what} at "
         f"{link / 1e9:.0f} GB/s, by the link to main memory of the datasheet"
+        + ("; AdamW's own time on the processor is not in it" if "param" in moved else "")
     )
+
+
+def without_weights(timeline: Timeline, states: States, layers: int, kind: str) -> Timeline:
+    """The timeline with what one process gathers of weights that wait elsewhere.
+
+    Beside a GPU gradients are in main memory too, and the optimiser moves them there.
+
+    Args:
+        timeline: With all of them.
+        states: Bytes of all of them.
+        layers: Decoder layers.
+        kind: `cpu` or `cuda`.
+    """
+    gone = {"base weights", *(() if kind == "cpu" else ("gradients", "optimiser"))}
+    held = Block(int(gathered_bytes(states, layers, ("param",), kind)), "base weights")
+    events = [event for event in timeline.events if event.block.part not in gone]
+    return replace(timeline, events=[Event(held, True, 0, OUTSIDE), *events])
 
 
 def without_state(timeline: Timeline) -> Timeline:

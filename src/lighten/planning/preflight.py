@@ -58,7 +58,8 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
             return _none(error)
         try:
             plan = predict.plan(
-                recipe, device, rows=rows, read_data=False, changes=False, ranks=place.world_size
+                _alone(recipe, place), device, rows=rows, read_data=False, changes=False,
+                ranks=place.world_size,
             )  # fmt: skip
         except Exception as error:
             return _none(error)
@@ -71,6 +72,12 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
             raise UserError(_refusal(plan, spread, _advice(recipe, device, plan, rows)()))
         lines.append("it does not fit by this plan; going on, as --force says")
     return Prediction(lines, record, rows, _advice(recipe, device, plan, rows))
+
+
+def _alone(recipe: Recipe, place: Launch) -> Recipe:
+    """Of which the plan of one process has all states: several ranks are reckoned from that."""
+    whole = place.world_size > 1 and recipe.offload_params != "none"
+    return recipe.model_copy(update={"offload_params": "none"}) if whole else recipe
 
 
 def _rows(recipe: Recipe, device: Device, shown: TrainingProgress) -> Rows | None:

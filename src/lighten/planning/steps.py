@@ -37,7 +37,7 @@ from lighten.planning.on_cuda import as_on_cuda, as_unpacked
 from lighten.planning.result import MOST_TOKENS, Shape
 from lighten.planning.storage_tracker import StepMarker, StorageTracker, Timeline
 from lighten.recipe import Recipe
-from lighten.recipe.spread import gathers
+from lighten.recipe.spread import gathers_layers
 from lighten.training.prepare import prepare, together
 from lighten.training.rows import Rows
 from lighten.training.setup import Setup
@@ -235,7 +235,7 @@ def follow_recipe(
         rank = OneRank(kind)
         with converted_in_place():
             setup = prepare(quiet, rank, base, rows)
-        if ranks > 1 and gathers(recipe.strategy, full=recipe.method == "full"):
+        if gathers_layers(recipe, ranks):
             together(setup)
         rank.device = torch.device("cpu")  # where fake tensors are, whatever is planned
         layers, repetition = _layers(base.model, all_layers)

@@ -92,9 +92,15 @@ def plan_recipe(
     loading = memory.loading_of(source, path, traced.weights, in_files if converts else 0)
     if feed is not None:
         loading = replace(loading, files=0, copies=0)
-    timeline, states, offloaded_bytes = traced.timeline, _states_of(traced), 0
-    if offloaded.leaves_device(recipe, device.kind):
-        timeline, offloaded_bytes = offloaded.without_state(timeline), int(states.optimiser)
+    timeline, states = traced.timeline, _states_of(traced)
+    moved = offloaded.places(recipe, device.kind)
+    if "optimizer" in moved:
+        timeline = offloaded.without_state(timeline)
+    if "param" in moved:
+        timeline = offloaded.without_weights(timeline, states, _layers(config), device.kind)
+    host_bytes, disk_bytes = offloaded.bytes_elsewhere(
+        recipe, device.kind, states, _pinned(traced)
+    )  # fmt: skip
     workers = workers_of(traced)
     arena = device.is_here and allocator.has_arena()
     time = time_of(traced, device)
@@ -106,10 +112,10 @@ def plan_recipe(
             is_here=device.is_here, link=link,
         )  # fmt: skip
         notes = (note,)
-    if offloaded_bytes:
+    if moved:
         time, note = offloaded.with_moving(
-            time, offloaded_bytes, link if recipe.offload_optimizer == "cpu" else None
-        )
+            time, recipe, moved, states, len(traced.batches), link
+        )  # fmt: skip
         notes += (note,)
     if device.kind == "cpu":
         verified = _verified(traced, whole_base=recipe.method == "full")
@@ -124,8 +130,7 @@ def plan_recipe(
             timeline, capability=getattr(device, "capability", None), margin=margin
         )
         waits = feed.base_bytes if recipe.offload_base == "cpu" else 0
-        host = HOST_OF_CUDA_BYTES + traced.weights + waits
-        host += offloaded_bytes if recipe.offload_optimizer == "cpu" else 0
+        host = HOST_OF_CUDA_BYTES + traced.weights + waits + host_bytes
     if recipe.save_total_limit is None:
         each = size(_checkpoint(traced))
         notes += (f"save_total_limit: null keeps every checkpoint, {each} each; disk counts two",)
@@ -140,9 +145,7 @@ def plan_recipe(
         time=time,
         capacity=device.memory_bytes,
         host_bytes=host,
-        disk_bytes=download
-        + _written(traced, recipe)
-        + (offloaded_bytes if recipe.offload_optimizer == "nvme" else 0),
+        disk_bytes=download + _written(traced, recipe) + disk_bytes,
         download_bytes=download,
         choices=_choices(traced, dtype, loading) | offloaded.choices(recipe, device.kind),
         outside=outside,
@@ -168,6 +171,17 @@ def _states_of(traced: Traced) -> States:
         adapters=0 if traced.setup.recipe.method == "full" else trained,
         layers=traced.in_layers,
     )
+
+
+def _layers(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "num_hidden_layers", 1))
+
+
+def _pinned(traced: Traced) -> float:
+    """How many times its bytes a weight takes in pinned memory: the next power of two of them."""
+    learning = [p for m in traced.setup.adapters for p in m.parameters.values()]
+    sizes = [4 * p.numel() for p in learning if p.numel()]
+    return sum(1 << (size - 1).bit_length() for size in sizes) / max(1, sum(sizes))
 
 
 def _method(recipe: Recipe, storage: Storage | None) -> str:

@@ -335,8 +335,8 @@ class RecipeFields(Section):
     offload_params: Literal["none", "cpu", "nvme"] = _field(
         "none",
         "training",
-        "where a rank's part of the weights waits, where all of them learn with zero3 or fsdp: "
-        "nvme in a file on a disk, from which a layer is gathered",
+        "where a rank's part of weights that learn with zero3 or fsdp waits, or one process's all: "
+        "cpu in main memory beside a GPU, with gradients and AdamW's state; nvme in a file",
     )
     nvme_path: str | None = _field(
         None, "training", "folder on the disk for what is offloaded; null: the run's own folder"

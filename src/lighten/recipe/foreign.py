@@ -71,7 +71,6 @@ _FSDP_MOVING = {"cpu_ram_efficient_loading", "sync_module_states", "backward_pre
                 "forward_prefetch", "use_orig_params", "limit_all_gathers"}  # fmt: skip
 # What means nothing here unless it is off.
 _FSDP_OFF = {
-    "cpu_offload": "offload_params: nvme is what moves weights, on processors",
     "xla": "there is no training on TPUs", "xla_fsdp_v2": "there is no training on TPUs",
     "xla_fsdp_grad_ckpt": "there is no training on TPUs",
     "xla_fsdp_settings": "there is no training on TPUs",
@@ -82,6 +81,8 @@ _FSDP_SAME = {
     "version": ("1", "2"), "state_dict_type": ("FULL_STATE_DICT",),
     "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
 }  # fmt: skip
+# That a rank's part of weights, gradients and state waits in main memory, by either's name.
+_FSDP_OFFLOAD = ("cpu_offload", "offload_params")
 _LAYER_CLASSES = ("DecoderLayer", "Block", "Layer")  # how models' decoder layers are called
 
 
@@ -151,12 +152,14 @@ def fsdp(value: Any, config: Any = None, folder: Path | None = None) -> dict[str
     """
     words = value if isinstance(value, list) else [] if value is True else str(value or "").split()
     named: dict[str, str] = {}  # the word by strategy
+    offload = {"offload_params": "cpu"} if "offload" in words else {}
     for word in words:
         if str(word) in SHARDING:
             named.setdefault(SHARDING[str(word)], str(word))
-        elif word != "auto_wrap":  # decoder layers, as here
+        elif word not in ("auto_wrap", "offload"):  # decoder layers, as here
             raise ValueError(
-                f"{word!r} is not built; use full_shard, shard_grad_op or no_shard, with auto_wrap"
+                f"{word!r} is not built; use full_shard, shard_grad_op or no_shard, with auto_wrap "
+                "and offload"
             )
     strategy, settings = _fsdp_config(config, folder)
     if strategy is not None:
@@ -165,7 +168,7 @@ def fsdp(value: Any, config: Any = None, folder: Path | None = None) -> dict[str
         raise ValueError(f"{' and '.join(named.values())} contradict each other; keep one")
     if value and not named:  # as transformers has it since its version 5
         named["fsdp"] = str(value)
-    return ({"strategy": next(iter(named))} if named else {}) | settings
+    return ({"strategy": next(iter(named))} if named else {}) | offload | settings
 
 
 def _fsdp_config(source: Any, folder: Path | None) -> tuple[str | None, dict[str, Any]]:
@@ -189,7 +192,8 @@ def _fsdp_config(source: Any, folder: Path | None) -> tuple[str | None, dict[str
         if not str(name).endswith(_LAYER_CLASSES):
             raise ValueError(f"fsdp_config: transformer_layer_cls_to_wrap: {name} is no class of "
                              "decoder layers, which are what ranks gather; remove it")  # fmt: skip
-    read = {"transformer_layer_cls_to_wrap", "activation_checkpointing", "reshard_after_forward"}
+    read = {"transformer_layer_cls_to_wrap", "activation_checkpointing", "reshard_after_forward",
+            *_FSDP_OFFLOAD}  # fmt: skip
     if unknown := sorted(
         values.keys() - read - _FSDP_MOVING - _FSDP_OFF.keys() - _FSDP_SAME.keys()
     ):
@@ -207,7 +211,10 @@ def _fsdp_config(source: Any, folder: Path | None) -> tuple[str | None, dict[str
         else:
             reshards = _switch(values, "reshard_after_forward", default=True)
             strategy = "fsdp" if reshards else "zero2"
-    return strategy, {"gradient_checkpointing": True} if recomputes else {}
+    settings: dict[str, Any] = {"gradient_checkpointing": True} if recomputes else {}
+    if any(_switch(values, key, default=False) for key in _FSDP_OFFLOAD):
+        settings["offload_params"] = "cpu"
+    return strategy, settings
 
 
 def _switch(values: Mapping[str, Any], key: str, *, default: bool) -> bool:

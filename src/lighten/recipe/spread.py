@@ -25,6 +25,12 @@ def gathers(strategy: str, *, full: bool) -> bool:
     return strategy in ("fsdp", "zero3") or (strategy == "zero2" and full)
 
 
+def gathers_layers(recipe: Recipe, ranks: int) -> bool:
+    """Whether a recipe's layers are gathered within a pass, by ranks or by one process alone."""
+    several = ranks > 1 or recipe.offload_params != "none"
+    return several and gathers(recipe.strategy, full=recipe.method == "full")
+
+
 def problems(recipe: Recipe) -> list[str]:
     """What cannot hold together, each with what to change."""
     name, full = recipe.strategy, recipe.method == "full"
@@ -83,11 +89,6 @@ def require_ranks(recipe: Recipe, count: int) -> None:
         raise UserError(
             f"strategy: single trains in one process, but {count} ranks were started; leave it "
             "out, or start one"
-        )
-    if recipe.offload_params != "none" and count == 1:
-        raise UserError(
-            "offload_params moves what a rank has of weights that are spread, and this is one "
-            "process; start several (--processes 2), or remove it"
         )
     if recipe.offload_base != "none" and count > 1:
         raise UserError(

@@ -27,11 +27,6 @@ def require_possible(recipe: Recipe, device: str) -> None:
         target = getattr(recipe, setting)
         if target != "none" and device not in ("cpu", "cuda"):
             raise UserError(f"{setting}: {target} knows processors and CUDA GPUs, not {device}")
-    if recipe.offload_params != "none" and device != "cpu":
-        raise UserError(
-            f"offload_params: {recipe.offload_params} is of ranks that compute on processors; on "
-            "GPUs use offload_optimizer, or offload_base: cpu with adapters"
-        )
     if recipe.nvme_path is not None:
         Scratch(Path(recipe.nvme_path).expanduser(), "nvme_path")
 
@@ -54,8 +49,9 @@ class Stores:
         return self._store("offload_optimizer")
 
     def weights(self) -> Callable[[], Store] | None:
-        """Makes the store of a rank's part of the weights that learn; None: memory."""
-        return self._store("offload_params")
+        """Makes the store of a rank's part of the weights that learn; None: they stay."""
+        store = self._store("offload_params")
+        return MainMemory if self._recipe.offload_params == "cpu" else store
 
     def _store(self, setting: str) -> Callable[[], Store] | None:
         target = getattr(self._recipe, setting)

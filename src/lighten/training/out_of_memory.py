@@ -89,6 +89,11 @@ def smaller(
             f"checkpoint is intact: go on with: {resume_command(setup.recipe.run_folder)} on a "
             "machine with more memory, or with the same optimiser in 8 bits in a new run"
         ) from error
+    if setup.strategy.in_step and setup.accelerator.num_processes == 1:
+        raise OutOfMemory(
+            f"memory ran out in step {step}, while a layer's weights were brought; start again "
+            "with a smaller per_device_train_batch_size"
+        ) from error
     if setup.accelerator.num_processes > 1 and not isinstance(error, ShortOfMemory):
         raise OutOfMemory(
             f"memory ran out on one of {setup.accelerator.num_processes} ranks in step {step}, "

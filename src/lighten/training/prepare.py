@@ -31,7 +31,7 @@ from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.strategies import Strategy
 from lighten.recipe import AdapterOptions, Recipe
 from lighten.recipe.section import seconds
-from lighten.recipe.spread import gathers
+from lighten.recipe.spread import gathers, gathers_layers
 from lighten.training import streaming
 from lighten.training.method import choices_of, what_learns
 from lighten.training.offloaded import Stores
@@ -64,7 +64,8 @@ class _Lengths(NamedTuple):
 def layers_later(recipe: Recipe, accelerator: Accelerator) -> bool:
     """Whether a dense base is read, made float32 and moved a layer at a time, as it is spread."""
     whole = recipe.method == "full" and recipe.last_layers is None
-    by_layer = accelerator.num_processes > 1 and gathers(recipe.strategy, full=whole)
+    by_layer = gathers_layers(recipe, accelerator.num_processes)
+    by_layer = by_layer and gathers(recipe.strategy, full=whole)
     return by_layer and not streaming.spreads_packed(recipe)
 
 

@@ -86,6 +86,8 @@ def train(
         place,
         device.value,
         f"{recipe.run_folder}\n{'resumed' if resume else 'new'}\n{recipe.to_yaml()}",
+        gathers=spread.gathers_layers(recipe, place.world_size),
+        offloads={recipe.offload_params, recipe.offload_optimizer} != {"none"},
         log_with=list(recipe.report_to) or None,
         project_config=trackers.places(recipe.run_folder),
     )
@@ -132,9 +134,8 @@ def _pages(recipe: Recipe, accelerator: Accelerator) -> Iterator[hardware.Choice
 
     Layers come and go between what stays; kept in its place, their memory was twice what was used.
     """
-    device, full = accelerator.device.type, recipe.method == "full"
-    gathers = accelerator.num_processes > 1 and spread.gathers(recipe.strategy, full=full)
-    if device != "cpu" or not gathers:
+    device = accelerator.device.type
+    if device != "cpu" or not spread.gathers_layers(recipe, accelerator.num_processes):
         yield allocator.keep_pages(device)
         return
     with allocator.temporaries_given_back():
