@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lighten.recipe.steps import rows_per_step
+
 if TYPE_CHECKING:
     from lighten.recipe import Recipe
     from lighten.training.rows import Rows
@@ -116,7 +118,7 @@ def select_rows(rows: Rows, recipe: Recipe, steps: int) -> Rows:
         recipe: Says how many make a step.
         steps: Optimiser steps.
     """
-    count = steps * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    count = steps * rows_per_step(recipe)
     if len(rows.train.rows) <= count:
         return rows
     lengths = [len(row.input_ids) for row in rows.train.rows]

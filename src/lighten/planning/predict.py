@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from lighten.planning.result import Change, Plan, StepTime
 from lighten.planning.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.recipe.section import seconds
+from lighten.recipe.steps import rows_per_step, steps_per_epoch, total_steps
 from lighten.training.base import require_trainable, tokenizer_of
 from lighten.training.rows import Rows, cached_rows, load_rows, sample_rows
 from lighten.wording import counted
@@ -87,11 +87,12 @@ def plan(
     lengths = lengths_of(rows)
     planner = planner_for(device, rows, calibrate=calibrate, ranks=ranks)
     predicted = planner(recipe)
-    rows_per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * ranks
-    steps = steps_of(recipe, lengths, rows_per_step)
+    per_step = rows_per_step(recipe, ranks)
+    # Without data only the recipe can say how many there are.
+    steps = recipe.max_steps if lengths is None else total_steps(recipe, len(lengths), per_step)
     run_s = run_seconds(recipe, predicted, steps, lengths, ranks)
     if recipe.max_time is not None:
-        epoch = None if lengths is None else math.ceil(len(lengths) / rows_per_step)
+        epoch = None if lengths is None else steps_per_epoch(len(lengths), per_step)
         steps, run_s, note = _within_time(recipe, steps, run_s, predicted.time, epoch)
         notes.append(note)
     predicted = replace(predicted, steps=steps, run_seconds=run_s, notes=(*predicted.notes, *notes))
@@ -150,7 +151,7 @@ def _longest_rows(recipe: Recipe) -> tuple[int, int] | list[int] | None:
     longest, _ = _limits(recipe).longest(recipe.max_length)
     if longest == recipe.max_length:
         return None
-    return recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps, longest
+    return rows_per_step(recipe), longest
 
 
 def _limits(recipe: Recipe) -> Limits:
@@ -213,21 +214,6 @@ def supervised_share(rows: Rows | None) -> float:
     return rows.train.counts.supervised_tokens / rows.train.counts.tokens
 
 
-def steps_of(recipe: Recipe, lengths: Sequence[int] | None, rows_per_step: int) -> int | None:
-    """Optimiser steps of the run; None where neither data nor recipe says.
-
-    Args:
-        recipe: What would be trained.
-        lengths: Tokens of each row of the data.
-        rows_per_step: Of one adapter, over all ranks.
-    """
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    if lengths is None:
-        return None
-    return math.ceil(recipe.num_train_epochs * math.ceil(len(lengths) / rows_per_step))
-
-
 def _within_time(
     recipe: Recipe,
     steps: int | None,
@@ -278,8 +264,7 @@ def run_seconds(
         return predicted.time.seconds * counted_steps
     per_token = predicted.time.seconds / predicted.step_tokens
     mean = sum(min(length, recipe.max_length) for length in lengths) / len(lengths)
-    most = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    rows = min(most, len(lengths) / ranks) * len(recipe.cohort())
+    rows = min(rows_per_step(recipe), len(lengths) / ranks) * len(recipe.cohort())
     return per_token * mean * rows * counted_steps
 
 

@@ -18,6 +18,7 @@ from lighten.planning.result import MOST_TOKENS, Plan
 from lighten.recipe import Recipe
 from lighten.recipe.fields import RecipeFields
 from lighten.recipe.section import FULL_LEARNING_RATE, LORA_LEARNING_RATE
+from lighten.recipe.steps import rows_per_step
 from lighten.wording import first_line
 
 # How a base may be trained, by name; what is not named stays as the recipe has it.
@@ -203,7 +204,7 @@ def largest_micro_batch(
     recipe: Recipe, settings: Mapping[str, Any], planner: Planner, what: str
 ) -> Candidate:
     """The recipe with the most rows per micro-batch that fit, and as many per step as before."""
-    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    per_step = rows_per_step(recipe)
     sizes = [size for size in range(1, per_step + 1) if per_step % size == 0]
     plans: dict[int, tuple[dict[str, Any], Plan]] = {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +17,7 @@ from lighten.evaluation.bootstrap import Resamples
 from lighten.evaluation.registry import described
 from lighten.evaluation.verdicts import verdict
 from lighten.recipe import EvaluateOptions, Recipe
+from lighten.recipe.steps import rows_per_step, steps_per_epoch
 from lighten.runs import Run
 from lighten.sweeps import costs
 from lighten.sweeps.arms import FULL, Group
@@ -174,8 +174,7 @@ def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
 def _epochs(steps: int, recipe: Recipe, info: Mapping[str, Any]) -> float | None:
     """Passes over the data that so many steps are; None before the data were read."""
     rows = info.get("data", {}).get("train_rows")
-    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    return steps / math.ceil(rows / per_step) if rows else None
+    return steps / steps_per_epoch(rows, rows_per_step(recipe)) if rows else None
 
 
 def _add_times(rows: Sequence[dict[str, Any]], base: int) -> None:

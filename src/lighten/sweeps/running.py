@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from lighten.machine import hardware
 from lighten.paths import expanded
 from lighten.recipe import Recipe
 from lighten.recipe.section import seconds
+from lighten.recipe.steps import rows_per_step, total_steps
 from lighten.runs import Run, now
 from lighten.sweeps import ray_tune, result, tuning
 from lighten.sweeps.arms import FULL, Group, expand, full_arm, grid_of, group_arms
@@ -381,7 +381,7 @@ class Sweep:
         )
         rows = int(run.info()["data"]["train_rows"])
         shutil.rmtree(place)
-        return speed, steps_of(self.recipe, rows)
+        return speed, total_steps(self.recipe, rows, rows_per_step(self.recipe))
 
     # Training and measuring
 
@@ -462,9 +462,3 @@ class Sweep:
         """Base and data, as the first run found them."""
         info = Run(self.folder / groups[0].name).info()
         return {"base": info.get("base"), "data": info.get("data")}
-
-
-def steps_of(recipe: Recipe, rows: int) -> int:
-    """Optimiser steps of a run of the recipe on so many examples, in one process."""
-    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    return recipe.max_steps or math.ceil(recipe.num_train_epochs * math.ceil(rows / per_step))

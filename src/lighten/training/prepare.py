@@ -5,7 +5,6 @@ Whatever depends on machine or model is chosen here, once, with its reason.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from lighten.machine.hardware import Choice
 from lighten.parallel.choose import choose
 from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.strategies import Strategy
-from lighten.recipe import AdapterOptions, Recipe
+from lighten.recipe import AdapterOptions, Recipe, steps
 from lighten.recipe.section import seconds
 from lighten.recipe.spread import gathers, gathers_layers
 from lighten.training import streaming
@@ -174,12 +173,11 @@ def _lengths(
     recipe: Recipe, rows: Rows, ranks: int, examples_per_step: int | None, total_steps: int | None
 ) -> _Lengths:
     count = len(rows.train.rows)
-    per_step = examples_per_step or (
-        recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * ranks
-    )
-    per_epoch = math.ceil(count / per_step)
-    total = total_steps or recipe.max_steps or math.ceil(recipe.num_train_epochs * per_epoch)
-    return _Lengths(per_step, per_epoch, total, count, rows.train.counts.tokens)
+    per_step = examples_per_step or steps.rows_per_step(recipe, ranks)
+    return _Lengths(
+        per_step, steps.steps_per_epoch(count, per_step),
+        total_steps or steps.total_steps(recipe, count, per_step), count, rows.train.counts.tokens,
+    )  # fmt: skip
 
 
 def _change_layers(
