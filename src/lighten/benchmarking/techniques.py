@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lighten.machine.hardware import choose_dtype
+from lighten.quantization.targets import missing_tools
 
 # Groups of rows; each has a plain row, which the others are set beside.
 TRAINING, LONG, ANSWERS = "training", "long context", "answers"
@@ -93,7 +93,7 @@ def techniques(device: str, long_tokens: int | None) -> list[Technique]:
 def _training(device: str) -> list[Technique]:
     half = choose_dtype("auto", device)
     slow = None if half.value != "float32" else f"{half.reason}: every product would be emulated"
-    bits = _missing("bitsandbytes", "quant")
+    bits = missing_tools("nf4")
     eager = "attention keeps a score for each pair of tokens"
 
     def row(name: str, what: str, value: int, settings: Mapping[str, Any],
@@ -167,10 +167,10 @@ def _answers(device: str) -> list[Technique]:
         value = {"gguf:q8_0": 90, "nf4": 58, "int8": 56, "gguf:q4_k_m": 88}[target]
         how = "its own runtime, llama.cpp" if target.startswith("gguf") else "transformers"
         rows.append(row(name, f"the untouched model quantised to {target}, in {how}", value, {},
-                        target=target, obstacle=_missing_for(target)))  # fmt: skip
+                        target=target, obstacle=missing_tools(target)))  # fmt: skip
     rows.append(row("LoRA merged, GGUF q8_0", "what was trained, merged and quantised", 87,
                     {"merged": True}, target="gguf:q8_0", needs=TOGETHER,
-                    obstacle=_missing_for("gguf:q8_0")))  # fmt: skip
+                    obstacle=missing_tools("gguf:q8_0")))  # fmt: skip
     return rows
 
 
@@ -180,20 +180,3 @@ def storage_of(target: str) -> tuple[str, str] | None:
     The scales of NF4 are quantised too; INT8 is for embedding and head, too.
     """
     return {"int8": ("int8", "int8"), "nf4": ("nf4 double", "bfloat16")}.get(target)
-
-
-def _missing_for(target: str) -> str | None:
-    from lighten.errors import MissingExtra
-    from lighten.quantization.targets import parse, require_tools
-
-    try:
-        require_tools(parse(target))
-    except MissingExtra as error:
-        return str(error)
-    return None
-
-
-def _missing(module: str, extra: str) -> str | None:
-    if importlib.util.find_spec(module) is not None:
-        return None
-    return f"{module} is not installed: pip install 'lighten[{extra}]'"

@@ -19,8 +19,8 @@ from lighten.quantization.targets import (
     DYNAMIC,
     Target,
     dynamic_group_size,
+    missing_tools,
     parse,
-    require_tools,
 )
 from lighten.runs import Run
 
@@ -184,21 +184,13 @@ class _Source:
 
 
 def _format(target: Target, source: _Source, timed: bool) -> Format:
-    missing = _missing(target)
+    missing = missing_tools(target.name)
     try:
         if target.kind == "gguf":
             return _gguf(target, source, timed, missing)
         return _folder_format(target, source, timed, missing)
     except MissingExtra as error:
         return Format(target.name, None, None, None, str(error))
-
-
-def _missing(target: Target) -> str | None:
-    try:
-        require_tools([target])
-    except MissingExtra as error:
-        return str(error)
-    return None
 
 
 def _gguf(target: Target, source: _Source, timed: bool, missing: str | None) -> Format:

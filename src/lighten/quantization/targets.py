@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lighten.errors import UserError, require_package
+from lighten.errors import MissingExtra, UserError, require_package
 
 if TYPE_CHECKING:
     from lighten.runs import Run
@@ -98,3 +98,12 @@ def require_tools(targets: Sequence[Target]) -> None:
         ]  # fmt: skip
         for module, extra in needed:
             require_package(module, extra)
+
+
+def missing_tools(target: str) -> str | None:
+    """What is not installed that makes a format, with the command that installs it; or None."""
+    try:
+        require_tools(parse(target))
+    except MissingExtra as error:
+        return str(error)
+    return None
