@@ -68,7 +68,7 @@ def test_arms_of_one_pass_are_told_to_share_its_peak(data: dict[str, Any]) -> No
 
 
 def test_the_terminals_table_says_the_same_in_eighty_columns(data: dict[str, Any]) -> None:
-    columns, rows = sweep_table.narrow(data, "chrf")
+    columns, rows = sweep_table.table(data, "chrf", narrow=True)
     assert rows[0] == ["r8", "2.020 ± 0.050", "29.0 ± 1.0", "1:00", "400", "4.00", "1M", "4",
                        "+1%", "← take"]  # fmt: skip
     widths = [max(len(row[i]) for row in [columns, *rows[:2]]) for i in range(len(columns))]
@@ -79,7 +79,7 @@ def test_no_word_of_the_terminals_table_is_cut(
     data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    columns, rows = sweep_table.narrow(data, "chrf")
+    columns, rows = sweep_table.table(data, "chrf", narrow=True)
     # As of a small model: so many digits, and a remark of a word.
     rows = [[*row[:6], "0.00205M", "0.0116", "+7.1%", "reference"] for row in rows]
     print_table(columns, rows)
@@ -91,7 +91,7 @@ def test_no_word_of_the_terminals_table_is_cut(
 
 def test_large_figures_are_written_out(data: dict[str, Any]) -> None:
     data["arms"] = [arm("r512", 1_540_000_000, 2.0, served={"share_of_base": 1.16})]
-    (row,) = sweep_table.narrow(data, "loss")[1]
+    (row,) = sweep_table.table(data, "loss", narrow=True)[1]
     assert row[5:8] == ["1,540M", "6,160", "+116%"]
     (row,) = sweep_table.table(data, "loss")[1]
     assert "116 % FLOPs" in row
@@ -99,6 +99,6 @@ def test_large_figures_are_written_out(data: dict[str, Any]) -> None:
 
 def test_an_arm_that_a_search_numbered_says_what_was_drawn(data: dict[str, Any]) -> None:
     data["arms"] = [arm("trial-7", 10**6, 2.0, sets={"learning_rate": 0.00047, "lora_r": 16})]
-    for make in (sweep_table.table, sweep_table.narrow):
-        (row,) = make(data, "loss")[1]
+    for narrow in (False, True):
+        (row,) = sweep_table.table(data, "loss", narrow=narrow)[1]
         assert row[0] == "trial-7: learning_rate 0.00047, lora_r 16"

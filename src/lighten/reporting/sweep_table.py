@@ -20,65 +20,59 @@ from lighten.wording import significant
 
 FILE = "sweep.json"
 LABELS = {metric.name: metric.label for metric in METRICS}
+# Of what `_cells` and `_narrow_cells` write, and of what is special about an arm.
+COLUMNS = ("time", "real tokens/s", "peak memory", "trainable", "to ship", "served adds", "")
+NARROW_COLUMNS = ("time", "tok/s", "GiB", "params", "MB", "served", "")
 # What a search calls its arms.
 _DRAWN = re.compile(r"trial-\d+")
 
 
-def table(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
+def table(
+    data: Mapping[str, Any], metric: str, *, narrow: bool = False
+) -> tuple[list[str], list[list[str]]]:
     """Columns, and a row per arm: recommended ones marked, references last.
 
     Args:
         data: What `sweep.json` holds.
         metric: Which metric stands beside the loss.
+        narrow: In as few characters as it takes, units in the heads.
     """
-    columns = ["arm", "held-out loss"]
+    columns = ["arm", "held-out loss", *(NARROW_COLUMNS if narrow else COLUMNS)]
     if metric != "loss":
-        columns.append(LABELS[metric])
-    columns += ["time", "real tokens/s", "peak memory", "trainable", "to ship", "served adds", ""]
+        columns.insert(2, metric if narrow else LABELS[metric])
     rows = []
     for arm in ordered(data):
-        row = [described(arm), with_error(arm.get("loss"), 4)]
+        row = [described(arm), with_error(arm.get("loss"), 3 if narrow else 4)]
         if metric != "loss":
-            row.append(with_error(arm.get("metrics", {}).get(metric), 2))
-        served = arm["served"]["share_of_base"]
-        row += [
-            "–" if arm["seconds"] is None else duration(arm["seconds"]),
-            number(arm["tokens_per_second"]),
-            "–" if arm["peak_bytes"] is None else gib(arm["peak_bytes"]),
-            f"{arm['trainable_parameters']:,}" if arm["trainable_parameters"] else "–",
-            size(arm["file_bytes"]) if arm["file_bytes"] else "–",
-            "–" if not served else f"{significant(100 * served, 2)} % FLOPs",
-            remark(arm, data),
-        ]
-        rows.append(row)
+            row.append(with_error(arm.get("metrics", {}).get(metric), 1 if narrow else 2))
+        cells, mark = (_narrow_cells, "← take") if narrow else (_cells, "← take this")
+        rows.append([*row, *cells(arm), remark(arm, data, mark)])
     return columns, rows
 
 
-def narrow(data: Mapping[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
-    """The same table in as few characters as it takes, units in the heads."""
-    columns = ["arm", "held-out loss"]
-    if metric != "loss":
-        columns.append(metric)
-    columns += ["time", "tok/s", "GiB", "params", "MB", "served", ""]
-    rows = []
-    for arm in ordered(data):
-        row = [described(arm), with_error(arm.get("loss"), 3)]
-        if metric != "loss":
-            row.append(with_error(arm.get("metrics", {}).get(metric), 1))
-        served, count, size_bytes = (
-            arm["served"]["share_of_base"], arm["trainable_parameters"], arm["file_bytes"],
-        )  # fmt: skip
-        row += [
-            "–" if arm["seconds"] is None else _clock(arm["seconds"]),
-            number(arm["tokens_per_second"]),
-            "–" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**30:.2f}",
-            f"{significant(count / 1e6, 3)}M" if count else "–",
-            significant(size_bytes / 1e6, 3) if size_bytes else "–",
-            f"+{significant(100 * served, 2)}%" if served else "–",
-            remark(arm, data).replace("← take this", "← take"),
-        ]
-        rows.append(row)
-    return columns, rows
+def _cells(arm: Mapping[str, Any]) -> list[str]:
+    served = arm["served"]["share_of_base"]
+    return [
+        "–" if arm["seconds"] is None else duration(arm["seconds"]),
+        number(arm["tokens_per_second"]),
+        "–" if arm["peak_bytes"] is None else gib(arm["peak_bytes"]),
+        f"{arm['trainable_parameters']:,}" if arm["trainable_parameters"] else "–",
+        size(arm["file_bytes"]) if arm["file_bytes"] else "–",
+        f"{significant(100 * served, 2)} % FLOPs" if served else "–",
+    ]
+
+
+def _narrow_cells(arm: Mapping[str, Any]) -> list[str]:
+    served = arm["served"]["share_of_base"]
+    count, size_bytes = arm["trainable_parameters"], arm["file_bytes"]
+    return [
+        "–" if arm["seconds"] is None else _clock(arm["seconds"]),
+        number(arm["tokens_per_second"]),
+        "–" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**30:.2f}",
+        f"{significant(count / 1e6, 3)}M" if count else "–",
+        significant(size_bytes / 1e6, 3) if size_bytes else "–",
+        f"+{significant(100 * served, 2)}%" if served else "–",
+    ]
 
 
 def described(arm: Mapping[str, Any]) -> str:
@@ -103,7 +97,7 @@ def shown(folder: Path) -> tuple[list[str], list[list[str]], list[str]]:
                  against_full(data, metric), shared_peak(data), *truncated(data)]  # fmt: skip
     if (taken := adapter_of(folder, data)) is not None:
         sentences.append(f"{data['recommendation']['arm']} is in {taken}")
-    return *narrow(data, metric), [sentence for sentence in sentences if sentence]
+    return *table(data, metric, narrow=True), [sentence for sentence in sentences if sentence]
 
 
 def adapter_of(folder: Path, data: Mapping[str, Any]) -> Path | None:
@@ -158,10 +152,10 @@ def recommended(data: Mapping[str, Any]) -> set[str]:
     return set()
 
 
-def remark(arm: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """What is special about an arm."""
+def remark(arm: Mapping[str, Any], data: Mapping[str, Any], mark: str) -> str:
+    """What is special about an arm; `mark` where it is recommended."""
     if arm["name"] in recommended(data):
-        return "← take this"
+        return mark
     if arm["reference"]:
         return "reference"
     if arm["status"] == "left":
