@@ -88,12 +88,12 @@ def train_all(ports: str, file: str) -> None:
         batches, _, objective, *_, idle = args
         model = objective.model
         feed = next(m._absent.feed for m in model.modules() if hasattr(m, "_absent"))
-        before = feed.gathers
+        before = feed.fetches
         report = step(*args, **options)
         notes[-1].setdefault("steps", []).append({
             "adapters": [len({item.adapter for item in batch.items}) for batch in batches],
             "idle": len(idle), "passes": len(batches) + len(idle),
-            "gathers": feed.gathers - before, "collectives": len(gathered),
+            "gathers": feed.fetches - before, "collectives": len(gathered),
         })  # fmt: skip
         gathered.clear()
         notes[-1] |= {
@@ -263,7 +263,7 @@ def test_the_next_layer_is_gathered_while_one_computes(monkeypatch: pytest.Monke
     for layer in range(6):
         assert get(layer).tolist() == [layer] * 8
     assert gatherings.begun == [*range(6), 3, 2, 1, 0, 2, 3, 4, 5]
-    assert feed.gathers == len(gatherings.begun)
+    assert feed.fetches == len(gatherings.begun)
 
 
 def test_a_pass_that_stops_early_gathers_what_the_others_do(

@@ -321,7 +321,7 @@ def test_layers_may_be_asked_for_in_any_order() -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in torch.randint(5, (200,), generator=generator).tolist():
         if layer == 4:
-            feed.begin(learns=bool(feed.reads % 2))
+            feed.begin(learns=bool(feed.fetches % 2))
         assert get(layer).tolist() == [layer] * 8
 
 

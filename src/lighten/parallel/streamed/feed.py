@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -107,13 +107,64 @@ class MemorySlots:
         """A processor is done with what it has been told."""
 
 
-class LayerFeed:
-    """Keeps the layer that computes in memory, and has the next one read meanwhile.
+class Fetch(NamedTuple):
+    """A layer on its way into a slot.
 
     Attributes:
-        reads: Layers read so far.
-        read_bytes: Their bytes in memory.
-        waited_s: What computing has waited for them.
+        layer: Which.
+        place: Of the slot.
+        wait: Returns when it is there.
+    """
+
+    layer: int
+    place: int
+    wait: Callable[[], object]
+
+
+class LayerTurns:
+    """Which layer is in which slot, and which one is on its way.
+
+    Attributes:
+        layers: What is brought of each layer, first to last.
+        fetches: Layers brought so far.
+        fetched_bytes: Their bytes in the slots.
+        waited_s: What computing has waited for them, on a processor.
+    """
+
+    def __init__(self, layers: Sequence[LayerPieces]) -> None:
+        self.layers = layers
+        self.fetches, self.fetched_bytes, self.waited_s = 0, 0, 0.0
+        self._held: list[int | None] = [None] * SLOTS
+        self._now: int | None = None  # the place that computes
+        self._coming: Fetch | None = None
+
+    @property
+    def base_bytes(self) -> int:
+        """Of all layers, in the form in which they are brought."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def _free_place(self) -> int:
+        """A slot that nothing computes from, its layer forgotten."""
+        place = next(place for place in range(SLOTS) if place != self._now)
+        self._held[place] = None
+        return place
+
+    def _settle(self) -> None:
+        """Wait for what is on its way; on a GPU what computes from here on does."""
+        if self._coming is None:
+            return
+        layer, place, wait = self._coming
+        self._coming = None
+        began = time.perf_counter()
+        wait()
+        self.waited_s += time.perf_counter() - began
+        self._held[place] = layer
+        self.fetches += 1
+        self.fetched_bytes += self.layers[layer].bytes
+
+
+class LayerFeed(LayerTurns):
+    """Keeps the layer that computes in memory, and has the next one read meanwhile.
 
     Args:
         layers: What is streamed of each layer, first to last.
@@ -121,20 +172,13 @@ class LayerFeed:
     """
 
     def __init__(self, layers: Sequence[LayerPieces], slots: Slots) -> None:
-        self.layers, self._slots = layers, slots
-        self.reads, self.read_bytes, self.waited_s = 0, 0, 0.0
-        self._held: list[int | None] = [None] * SLOTS
-        self._coming: tuple[int, int, Future[None]] | None = None  # layer, place, its reading
-        self._now: int | None = None  # the place that computes
+        super().__init__(layers)
+        self._slots = slots
+        self._reading: Future[None] | None = None  # of what is on its way
         self._learns = False
         self._lock = threading.Lock()
         # PyTorch's threads belong to what computes.
         self._reader = ThreadPoolExecutor(1, "layers", lambda: torch.set_num_threads(1))
-
-    @property
-    def base_bytes(self) -> int:
-        """Of all layers, in the form in which they are read."""
-        return sum(layer.bytes for layer in self.layers)
 
     @property
     def slot_bytes(self) -> int:
@@ -144,8 +188,8 @@ class LayerFeed:
     def facts(self) -> dict[str, Any]:
         """What `run.json` keeps."""
         return {
-            "streamed_bytes": self.base_bytes, "resident_layers": SLOTS, "reads": self.reads,
-            "read_bytes": self.read_bytes, "waited_s": self.waited_s,
+            "streamed_bytes": self.base_bytes, "resident_layers": SLOTS, "reads": self.fetches,
+            "read_bytes": self.fetched_bytes, "waited_s": self.waited_s,
         }  # fmt: skip
 
     def begin(self, learns: bool) -> None:
@@ -171,7 +215,7 @@ class LayerFeed:
         if self._now is not None:
             self._slots.end(self._now)
         if layer not in self._held:
-            if self._coming is None or self._coming[0] != layer:
+            if self._coming is None or self._coming.layer != layer:
                 self._settle()
                 self._read(layer)
             self._settle()
@@ -187,28 +231,15 @@ class LayerFeed:
             self._prefetch(layer - 1)
 
     def _prefetch(self, layer: int) -> None:
-        if layer in self._held or (self._coming is not None and self._coming[0] == layer):
+        if layer in self._held or (self._coming is not None and self._coming.layer == layer):
             return
-        if self._coming is None or self._coming[2].done():
+        if self._reading is None or self._reading.done():
             self._settle()
             if layer not in self._held:
                 self._read(layer)
 
     def _read(self, layer: int) -> None:
         """Begin to read a layer into a slot that nothing computes from."""
-        place = next(place for place in range(SLOTS) if place != self._now)
-        self._held[place] = None
-        self._coming = layer, place, self._reader.submit(self._slots.fill, place, layer)
-
-    def _settle(self) -> None:
-        """Wait for what is being read."""
-        if self._coming is None:
-            return
-        layer, place, reading = self._coming
-        self._coming = None
-        began = time.perf_counter()
-        reading.result()
-        self.waited_s += time.perf_counter() - began
-        self._held[place] = layer
-        self.reads += 1
-        self.read_bytes += self.layers[layer].bytes
+        place = self._free_place()
+        self._reading = self._reader.submit(self._slots.fill, place, layer)
+        self._coming = Fetch(layer, place, self._reading.result)

@@ -7,7 +7,6 @@ layers gathers them all the same, or the others would wait for it for ever.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from lighten.parallel.streamed.feed import SLOTS, LayerPieces, Piece
+from lighten.parallel.streamed.feed import SLOTS, Fetch, LayerPieces, LayerTurns, Piece
 
 
 def part_of(
@@ -36,7 +35,7 @@ def part_of(
     return room[rank * size : (rank + 1) * size].clone()
 
 
-class RankFeed:
+class RankFeed(LayerTurns):
     """Brings layers together from all ranks: one computes in a slot while the next one comes.
 
     Collectives are begun by the thread that computes, and those of a pass end with it, so that they
@@ -44,9 +43,6 @@ class RankFeed:
 
     Attributes:
         parts: What this rank holds of each layer, uint8.
-        gathers: Layers gathered so far.
-        gathered_bytes: Their bytes.
-        waited_s: What computing has waited for them on a processor.
 
     Args:
         layers: What is streamed of each layer, first to last.
@@ -55,22 +51,13 @@ class RankFeed:
     """
 
     def __init__(self, layers: Sequence[LayerPieces], parts: Sequence[Tensor], count: int) -> None:
-        self.layers, self.parts = layers, parts
-        self.gathers, self.gathered_bytes, self.waited_s = 0, 0, 0.0
-        self._count = count
+        super().__init__(layers)
+        self.parts, self._count = parts, count
         size = count * max(len(part) for part in parts)
         self._slots = [
             torch.empty(size, dtype=torch.uint8, device=parts[0].device) for _ in range(SLOTS)
         ]
-        self._held: list[int | None] = [None] * SLOTS
-        self._now: int | None = None  # the place that computes
-        self._coming: tuple[int, int, Any] | None = None  # layer, place, its gathering
         self._order: deque[int] = deque()  # what is left of the pass
-
-    @property
-    def base_bytes(self) -> int:
-        """Of all layers, whole."""
-        return sum(layer.bytes for layer in self.layers)
 
     @property
     def held_bytes(self) -> int:
@@ -86,8 +73,8 @@ class RankFeed:
         """What `run.json` keeps."""
         return {
             "spread_bytes": self.base_bytes, "held_bytes": self.held_bytes,
-            "slot_bytes": self.slot_bytes, "gathers": self.gathers,
-            "gathered_bytes": self.gathered_bytes, "waited_s": self.waited_s,
+            "slot_bytes": self.slot_bytes, "gathers": self.fetches,
+            "gathered_bytes": self.fetched_bytes, "waited_s": self.waited_s,
         }  # fmt: skip
 
     def begin(self, learns: bool) -> None:
@@ -128,26 +115,12 @@ class RankFeed:
         if not self._order or self._order[0] in self._held:
             return
         layer = self._order[0]
-        place = next(place for place in range(SLOTS) if place != self._now)
-        self._held[place] = None
+        place = self._free_place()
         part = self.parts[layer]
         # On a GPU it begins when everything is done that was begun until here, the layer before
         # this one among it, whose slot it takes.
         work = _gather(self._slots[place][: self._count * len(part)], part, async_op=True)
-        self._coming = layer, place, work
-
-    def _settle(self) -> None:
-        """Wait for what is being gathered; on a GPU what computes from here on does."""
-        if self._coming is None:
-            return
-        layer, place, work = self._coming
-        self._coming = None
-        began = time.perf_counter()
-        work.wait()
-        self.waited_s += time.perf_counter() - began
-        self._held[place] = layer
-        self.gathers += 1
-        self.gathered_bytes += self.layers[layer].bytes
+        self._coming = Fetch(layer, place, work.wait)
 
 
 # Its name since PyTorch 2.13, and before.
