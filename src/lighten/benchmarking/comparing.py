@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(result, dict) or not isinstance(result.get("records"), list):
         raise UserError(f"{path} is no result of lighten bench: it has no records")
     for place, record in enumerate(result["records"], 1):
