@@ -59,12 +59,12 @@ def test_what_is_let_go_is_not_held_and_not_lost(tmp_path: Path) -> None:
     second.fill_(2)
     expected = first.clone()
     assert resident_bytes(first) >= first.nbytes + second.nbytes
-    scratch.let_go([first])
+    scratch.release([first])
     assert resident_bytes(first) < second.nbytes + 2 * PAGE
-    scratch.let_go([second[10:30]])
+    scratch.release([second[10:30]])
     scratch.fetch([first])
     assert torch.equal(first, expected)
-    stores.let_all_go()
+    stores.release_all()
     assert resident_bytes(first) == 0
     assert torch.equal(first, expected)
     assert float(second.sum()) == 2 * second.numel()
@@ -252,7 +252,7 @@ def test_a_rank_lets_go_of_what_it_reads_for_a_checkpoint(
     store = Scratch(tmp_path, "nvme_path")
     adapter = AdapterOptimizer("all", {"weight": weight}, optimizer_settings(), store=store)
     given_back: list[int] = []
-    monkeypatch.setattr(stores, "let_all_go", lambda: given_back.append(1))
+    monkeypatch.setattr(stores, "release_all", lambda: given_back.append(1))
     monkeypatch.setattr(shards, "SHARD_BYTES", 4 * 3000)
     checkpoints.take_part(cast(Any, None), [adapter])
     assert len(given_back) == len(shards.Shards(adapter.optimizer_tensors(), "any")) >= 2

@@ -162,7 +162,7 @@ def test_what_a_failed_run_held_is_free_when_its_advice_is_planned() -> None:
     with pytest.raises(out_of_memory.OutOfMemory) as caught:
         run()
     assert [reference() is None for reference in references] == [False, False]
-    out_of_memory.let_go(caught.value)
+    out_of_memory.clear_frames(caught.value)
     assert [reference() is None for reference in references] == [True, True]
 
 

@@ -188,7 +188,7 @@ def train_all(ports: str, file: str) -> None:
 
 
 def in_file(local: torch.Tensor) -> bool:
-    return any(local.untyped_storage().data_ptr() in scratch._places for scratch in stores._LIVING)
+    return any(local.untyped_storage().data_ptr() in scratch._places for scratch in stores._OPEN)
 
 
 def memory_runs_out_once() -> None:

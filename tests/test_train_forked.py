@@ -247,14 +247,14 @@ def test_what_a_child_holds_alone_is_counted() -> None:
         assert isinstance(workers, Forked)
         parameters = list(members[0].parameters.values())
         workers.learn(objective, batches, parameters, {"a": 1.0}, {"a": 1.0})
-        assert 0 < workers.own_bytes < 0.5 * size
+        assert 0 < workers.unshared_bytes < 0.5 * size
     handle = cohort.model.base_model.register_forward_pre_hook(holds)
     with at_work(processes(2), cohort) as (workers, objective, members):
         assert isinstance(workers, Forked)
         workers.learn(
             objective, batches, list(members[0].parameters.values()), {"a": 1.0}, {"a": 1.0}
         )
-        assert size < workers.own_bytes < 2.5 * size
+        assert size < workers.unshared_bytes < 2.5 * size
     handle.remove()
     assert float(shared[0]) == 1.0
     assert not child_tensors

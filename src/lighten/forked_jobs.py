@@ -67,7 +67,7 @@ class ForkedJob:
         if self.returncode is None:
             try:
                 code = self._server.answer()
-                self._server.let_go()
+                self._server.forget_job()
             except OSError:  # the server was ended, and with it goes the job
                 self.kill()
                 code = -signal.SIGKILL
@@ -133,7 +133,7 @@ class Server:
         (number,) = MESSAGE.unpack(received)
         return int(number)
 
-    def let_go(self) -> None:
+    def forget_job(self) -> None:
         """No signal follows: of the job that has ended nothing stays."""
         self._connection.sendall(b"t")
         self.answer()

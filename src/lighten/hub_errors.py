@@ -10,7 +10,7 @@ from lighten.wording import first_line
 
 
 @contextmanager
-def told(missing: str, nothing: str) -> Iterator[None]:
+def explained(missing: str, nothing: str) -> Iterator[None]:
     """Fetch something of the hub's inside.
 
     Args:

@@ -107,7 +107,7 @@ def from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     missing = f"the adapter {name} does not exist: no folder is there"
-    with hub_errors.told(missing, "nothing of that name"):
+    with hub_errors.explained(missing, "nothing of that name"):
         folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *TOKENIZER]))
     if absent := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
         raise UserError(f"the hub's {name} is not an adapter in safetensors: it has no {absent[0]}")

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lighten.adapters.frozen import (
     dense_copy,
+    dequantised_to,
     forget_quantization,
     is_conv1d,
     is_quantized,
     out_in_features,
-    said_of,
     weight_of,
 )
 
@@ -88,7 +88,7 @@ def settle(model: PreTrainedModel) -> str | None:
     sentence = None
     for path, view in list(model.named_modules()):
         if isinstance(view, DenseView):
-            sentence = said_of(view.quantized)
+            sentence = dequantised_to(view.quantized)
             with torch.device("meta"):
                 plain = nn.Linear(view.in_features, view.out_features, view.bias is not None)
             plain.weight = view.weight

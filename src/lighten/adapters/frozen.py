@@ -128,14 +128,14 @@ def make_dense(model: PreTrainedModel) -> str | None:
     quantized = [(path, layer) for path, layer in model.named_modules() if is_quantized(layer)]
     sentence = None
     for path, layer in quantized:
-        sentence = said_of(layer)
+        sentence = dequantised_to(layer)
         model.set_submodule(path, dense_copy(layer))
     if quantized:
         forget_quantization(model)
     return sentence
 
 
-def said_of(layer: nn.Module) -> str:
+def dequantised_to(layer: nn.Module) -> str:
     """What becomes of a quantised layer when it is made dense, in words."""
     storage = getattr(layer, "storage", "torchao's")
     return f"{storage} weights dequantised to {str(computes_in(layer))[6:]}"

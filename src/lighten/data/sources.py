@@ -149,7 +149,7 @@ def _snapshot(name: str, *, cached: bool) -> tuple[Path, Config | None] | None:
             revision=revision, tqdm_class=download_bar(f"downloading {name}"),
         ))  # fmt: skip
 
-    with hub_errors.told(missing, f"no data set {repo}"):
+    with hub_errors.explained(missing, f"no data set {repo}"):
         try:
             card = fetched([CARD])
             configs = configs_of(card)

@@ -94,12 +94,12 @@ class _Answer:
     Attributes:
         result: What the job makes.
         error: Why it makes nothing.
-        own_bytes: The most that the child held so far and shared with nobody.
+        unshared_bytes: The most that the child held so far and shared with nobody.
     """
 
     result: Any = None
     error: BaseException | None = None
-    own_bytes: int = 0
+    unshared_bytes: int = 0
 
 
 class Forked(Workers):
@@ -144,9 +144,9 @@ class Forked(Workers):
         self._first = Pool(1, threads_each)
 
     @property
-    def own_bytes(self) -> int:
+    def unshared_bytes(self) -> int:
         """The most that the children held beside what they share with this process."""
-        return sum(child.own_bytes for child in self._children)
+        return sum(child.unshared_bytes for child in self._children)
 
     def learn(
         self,
@@ -252,7 +252,7 @@ class _Child:
         threads: int,
         elder: Sequence[_Child],
     ) -> None:
-        self.gradients, self.own_bytes = gradients, 0
+        self.gradients, self.unshared_bytes = gradients, 0
         self._pipe, child_pipe = Pipe()
         with warnings.catch_warnings():
             # Python 3.12 warns of threads; those of this process wait, and the child uses none.
@@ -303,7 +303,7 @@ class _Child:
             answer: _Answer = pickle.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
             return _Answer(error=self._ended())
-        self.own_bytes = answer.own_bytes
+        self.unshared_bytes = answer.unshared_bytes
         return answer
 
     def end(self) -> None:
@@ -351,7 +351,7 @@ def _answer_all(pipe: Connection, work: Callable[[tuple[Any, ...]], Any], thread
                 answer = _Answer(error=_portable(error))
             if job[0] == "learn":
                 pages.after_step()
-        pipe.send_bytes(pickle.dumps(_Answer(answer.result, answer.error, memory.own_bytes())))
+        pipe.send_bytes(pickle.dumps(_Answer(answer.result, answer.error, memory.unshared_bytes())))
 
 
 class _Memory:
@@ -360,7 +360,7 @@ class _Memory:
     def __init__(self) -> None:
         self._answers = self._shared = 0
 
-    def own_bytes(self) -> int:
+    def unshared_bytes(self) -> int:
         """In bytes."""
         # What is shared shrinks a little as pages are written to; counting it walks all pages.
         if self._answers & (self._answers - 1) == 0:

@@ -70,7 +70,7 @@ class Workers(ABC):
         self.count = count
 
     @property
-    def own_bytes(self) -> int:
+    def unshared_bytes(self) -> int:
         """The most that workers held beside this process: nothing, where they are its threads."""
         return 0
 

@@ -84,7 +84,7 @@ def evaluate_run(
         raw_data = replace(raw_data, trained_prompts=None if models.names else frozenset())
     template, base = models.open(None).template, models.open(None).base
     tokenizer, limits = base.tokenizer, limits_of(base.model)
-    partial = _kept(run, base, settings)
+    partial = _earlier_results(run, base, settings)
     if alone:
         run.update(base=base.facts())
     del base  # another may be opened in its place
@@ -154,7 +154,7 @@ def evaluate_run(
     return evaluation
 
 
-def _kept(run: Run, base: Base, settings: EvaluateOptions) -> PartialResults:
+def _earlier_results(run: Run, base: Base, settings: EvaluateOptions) -> PartialResults:
     """What an evaluation of the run measured that was ended, with the same models and settings."""
     recipe, model = run.recipe(), run.model()
     values = [

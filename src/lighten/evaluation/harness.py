@@ -148,7 +148,7 @@ def score(
     assert results is not None
     for task, samples in results["samples"].items():
         direction = results["higher_is_better"].get(task, {})
-        tasks.asked[task] = _asked(samples, with_prompts=not tasks.settings["chat_template"])
+        tasks.asked[task] = _questions(samples, with_prompts=not tasks.settings["chat_template"])
         for sample in samples:
             for metric in sample.get("metrics", ()):
                 if metric == "bypass":  # lm-eval's name of no metric
@@ -214,7 +214,7 @@ def _members(
             yield from _members(child, children, samples)
 
 
-def _asked(samples: Sequence[Mapping[str, Any]], *, with_prompts: bool) -> tuple[int, str]:
+def _questions(samples: Sequence[Mapping[str, Any]], *, with_prompts: bool) -> tuple[int, str]:
     """How many documents a task has, and a digest of them.
 
     The digest is of the prompts too where these do not hang on the model: a template is its own.

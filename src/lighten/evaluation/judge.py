@@ -176,7 +176,7 @@ class Judge:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             return json.loads(_sent(request))
         except urllib.error.HTTPError as error:
-            raise _Refusal(address, error.code, _said(error)) from error
+            raise _Refusal(address, error.code, _refusal_text(error)) from error
         except http.client.InvalidURL as error:
             raise UserError(f"judge: {self.url} is no address: {error}") from error
         except (OSError, http.client.HTTPException) as error:
@@ -243,7 +243,7 @@ def _wait_s(asked: str | None, trial: int) -> float:
     return min(wait, LONGEST_WAIT_S)
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _refusal_text(error: urllib.error.HTTPError) -> str:
     """What a server says of its refusal: the message of its JSON, or all of it, in one line."""
     try:
         text = error.read().decode(errors="replace")

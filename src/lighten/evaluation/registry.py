@@ -185,7 +185,7 @@ def extra(name: str) -> Extra:
         signature = ROUGE_SIGNATURE if name.startswith("rouge") else name
         return Extra(described(name), lambda a, r: _mean(name, score, a, r, 1.0), percent,
                      signature)  # fmt: skip
-    function = _told(name, _user_function(name))
+    function = _naming_its_answer(name, _user_function(name))
     return Extra(described(name), lambda a, r: _mean(name, function, a, r, 0.01), percent, name)
 
 
@@ -205,7 +205,7 @@ def _mean(
     return np.stack([np.asarray(values), np.ones(len(values))], axis=1)
 
 
-def _told(name: str, function: Score) -> Score:
+def _naming_its_answer(name: str, function: Score) -> Score:
     """A user's function whose mistakes name the answer that it made them on."""
 
     def score(answer: str, reference: str) -> float:
@@ -214,13 +214,13 @@ def _told(name: str, function: Score) -> Score:
         except Exception as error:
             shown = answer if len(answer) <= SHOWN else f"{answer[:SHOWN]}…"
             raise UserError(
-                f"metric {name} failed on the answer {shown!r}: {_said(error)}"
+                f"metric {name} failed on the answer {shown!r}: {_error_text(error)}"
             ) from error
 
     return score
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
@@ -253,7 +253,7 @@ def _user_function(name: str) -> Score:
     except AttributeError as error:
         raise UserError(f"metric {name}: {module} has no function {function}") from error
     except Exception as error:  # whatever their module does when it is imported
-        raise UserError(f"metric {name} cannot be imported: {_said(error)}") from error
+        raise UserError(f"metric {name} cannot be imported: {_error_text(error)}") from error
     finally:
         sys.path.remove(folder)
     if not callable(score):

@@ -70,7 +70,7 @@ def likelihoods(logits: Tensor, tokens: Sequence[int], most: int) -> list[Chosen
         tokens: n of them.
         most: Alternatives to tell of.
     """
-    told = []
+    chosen = []
     ids = torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]
     for rows, came in zip(logits.split(_ROWS), ids.split(_ROWS), strict=True):
         logprobs = rows.float().log_softmax(-1)
@@ -79,14 +79,14 @@ def likelihoods(logits: Tensor, tokens: Sequence[int], most: int) -> list[Chosen
         likelier = (logprobs > values).view(torch.uint8)
         ranks = likelier.sum(-1, dtype=torch.int32) + 1
         top = logprobs.topk(most)
-        told += [
+        chosen += [
             Chosen(token, value, tuple(zip(places, likely, strict=True)), rank)
             for token, value, places, likely, rank in zip(
                 came[:, 0].tolist(), values[:, 0].tolist(), top.indices.tolist(),
                 top.values.tolist(), ranks.tolist(), strict=True,
             )
         ]  # fmt: skip
-    return told
+    return chosen
 
 
 class Sampler:

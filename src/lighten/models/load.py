@@ -170,7 +170,7 @@ def load(
             bring_into_format(model, folder, torch_dtype)
             quantized.finish(model, remaining, torch_dtype, device)
             if quantized.census(model).storage is not None:
-                quantized.let_go_of_files(model)
+                quantized.copy_out_of_files(model)
     attention = set_attention(model, attn_implementation, device)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= _rows(model):
         # Padding is never attended to and never supervised, so any token serves (trap 11).

@@ -236,7 +236,7 @@ def finish(
         model.set_submodule(path, layer)
 
 
-def let_go_of_files(model: nn.Module) -> None:
+def copy_out_of_files(model: nn.Module) -> None:
     """Copy what stayed dense, so that no tensor keeps the weight files mapped.
 
     A dense tensor of the files' own format is a view of their mapping, and a mapping goes as a

@@ -28,7 +28,7 @@ MEND = (
 )
 
 
-def asked_of(variables: Mapping[str, str]) -> dict[str, Any]:
+def configured_in(variables: Mapping[str, str]) -> dict[str, Any]:
     """What `accelerate launch` was configured for, as recipes of other tools say it.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lighten.errors import UserError
 from lighten.machine.forks import TRANSLATED
-from lighten.parallel.foreign import ITS_OWN, asked_of
+from lighten.parallel.foreign import ITS_OWN, configured_in
 from lighten.wording import counted
 
 ERROR_FILE = "LIGHTEN_ERROR_FILE"
@@ -82,7 +82,7 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
         UserError: The launcher asks for something that is not built, or contradicts itself.
     """
     variables = os.environ if environment is None else environment
-    configured = asked_of(variables)
+    configured = configured_in(variables)
     launch = None
     # Scripts of SLURM jobs set WORLD_SIZE for their tasks. Where this was asked before, PyTorch's
     # names are ours.

@@ -98,7 +98,7 @@ class Sharded(InStep):
             self._put_away(layer)
             drop_mapped_weights()  # read for this rank's rows
             if isinstance(self._store, Scratch):
-                layer.register_forward_hook(self._let_go)
+                layer.register_forward_hook(self._release_after_forward)
         inside = {id(p) for layer in layers for p in layer.parameters()}
         outside = {p for p in model.parameters() if id(p) not in inside}
         beside = adapters | {p for p in outside if not p.requires_grad}
@@ -142,16 +142,16 @@ class Sharded(InStep):
             parameter._local_tensor = room  # FSDP takes it for its own in its first pass
             local.untyped_storage().resize_(0)
             self._away.add(parameter)
-        self._store.let_go([p._local_tensor for p in even])
+        self._store.release([p._local_tensor for p in even])
 
-    def _let_go(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+    def _release_after_forward(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         """A layer was gathered for its forward pass; another one will be before its backward."""
         assert self._store is not None
         store = self._store
-        store.let_all_go()
+        store.release_all()
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:
-            hidden.register_hook(lambda _gradient: store.let_all_go())
+            hidden.register_hook(lambda _gradient: store.release_all())
 
     def within(self, work: Callable[[], Result]) -> Result:
         """Run the model under the root, which gathers what learns outside of the layers."""

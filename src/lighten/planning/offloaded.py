@@ -54,7 +54,7 @@ def bytes_elsewhere(recipe: Recipe, kind: str, states: States, padding: float) -
 
 def choices(recipe: Recipe, kind: str) -> dict[str, str]:
     """What a plan says of it."""
-    told = {}
+    sentences = {}
     moved = places(recipe, kind)
     for setting, name, what in (
         ("offload_optimizer", "optimizer", "AdamW's state"),
@@ -68,8 +68,8 @@ def choices(recipe: Recipe, kind: str) -> dict[str, str]:
             where += ", where the run computes: nothing moves"
         elif setting == "offload_params" and kind != "cpu":
             where += ", gradients in main memory, and AdamW runs on the processor"
-        told[setting] = f"{device}: {what} waits {where}"
-    return told
+        sentences[setting] = f"{device}: {what} waits {where}"
+    return sentences
 
 
 def with_moving(

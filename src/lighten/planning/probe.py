@@ -183,7 +183,7 @@ def measure(
             part = [batch for batch in all_batches if batch.items[0].adapter in names]
             train_step(part, group, setup.objective, accelerator, setup.scaler, workers)
         if workers is not None:
-            memory.beside(workers.own_bytes)
+            memory.beside(workers.unshared_bytes)
 
     timing = measure_step(step, device=kind, least=least, most=most, budget_s=budget_s)
     if all(map(_equal, at_first, samples_of(weights))):
@@ -198,7 +198,7 @@ def measure(
         "parameters": sum(p.numel() for p in weights),
     }  # fmt: skip
     if workers is not None:
-        measured["worker_bytes"] = workers.own_bytes // (workers.count - 1)
+        measured["worker_bytes"] = workers.unshared_bytes // (workers.count - 1)
         workers.close()
     if kind == "cpu":
         allocator.trim()

@@ -188,7 +188,7 @@ class StorageTracker(TorchDispatchMode):
             return _fake_item(args[0].dtype)
         out = self._results.run(func, args, kwargs)
         self._note(func, args, kwargs, out)
-        if func is torch.ops.aten.add.Tensor and _asked_by_autograd():
+        if func is torch.ops.aten.add.Tensor and _called_by_autograd():
             self._summed = (self._block_of(args[0]), self._block_of(out))
         return out
 
@@ -411,7 +411,7 @@ class StepMarker(LossScaler):
             self.tracker.begin("loss", self.micro_batch, self.step_number)
 
 
-def _asked_by_autograd() -> bool:
+def _called_by_autograd() -> bool:
     """Whether no Python code but autograd's engine asked for the operation that is dispatched."""
     frame = sys._getframe(2)
     while frame.f_code.co_filename.endswith(WRAPPERS) and frame.f_back is not None:

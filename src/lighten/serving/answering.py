@@ -212,8 +212,8 @@ class Answering:
                         begun.add(number)
                         if (opening := form.first(number, choices[number].prompt)) is not None:
                             yield opening
-                    told = piece.logprobs or piece.missing_logprobs
-                    if piece.text or piece.finish or told or piece.calls:
+                    has_logprobs = piece.logprobs or piece.missing_logprobs
+                    if piece.text or piece.finish or has_logprobs or piece.calls:
                         yield form.part(number, piece)
                 if usage:
                     yield form.usage(self.usage(choices))

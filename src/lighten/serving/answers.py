@@ -134,8 +134,8 @@ class ChatForm(_BaseForm):
 
     def part(self, number: int, piece: Piece) -> str:
         """See `Form`."""
-        told = piece.logprobs or piece.missing_logprobs
-        logprobs = self._probabilities(piece.logprobs, piece.missing_logprobs) if told else None
+        known = piece.logprobs or piece.missing_logprobs
+        logprobs = self._probabilities(piece.logprobs, piece.missing_logprobs) if known else None
         deltas = [delta for call in piece.calls for delta in _deltas(call)]
         if piece.text or not (piece.finish or deltas):
             deltas.insert(0, {"content": piece.text})
@@ -188,7 +188,7 @@ class CompletionForm(_BaseForm):
                 {"index": number, "text": self._echo(number).text + choice.text,
                  "finish_reason": choice.finish,
                  "logprobs": self._probabilities(
-                     self._told(number, choice.prompt, choice.logprobs), choice.missing_logprobs
+                     self._shown(number, choice.prompt, choice.logprobs), choice.missing_logprobs
                  ), **self._of_prompt(choice)}
                 for number, choice in enumerate(choices)
             ],
@@ -199,14 +199,14 @@ class CompletionForm(_BaseForm):
         """See `Form`."""
         if self._echoes is None:
             return None
-        logprobs = self._probabilities(self._told(number, prompt, ()), 0)
+        logprobs = self._probabilities(self._shown(number, prompt, ()), 0)
         return self._event([{"index": number, "text": self._echo(number).text,
                              "logprobs": logprobs, "finish_reason": None}])  # fmt: skip
 
     def _echo(self, number: int) -> Echo:
         return _NO_ECHO if self._echoes is None else self._echoes[number]
 
-    def _told(
+    def _shown(
         self, number: int, prompt: Sequence[TokenLogprob], answer: Sequence[TokenLogprob]
     ) -> list[TokenLogprob]:
         """The tokens that an answer shows, with their places in its text."""
@@ -220,10 +220,10 @@ class CompletionForm(_BaseForm):
 
     def part(self, number: int, piece: Piece) -> str:
         """See `Form`."""
-        told, tokens = None, self._told(number, (), piece.logprobs)
+        logprobs, tokens = None, self._shown(number, (), piece.logprobs)
         if tokens or piece.missing_logprobs:
-            told = self._probabilities(tokens, piece.missing_logprobs)
-        return self._event([{"index": number, "text": piece.text, "logprobs": told,
+            logprobs = self._probabilities(tokens, piece.missing_logprobs)
+        return self._event([{"index": number, "text": piece.text, "logprobs": logprobs,
                              "finish_reason": piece.finish}])  # fmt: skip
 
     def _probabilities(

@@ -152,7 +152,7 @@ class CohortEngine:
         except UserError as error:
             raise EngineRefused(str(error)) from error
         stream = texts.stream_of(generation)
-        tokens, cached, ended, told_end = 0, 0, False, False
+        tokens, cached, ended, ended_by_token = 0, 0, False, False
         try:
             while not ended:
                 event = await events.get()
@@ -161,16 +161,17 @@ class CohortEngine:
                     logprobs = () if event.logprob is None else (
                         texts.token_logprob(event.token, event.logprob, event.top),
                     )  # fmt: skip
-                    told_end = event.token in generation.stop_ids
-                    text = "" if told_end else stream.text(event.token)
+                    ended_by_token = event.token in generation.stop_ids
+                    text = "" if ended_by_token else stream.text(event.token)
                     yield Piece(text, logprobs, tokens=tokens, cached=cached)
                     continue
                 if isinstance(event, int):
                     cached = event
                     continue
                 if isinstance(event, list):
-                    told = await asyncio.to_thread(texts.prompt, generation.prompt[0], event)
-                    yield Piece("", prompt=told)
+                    first = generation.prompt[0]
+                    prompt_logprobs = await asyncio.to_thread(texts.prompt, first, event)
+                    yield Piece("", prompt=prompt_logprobs)
                     continue
                 ended = True
                 if isinstance(event, UserError):
@@ -180,7 +181,7 @@ class CohortEngine:
                 if event == "cancelled":
                     raise EngineFailed("the answer was cancelled")
                 finish: Finish = "length" if event == "length" else "stop"
-                count = tokens + (event == "stop" and not told_end)
+                count = tokens + (event == "stop" and not ended_by_token)
                 yield Piece(stream.rest(), finish=finish, tokens=count, cached=cached)
         finally:
             if not ended:

@@ -63,11 +63,11 @@ class Texts:
 
     def prompt(self, first: int, others: Sequence[Chosen]) -> tuple[TokenLogprob, ...]:
         """A prompt's tokens with their texts and bytes; nothing says how likely the first was."""
-        told = (
+        likelihoods = (
             self.token_logprob(chosen.token, chosen.logprob, chosen.top, chosen.rank)
             for chosen in others
         )
-        return self.token_logprob(first, None, ()), *told
+        return self.token_logprob(first, None, ()), *likelihoods
 
     def token_logprob(
         self, token: int, logprob: float | None, top: Sequence[tuple[int, float]], rank: int = 0
@@ -83,8 +83,8 @@ class Texts:
         self, token: int, logprob: float | None, top: tuple[TokenLogprob, ...], rank: int
     ) -> TokenLogprob:
         data = self.bytes_of(token)
-        told = None if logprob is None else max(logprob, _LEAST)
-        return TokenLogprob(token, data.decode(errors="replace"), tuple(data), told, top, 0, rank)
+        finite = None if logprob is None else max(logprob, _LEAST)
+        return TokenLogprob(token, data.decode(errors="replace"), tuple(data), finite, top, 0, rank)
 
     def bytes_of(self, token: int) -> bytes:
         """What a token writes; it may be a part of a character."""

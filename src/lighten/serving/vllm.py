@@ -192,7 +192,7 @@ class Vllm:
         if status != 200:
             raise wire.WireError(status, text)
         _, *others = json.loads(text)["choices"][0]["prompt_logprobs"]
-        told = []
+        likelihoods = []
         for token, words in zip(generation.prompt[1:], others, strict=True):
             ranked = sorted(words.items(), key=lambda word: int(word[1]["rank"]))
             top = tuple(
@@ -200,8 +200,8 @@ class Vllm:
                 for word, how in ranked if how["rank"] <= (generation.prompt_logprobs or 0)
             )  # fmt: skip
             how = words[str(token)]
-            told.append(Chosen(token, how["logprob"], top, how["rank"]))
-        return Piece("", prompt=self._texts.prompt(generation.prompt[0], told))
+            likelihoods.append(Chosen(token, how["logprob"], top, how["rank"]))
+        return Piece("", prompt=self._texts.prompt(generation.prompt[0], likelihoods))
 
     def _piece(
         self, choice: dict[str, Any], generation: Generation, stream: Any, tokens_before: int

@@ -108,7 +108,7 @@ def take_part(trained: Trained, adapters: Sequence[AdapterOptimizer]) -> None:
     """
     for shard in shards.Shards(_optimizer_tensors(adapters), OPTIMIZER).values():
         shard.take_part()
-        stores.let_all_go()  # of what was read for it
+        stores.release_all()  # of what was read for it
     for adapter in adapters:
         if dtensors.any_spread(adapter.parameters.values()):
             for content in trained.contents(adapter.name).values():
@@ -132,7 +132,7 @@ def _write(
         sums = {}
         for name, content in files.items():
             write_bytes(folder / prefix / name, content)
-            stores.let_all_go()  # of what was read for it
+            stores.release_all()  # of what was read for it
             sums[prefix + name] = pool.submit(_checksum, folder / prefix / name)
     state.files |= {name: checksum.result() for name, checksum in sums.items()}
 
@@ -187,7 +187,7 @@ def restore(
         prefix = f"{adapter.name}/"
         keys = [key for key in optimizer if key.startswith(prefix)]
         adapter.restore_optimizer(
-            {key.removeprefix(prefix): optimizer.pop(key) for key in keys}, stores.let_all_go
+            {key.removeprefix(prefix): optimizer.pop(key) for key in keys}, stores.release_all
         )
         adapter.progress = state.members[adapter.name]
     return state
@@ -199,7 +199,7 @@ def restore_weights(checkpoint: Path, trained: Trained, name: str) -> None:
     Raises:
         UserError: It does not fit.
     """
-    trained.restore(name, weights_of(checkpoint, trained, name), stores.let_all_go)
+    trained.restore(name, weights_of(checkpoint, trained, name), stores.release_all)
 
 
 def read_state(checkpoint: Path) -> TrainerState:

@@ -131,7 +131,7 @@ def _is_spread(trained: WholeBase) -> bool:
 
 
 def _spread_model(trained: WholeBase) -> SpreadModel:
-    return SpreadModel(trained.model, trained.dtype, SHARD_SIZE, stores.let_all_go)
+    return SpreadModel(trained.model, trained.dtype, SHARD_SIZE, stores.release_all)
 
 
 def _ranks_of(setup: Setup) -> AbstractContextManager[None]:

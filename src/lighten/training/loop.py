@@ -309,7 +309,7 @@ class Loop:
         state = self.state
         state.seconds += seconds
         if self._workers is not None:
-            self.memory.beside(self._workers.own_bytes)
+            self.memory.beside(self._workers.unshared_bytes)
         peak = self.memory.read()["peak_bytes"]
         tokens = sum(step.tokens for step in report.values())
         state.tokens += tokens

@@ -122,7 +122,7 @@ def clear(setup: Setup) -> None:
         allocator.trim()
 
 
-def let_go(error: BaseException) -> None:
+def clear_frames(error: BaseException) -> None:
     """Let go of the tensors that the frames of a failed run still hold, by its error's causes."""
     at: BaseException | None = error
     while at is not None:

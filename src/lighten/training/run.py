@@ -32,7 +32,7 @@ from lighten.training.checkpoints import TrainerState
 from lighten.training.export import export, take_part
 from lighten.training.loop import Loop, Pruner
 from lighten.training.method import go_on_from_adapter
-from lighten.training.out_of_memory import OutOfMemory, let_go
+from lighten.training.out_of_memory import OutOfMemory, clear_frames
 from lighten.training.prediction import Prediction, compare
 from lighten.training.prepare import layers_later, prepare
 from lighten.training.progress import TrainingProgress
@@ -174,7 +174,7 @@ def _explained(error: BaseException, run: Run, prediction: Prediction | None) ->
     reason = (
         str(error) if isinstance(error, OutOfMemory) else f"memory ran out: {first_line(error)}"
     )
-    let_go(error)  # what would need less is planned in the same memory
+    clear_frames(error)  # what would need less is planned in the same memory
     advice = prediction.advice() if prediction is not None else []
     if advice:
         reason = "\n  - ".join([f"{reason}; cheapest ways to need less:", *advice])

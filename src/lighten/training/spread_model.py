@@ -52,14 +52,14 @@ class SpreadModel:
         model: Whose.
         dtype: What the weights that learn are rounded to.
         max_shard_size: Of a file, as transformers says it.
-        let_go: Is called when a weight was gathered: what was read for it is not needed any more.
+        release: Is called when a weight was gathered: what was read for it is not needed any more.
     """
 
     def __init__(
         self, model: PreTrainedModel, dtype: torch.dtype, max_shard_size: str,
-        let_go: Callable[[], None],
+        release: Callable[[], None],
     ) -> None:  # fmt: skip
-        self._model, self._dtype, self._let_go = model, dtype, let_go
+        self._model, self._dtype, self._release = model, dtype, release
         self._weights: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
         empty = {key: torch.empty(value.shape, dtype=self._dtype_of(value), device="meta")
                  for key, value in self._weights.items()}  # fmt: skip
@@ -75,7 +75,7 @@ class SpreadModel:
             get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
             get_storage_id=lambda tensor: tensor.untyped_storage()._cdata,
         )  # fmt: skip
-        self._made: tuple[_Source | None, dict[str, Tensor]] = (None, {})
+        self._gathered: tuple[_Source | None, dict[str, Tensor]] = (None, {})
 
     def write(self, folder: Path) -> None:
         """Write configuration, weights and index, and look at what was written.
@@ -120,17 +120,17 @@ class SpreadModel:
     def _gather(self, name: str) -> Tensor:
         """A tensor of the files, whole in main memory."""
         source = self._sources[name]
-        if source != self._made[0]:
-            self._made = (None, {})  # lets go of the last before the next one comes
+        if source != self._gathered[0]:
+            self._gathered = (None, {})  # lets go of the last before the next one comes
             made = {key: self._whole(self._weights[key]) for key in source.keys}
             if not source.as_it_is:
                 made = revert_weight_conversion(self._model, made)
-            self._made = source, made
-        return self._made[1][name]
+            self._gathered = source, made
+        return self._gathered[1][name]
 
     def _whole(self, value: Tensor) -> Tensor:
         whole = dtensors.full_tensor(value.detach().to(self._dtype_of(value))).cpu()
-        self._let_go()
+        self._release()
         return whole
 
     def _dtype_of(self, value: Tensor) -> torch.dtype:

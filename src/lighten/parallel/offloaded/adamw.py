@@ -73,7 +73,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                 if place + 1 < len(batches):
                     self._store.fetch(t for piece in batches[place + 1] for t in piece.lasting)
                 self._move(batch, group)
-                self._store.let_go(t for piece in batch for t in piece.lasting)
+                self._store.release(t for piece in batch for t in piece.lasting)
             for parameter in {piece.parameter for batch in batches for piece in batch}:
                 self.state[parameter]["step"] += 1
 

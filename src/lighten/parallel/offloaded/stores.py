@@ -37,10 +37,10 @@ class Store(Protocol):
     def fetch(self, tensors: Iterable[Tensor]) -> None:
         """They are needed soon."""
 
-    def let_go(self, tensors: Iterable[Tensor]) -> None:
+    def release(self, tensors: Iterable[Tensor]) -> None:
         """They are not needed for a while."""
 
-    def let_all_go(self) -> None:
+    def release_all(self) -> None:
         """None of them is needed at once."""
 
 
@@ -54,10 +54,10 @@ class MainMemory:
     def fetch(self, tensors: Iterable[Tensor]) -> None:
         """They are there."""
 
-    def let_go(self, tensors: Iterable[Tensor]) -> None:
+    def release(self, tensors: Iterable[Tensor]) -> None:
         """They stay."""
 
-    def let_all_go(self) -> None:
+    def release_all(self) -> None:
         """They stay."""
 
 
@@ -90,7 +90,7 @@ class Scratch:
         self.folder, self.bytes = folder, 0
         self._files: list[mmap.mmap] = []
         self._places: dict[int, _Place] = {}  # by address
-        _LIVING.add(self)
+        _OPEN.add(self)
 
     def zeros_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """See `Store`; one file for all of them.
@@ -117,11 +117,11 @@ class Scratch:
         """Let the system begin to read."""
         self._advise("MADV_WILLNEED", tensors)
 
-    def let_go(self, tensors: Iterable[Tensor]) -> None:
+    def release(self, tensors: Iterable[Tensor]) -> None:
         """Give the pages to the page cache."""
         self._advise("MADV_DONTNEED", tensors)
 
-    def let_all_go(self) -> None:
+    def release_all(self) -> None:
         """Give all pages to the page cache."""
         for mapped in self._files:
             if hasattr(mmap, "MADV_DONTNEED"):
@@ -161,13 +161,13 @@ class Scratch:
         return mapped
 
 
-_LIVING: weakref.WeakSet[Scratch] = weakref.WeakSet()
+_OPEN: weakref.WeakSet[Scratch] = weakref.WeakSet()
 
 
-def let_all_go() -> None:
+def release_all() -> None:
     """Give the pages of all mapped files back: something has read through them, as saving does."""
-    for scratch in list(_LIVING):
-        scratch.let_all_go()
+    for scratch in list(_OPEN):
+        scratch.release_all()
 
 
 def _whole_pages(size: int) -> int:

@@ -72,7 +72,7 @@ class _Mapped:
         """Let the system begin to read."""
         self._advise("MADV_WILLNEED", start, size)
 
-    def let_go(self, start: int, size: int) -> None:
+    def drop_pages(self, start: int, size: int) -> None:
         """Give the pages back, and those around them that came with them."""
         place = self._address + start  # the system counts from addresses, not in the file
         before, after = min(start, place % AROUND_BYTES), -(place + size) % AROUND_BYTES
@@ -146,7 +146,7 @@ class Shards(Mapping[str, Stored]):
             file.fetch(start, min(2 * STRETCH_BYTES, stored.bytes - first))
             span = slice(first // dtype.itemsize, (first + size) // dtype.itemsize)
             flat[span].copy_(file.tensor(start, size, dtype))
-            file.let_go(start, size)
+            file.drop_pages(start, size)
             if limit is not None:
                 limit.after(size)
 
