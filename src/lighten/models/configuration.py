@@ -87,9 +87,7 @@ def rope_types(config: Any) -> set[str]:
     return types
 
 
-def build_empty(
-    name: str, config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def build_empty(name: str, config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model whose weights are shapes alone (on the meta device).
 
     Raises:
@@ -98,7 +96,7 @@ def build_empty(
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
+                config, trust_remote_code=trust_remote_code
             )
     except FAULTS as error:
         raise UserError(f"{name} is no model that can be built: {reason(error)}") from error

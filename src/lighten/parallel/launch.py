@@ -128,14 +128,9 @@ def require_alone(what: str, command: str) -> None:
         )
 
 
-def restarted_by(environment: Mapping[str, str] | None = None) -> str | None:
-    """What has started this command a second time, after its processes or its machine had ended.
-
-    Args:
-        environment: The environment variables; None: this process's.
-    """
-    variables = os.environ if environment is None else environment
-    return next((name for count, name in _RESTARTS.items() if _number(variables, count, 0)), None)
+def restarted_by() -> str | None:
+    """What has started this command a second time, after its processes or its machine had ended."""
+    return next((name for count, name in _RESTARTS.items() if _number(os.environ, count, 0)), None)
 
 
 def rank_count(place: Launch, *, processes: int | None, gpus: int | None) -> int:

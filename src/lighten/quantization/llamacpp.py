@@ -318,22 +318,21 @@ class Runtime:
         """Whether an answer ends with this token."""
         return bool(self._lib.llama_vocab_is_eog(self._vocabulary, token))
 
-    def tokenise(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
-        """Token ids of a text.
+    def tokenise(self, text: str, *, bos: bool = False) -> list[int]:
+        """Token ids of a text; names of special tokens in it are those tokens.
 
         Args:
             text: Of any language.
-            special: Whether names of special tokens in it are those tokens.
             bos: Whether start and end tokens are added as the file says.
         """
         data = text.encode()
         room = len(data) + 16
         ids = (_INT * room)()
-        count = self._lib.llama_tokenize(self._vocabulary, data, len(data), ids, room, bos, special)
+        count = self._lib.llama_tokenize(self._vocabulary, data, len(data), ids, room, bos, True)
         if count < 0:
             ids = (_INT * -count)()
             count = self._lib.llama_tokenize(
-                self._vocabulary, data, len(data), ids, -count, bos, special
+                self._vocabulary, data, len(data), ids, -count, bos, True
             )
         return list(ids[:count])
 

@@ -253,9 +253,7 @@ class InTransformers:
 
 
 @contextmanager
-def in_llamacpp(
-    model: Path, adapter: Path | None = None, context_tokens: int = LONGEST + LONGEST_ANSWER
-) -> Iterator[Answering]:
+def in_llamacpp(model: Path, adapter: Path | None = None) -> Iterator[Answering]:
     """A GGUF file, with a GGUF adapter on it, in llama.cpp with float32 keys and values."""
     import torch
 
@@ -267,7 +265,8 @@ def in_llamacpp(
 
     adapters = {adapter: 1.0} if adapter else None
     threads = torch.get_num_threads()
-    with Bare(model, adapters, context_tokens=context_tokens, threads=threads) as opened:
+    room = LONGEST + LONGEST_ANSWER
+    with Bare(model, adapters, context_tokens=room, threads=threads) as opened:
         yield opened
 
 

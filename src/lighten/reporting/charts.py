@@ -298,13 +298,12 @@ def smoothed(values: Sequence[float | None], weight: float = 0.9) -> list[float 
     return out
 
 
-def ticks(low: float, high: float, count: int = 5, *, integers: bool = False) -> list[float]:
-    """Round numbers that enclose the range; their steps are 1, 2 or 5 times a power of ten.
+def ticks(low: float, high: float, *, integers: bool = False) -> list[float]:
+    """About five round numbers that enclose the range; steps are 1, 2 or 5 times a power of ten.
 
     Args:
         low: Where the range begins.
         high: Where it ends.
-        count: About how many.
         integers: Whole numbers alone, for what is counted.
     """
     if integers and low == high:
@@ -312,7 +311,7 @@ def ticks(low: float, high: float, count: int = 5, *, integers: bool = False) ->
     if high - low <= 1e-6 * max(abs(low), abs(high)):  # flat, but for rounding
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
-    rough = (high - low) / count
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     step = max(1.0, step) if integers else step

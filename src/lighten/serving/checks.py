@@ -131,9 +131,7 @@ def _check_unknown_field(remote: Remote, model: str) -> tuple[bool, str]:
     return False, "dropped without a word"
 
 
-def identity(
-    remote: Remote, models: Sequence[str], *, requests: int, clients: int = 8, seed: int = 0
-) -> Identity:
+def identity(remote: Remote, models: Sequence[str], *, requests: int, clients: int = 8) -> Identity:
     """Ask each model alone, then all of them mixed with the same beginnings, and compare.
 
     Raises:
@@ -146,7 +144,7 @@ def identity(
     alone = functools.cache(functools.partial(_answer, remote))
     for pair in order:
         alone(*pair)
-    random.Random(seed).shuffle(order)
+    random.Random(0).shuffle(order)
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda pair: _answer(remote, *pair), order))
     same = rounding = 0
