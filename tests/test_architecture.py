@@ -77,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {
         "adapters",
         "artifacts",
+        "cpu",
         "data",
         "dialogue",
         "engine",
@@ -112,6 +113,7 @@ ALLOWED: dict[str, set[str]] = {
         "whole_files",
     },
     "sweeps": {
+        "cpu",
         "data",
         "engine",
         "evaluation",

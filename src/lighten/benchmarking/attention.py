@@ -38,7 +38,7 @@ def run(
 
     from lighten.cpu import allocator
     from lighten.engine.memory_errors import ran_out
-    from lighten.machine.hardware import PeakMemory, take
+    from lighten.machine.hardware import take
     from lighten.machine.timing import measure_step
 
     take(device)
@@ -56,8 +56,7 @@ def run(
         if (why := obstacle(kind, device, training)) is not None:
             yield {**cell, "why": why}
             continue
-        allocator.trim()
-        memory = PeakMemory(device)
+        memory = allocator.measure_peak(device)
         generator = torch.Generator().manual_seed(0)
         q, k, v = (
             torch.randn(1, count, tokens, features, generator=generator)

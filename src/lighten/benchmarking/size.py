@@ -24,13 +24,11 @@ def run(model: str, *, adapter: str | None, revision: str | None, device: str) -
 
     from lighten import adapters, models
     from lighten.cpu import allocator
-    from lighten.machine.hardware import PeakMemory, take
+    from lighten.machine.hardware import take
 
     take(device)
     _load_code(model, revision)
-    gc.collect()
-    allocator.trim()
-    memory, before = PeakMemory(device), psutil.Process().memory_info().rss
+    memory, before = allocator.measure_peak(device), psutil.Process().memory_info().rss
     base = models.load(model, revision=revision, device=device)
     gc.collect()
     allocator.trim()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lighten import data, runs
+from lighten.cpu import allocator
 from lighten.data import Example
 from lighten.data.batches import TokenRow
 from lighten.engine.batching import choose_tokens
@@ -71,7 +72,7 @@ def evaluate_run(
         judge.check()
     transformers_logging.disable_progress_bar()
     device = hardware.choose_device().value
-    memory = hardware.PeakMemory(device)
+    memory = allocator.measure_peak(device)
     models = Models(run, device, keep=False)
     if not models.names and not alone:
         what = "model" if recipe.method == "full" else "adapter"

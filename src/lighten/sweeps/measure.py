@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lighten import runs
+from lighten.cpu import allocator
 from lighten.data import Example
 from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
@@ -149,7 +150,7 @@ def measure_run(
             telling = encoded(run_recipe, telling, tokenizer, limits, settings.max_examples)
             answered, unasked = askable(telling.examples, run_recipe, tokenizer)
             notes = list(dict.fromkeys([*notes, *telling.sentences(), *unasked]))
-        memory = hardware.PeakMemory(device)
+        memory = allocator.measure_peak(device)
         for name, adapter in missing:
             began = time.perf_counter()
             # A sweep that is killed here goes on with the batch that it was at.

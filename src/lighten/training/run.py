@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -206,9 +205,7 @@ def _train(
     if planned:
         _report_plan(run, accelerator, progress, prediction)
     set_seed(0)  # nothing below draws from the global generators; a model's own code might
-    gc.collect()
-    allocator.trim()  # what an earlier run of this process left would be used again, uncounted
-    memory = hardware.PeakMemory(accelerator.device.type)
+    memory = allocator.measure_peak(accelerator.device.type)
     rows = prediction.rows if prediction is not None else None
     if rows is None:  # what is wrong with them is told before a base is loaded
         rows = load_rows(recipe, tokenizer_of(recipe), progress.encoding)

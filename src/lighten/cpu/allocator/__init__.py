@@ -8,6 +8,7 @@ one: among small objects their blocks leave holes.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import psutil
 from lighten import cpu
 from lighten.cpu.allocator import arena
 from lighten.machine import heap
-from lighten.machine.hardware import Choice
+from lighten.machine.hardware import Choice, PeakMemory
 
 # mallopt's parameters, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
@@ -95,6 +96,20 @@ def trim() -> bool:
     """
     arena.trim()
     return heap.trim()
+
+
+def measure_peak(device: str) -> PeakMemory:
+    """A measurement of the peak from here on, with all free memory given back first.
+
+    What an earlier run, plan or evaluation of this process left free would be used again,
+    uncounted.
+
+    Args:
+        device: `cpu` or a CUDA device.
+    """
+    gc.collect()
+    trim()
+    return PeakMemory(device)
 
 
 class KeptPages:
