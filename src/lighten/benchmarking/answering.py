@@ -90,20 +90,14 @@ def run(
 
 
 def _losses(recipe: Any, base: Any, trained: Any, adapter: str | None) -> Iterator[dict[str, Any]]:
-    from lighten.engine.batching import choose_tokens
-    from lighten.engine.loss import Objective
-    from lighten.engine.validation import held_out
+    from lighten.evaluation.likelihood import measure_loss
     from lighten.training.base import tokenizer_of
     from lighten.training.rows import load_rows
 
     rows = load_rows(recipe, tokenizer_of(recipe)).held_out
     if rows is None or not len(rows.rows):
         return
-    max_tokens, _ = choose_tokens("auto", base.model.device.type, base.dtype.value)
-    losses = held_out(
-        Objective(base.model, trained, fast=trained.supports_fast_loss), rows.rows, adapter,
-        max_rows=recipe.per_device_eval_batch_size, max_tokens=max_tokens, device=base.model.device,
-    )  # fmt: skip
+    losses = measure_loss(base, trained, rows.rows, adapter, recipe)
     yield {"losses": [list(pair) for pair in zip(losses.nll, losses.tokens, strict=True)]}
 
 

@@ -17,9 +17,6 @@ from lighten import data, runs
 from lighten.cpu import allocator
 from lighten.data import Example
 from lighten.data.batches import TokenRow
-from lighten.engine.batching import choose_tokens
-from lighten.engine.loss import Objective
-from lighten.engine.validation import held_out
 from lighten.errors import NoHeldOut, UserError
 from lighten.evaluation import against as comparing
 from lighten.evaluation import forgetting, harness, metrics, registry
@@ -27,6 +24,7 @@ from lighten.evaluation.bootstrap import Array
 from lighten.evaluation.forgetting import GeneralText
 from lighten.evaluation.generate import Answers, as_shown, generate
 from lighten.evaluation.judge import MOST_SIGNS, Judge, judged
+from lighten.evaluation.likelihood import measure_loss, most_tokens
 from lighten.evaluation.partial_results import PartialResults, digest_of, key_of
 from lighten.evaluation.result import Evaluation, Measured
 from lighten.evaluation.run_models import Models, Opened
@@ -411,7 +409,7 @@ def _together(
     label = f"{name}: loss and answers"
     single_pass = Pass(
         base.model, base.tokenizer, trained, opened.adapter, models.learnt,
-        settings.max_new_tokens, recipe.per_device_eval_batch_size, _most_tokens(opened, recipe),
+        settings.max_new_tokens, recipe.per_device_eval_batch_size, most_tokens(base, recipe),
         settings.batch_size, None if progress is None else functools.partial(progress, label),
         partial,
     )  # fmt: skip
@@ -420,12 +418,6 @@ def _together(
     except Disagrees:
         return None
     return metrics.likelihood_statistics(losses.nll, losses.tokens), answers
-
-
-def _most_tokens(opened: Opened, recipe: Recipe) -> int | None:
-    base = opened.base
-    setting, device = recipe.tokens_per_microbatch, base.model.device.type
-    return choose_tokens(setting, device, base.dtype.value)[0]
 
 
 def _likelihood(
@@ -437,16 +429,10 @@ def _likelihood(
     before = None if partial is None else partial.get(key)
     if before is not None:
         return metrics.likelihood_statistics(before["nll"], before["tokens"])
-    base, trained = opened.base, opened.trained
-    losses = held_out(
-        Objective(base.model, trained, fast=trained.supports_fast_loss),
-        rows,
-        opened.adapter,
-        max_rows=recipe.per_device_eval_batch_size,
-        max_tokens=_most_tokens(opened, recipe),
-        device=base.model.device,
+    losses = measure_loss(
+        opened.base, opened.trained, rows, opened.adapter, recipe,
         progress=None if progress is None else functools.partial(progress, f"{name}: loss"),
-    )
+    )  # fmt: skip
     if partial is not None:
         partial.put(key, {"nll": losses.nll, "tokens": losses.tokens})
     return metrics.likelihood_statistics(losses.nll, losses.tokens)

@@ -17,14 +17,13 @@ from lighten import adapters, data
 from lighten.adapters import files, resize, spectrum
 from lighten.adapters.resize import Resized
 from lighten.adapters.spectrum import SavedAdapter
-from lighten.engine.batching import choose_packing, choose_tokens
-from lighten.engine.loss import Objective
-from lighten.engine.validation import held_out
+from lighten.engine.batching import choose_packing
 from lighten.engine.validation_loss import ValidationLoss
 from lighten.errors import UserError
 from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Estimate, Resamples
 from lighten.evaluation.evaluation import held_out_examples
+from lighten.evaluation.likelihood import measure_loss
 from lighten.evaluation.verdicts import verdict
 from lighten.machine import hardware
 from lighten.models import Base, limits_of
@@ -185,16 +184,7 @@ def _loss(base: Base, recipe: Recipe, cut: Resized | None, rows: Sequence[Any]) 
         files.restore(cohort, adapter, cut.weights, where="a truncation")
     packs = choose_packing(recipe.packing, base.model, cohort.no_packing).value == "on"
     try:
-        return held_out(
-            Objective(base.model, cohort, fast=cohort.supports_fast_loss, packs=packs),
-            rows,
-            adapter,
-            max_rows=recipe.per_device_eval_batch_size,
-            max_tokens=choose_tokens(
-                recipe.tokens_per_microbatch, base.model.device.type, base.dtype.value
-            )[0],
-            device=base.model.device,
-        )
+        return measure_loss(base, cohort, rows, adapter, recipe, packs=packs)
     finally:
         cohort.detach()
 

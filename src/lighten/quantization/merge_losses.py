@@ -10,10 +10,9 @@ from typing import Any
 
 from lighten import adapters, models
 from lighten.artifacts import Artefact
-from lighten.engine.loss import Objective
-from lighten.engine.validation import held_out
 from lighten.errors import UserError
 from lighten.evaluation.evaluation import held_out_examples
+from lighten.evaluation.likelihood import measure_loss
 from lighten.training import held_out_data
 from lighten.training.base import load_base
 
@@ -47,10 +46,7 @@ def held_out_losses(artefact: Artefact) -> dict[str, dict[str, Any]] | None:
         limits = models.limits_of(base.model)
         rows = held_out_data.encoded(variant, examples, base.tokenizer, limits, ROWS, None).rows
         assert rows is not None
-        validation = held_out(
-            Objective(base.model, trained, fast=trained.supports_fast_loss), rows.rows, "adapter",
-            max_rows=recipe.per_device_eval_batch_size,
-        )  # fmt: skip
+        validation = measure_loss(base, trained, rows.rows, "adapter", variant)
         losses[onto] = {
             "loss": validation.loss, "standard_error": validation.standard_error,
             "rows": len(validation.nll),
