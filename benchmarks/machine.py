@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 # A machine busier than this before the start gives no figures worth keeping.
 BUSY_PERCENT = 10.0
+LOOK_S = 3.0
 TURN = "turn"  # a worker's line: it waits until others had theirs
 
 
@@ -27,7 +28,7 @@ def before_start() -> dict[str, Any]:
     from lighten.machine import hardware
 
     commit, clean = hardware.commit()
-    busy = psutil.cpu_percent(3.0)
+    busy = psutil.cpu_percent(LOOK_S)
     if busy > BUSY_PERCENT:
         print(f"the processor is {busy:.0f} % busy: the figures will not hold", flush=True)
     return {"commit": commit, "tree_clean": clean, "busy_percent": busy}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, equal
 
 from lighten.runs import Run
 from lighten.training import checkpoints
@@ -20,6 +20,11 @@ def weights(run: Run) -> dict[str, Tensor]:
     files += sorted(run.folder.glob("model/*.safetensors"))
     return {f"{file.parent.name}/{key}": value
             for file in files for key, value in load_file(file).items()}  # fmt: skip
+
+
+def same_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Whether they have the same names and are the same, bit for bit."""
+    return set(tensors) == set(expected) and all(equal(tensors[k], expected[k]) for k in expected)
 
 
 def losses(run: Run) -> list[tuple[Any, ...]]:

@@ -138,6 +138,11 @@ def python(code: str, *words: str, cwd: Path | None = None) -> subprocess.Comple
     return _completed(Forked(_code, (code, *words), cwd=cwd), words)
 
 
+def script(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`python` with this file and these arguments, to its end."""
+    return _completed(Forked(_script, (str(path), *words)), words)
+
+
 def in_fork(
     module: str, settings: Mapping[str, Any], *, libraries: tuple[str, ...] = (),
     memory_bytes: int | None = None, timeout_s: float | None = None, on_record: Any = None,
@@ -353,6 +358,11 @@ def _job() -> None:
 def _code(code: str, *words: str) -> None:
     sys.argv = ["-c", *words]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def _script(path: str, *words: str) -> None:
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:

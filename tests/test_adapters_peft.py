@@ -18,6 +18,7 @@ from lighten.adapters.peft_methods import REFUSED, method_of
 from lighten.engine.scaling import LossScaler
 from lighten.errors import UserError
 from lighten.evaluation.generate import generate
+from tests.test_adapters import relative_difference
 from tests.test_train_step import UNEVEN, assert_close, full_batch, gradients, one_step
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
@@ -40,11 +41,6 @@ METHODS: dict[str, dict[str, Any]] = {
 PROMPTS = ("CARTRIDGE", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 # Their layers say so when PEFT is asked to merge them.
 UNMERGED = ("BEFT", "LILY")
-
-
-def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    ours, theirs = ours.detach(), theirs.detach()
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
 def peft_spec(method: str, **overrides: Any) -> AdapterSpec:

@@ -19,9 +19,8 @@ from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
 from lighten.training import checkpoints, time_budget
 from lighten.training.time_budget import Pace, TimeBudget, steps_within
-from tests.cut_runs import cut_short, losses, weights
+from tests.cut_runs import cut_short, losses, same_tensors, weights
 from tests.processes import notes_of, runs_of_rank, start_ranks, wait_for
-from tests.test_train_runs import same_tensors
 
 
 @pytest.fixture

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +37,7 @@ from lighten.models import attention
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training import checkpoints
-from tests.processes import python
+from tests.processes import call, python
 from tests.test_merge import beside_pictures
 from tests.test_train_step import (
     UNEVEN,
@@ -50,6 +47,7 @@ from tests.test_train_step import (
     one_step,
 )
 from tests.tiny import ARCHITECTURES, NEWER, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny_runs import train
 
 IDS = torch.tensor([[5, 9, 14, 200, 31, 77, 8]])
 
@@ -259,10 +257,6 @@ def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, An
     }  # fmt: skip
 
 
-def train(settings: dict[str, Any], *, resume: bool = False, **changes: Any) -> Run:
-    return lighten.train(resume=resume, progress=False, **{**settings, **changes})
-
-
 def logits(folder: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -377,12 +371,8 @@ def test_trap3_two_ranks_train_the_whole_base_as_one_process(
     settings |= {"max_train_samples": 13, "val_size": 0, "per_device_train_batch_size": 2}
     del settings["eval_steps"]
     one_rank = train(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
-    child = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-         "-m", "lighten", "train", *(f"{key}={value}" for key, value in settings.items())],
-        capture_output=True, text=True, timeout=180, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTEN_DEVICE": "cpu"},
-    )  # fmt: skip
+    flags = [f"{key}={value}" for key, value in settings.items()]
+    child = call("train", *flags, "--processes", "2", environment={"LIGHTEN_DEVICE": "cpu"})
     assert child.returncode == 0, child.stderr[-3000:]
     two_ranks = Run(settings["output_dir"])
     for actual, expected in zip(two_ranks.metrics(), one_rank.metrics(), strict=True):

@@ -1,0 +1,97 @@
+"""Adapters whose loss or weights are no numbers any more."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lighten.errors import UserError
+from lighten.recipe import Recipe
+from lighten.runs import Run
+from lighten.training import checkpoints
+from lighten.training.run import train as train_verb
+from tests.tiny_runs import eight_steps, train
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return eight_steps(tiny_folder, chat_file, tmp_path / "run")
+
+
+def test_a_diverging_run_fails_truthfully(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="lower learning_rate"):
+        train(settings, learning_rate=1e30, max_grad_norm=None, lr_scheduler_type="constant")
+    info = Run(settings["output_dir"]).info()
+    assert info["status"] == "failed"
+    assert "learning_rate" in info["error"]
+
+
+class Onlooker:
+    """A pruner that lets everybody train on and notes who diverged."""
+
+    def __init__(self) -> None:
+        self.diverged_names: list[str] = []
+
+    def leaving(self, step: int, losses: Any, active: Any) -> list[str]:
+        return []
+
+    def diverged(self, step: int, name: str) -> None:
+        self.diverged_names.append(name)
+
+
+def test_in_float16_an_adapter_that_diverges_leaves_and_the_others_finish(
+    settings: dict[str, Any],
+) -> None:
+    pruner = Onlooker()
+    settings |= {"dtype": "float16", "lora_r": [2, 2, 2], "learning_rate": [1e-3, 1e10, 2e-3],
+                 "lora_dropout": 0.0, "max_steps": 5, "eval_steps": 5}  # fmt: skip
+    run = train_verb(Recipe.from_values(settings), progress=False, pruner=pruner)
+    info = run.info()
+    assert info["status"] == "finished"
+    (diverged,) = pruner.diverged_names
+    steps = {adapter["name"]: adapter["steps"] for adapter in info["adapters"]}
+    assert [adapter["name"] for adapter in info["adapters"]].index(diverged) == 1
+    assert steps.pop(diverged) < 5
+    assert set(steps.values()) == {5}
+    state = checkpoints.read_state(checkpoints.listing(run.folder / "checkpoints")[-1])
+    assert {saved["scale"] for name, saved in state.scaler.items() if name != diverged} == {2.0**16}
+
+
+def test_weights_that_are_infinite_at_a_checkpoint_take_out_their_adapter_alone(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"save_steps": 1, "max_steps": 4, "lora_dropout": 0.0, "warmup_steps": 0}
+    cohort = train(settings, lora_r=[2, 2], learning_rate=[1e-2, 1e39])
+    good, bad = cohort.info()["adapters"]
+    assert (good["steps"], good["diverged"]) == (4, False)
+    assert (bad["steps"], bad["diverged"], bad["file_bytes"]) == (1, True, 0)
+    assert list(cohort.adapters()) == [good["name"]]
+    assert cohort.is_finished()
+    alone = train(settings, lora_r=2, output_dir=str(tmp_path / "alone"))
+    cohort_losses = [m["loss"] for m in cohort.metrics() if m["adapter"] == good["name"]]
+    assert cohort_losses == pytest.approx([m["loss"] for m in alone.metrics()], rel=2e-5)
+    shutil.rmtree(cohort.folder / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(cohort.folder / "adapters")
+    cohort.update(status="interrupted")
+    resumed = train(settings, lora_r=[2, 2], learning_rate=[1e-2, 1e39], resume=True)
+    assert list(resumed.adapters()) == [good["name"]]
+    with pytest.raises(UserError, match="weights that are not finite after step 1"):
+        train(settings, lora_r=2, learning_rate=1e39, output_dir=str(tmp_path / "lost"))
+
+
+def test_an_adapter_that_is_no_number_is_never_the_best_nor_measured_once_it_left(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"save_steps": 10, "eval_steps": 1, "max_steps": 3, "lora_dropout": 0.0,
+                 "warmup_steps": 0, "lora_r": [2, 2], "learning_rate": [1e-2, 1e39]}  # fmt: skip
+    run = train(settings, load_best_model_at_end=True)
+    good, bad = run.info()["adapters"]
+    assert good["best_step"] is not None
+    assert (bad["best_step"], bad["diverged"], bad["file_bytes"]) == (None, True, 0)
+    # Without a checkpoint that would find them, its weights are seen by the next step's loss.
+    run = train(settings, output_dir=str(tmp_path / "again"))
+    evaluations = [m for m in run.metrics() if m["kind"] == "eval"]
+    assert [m["step"] for m in evaluations if m["adapter"] == bad["name"]] == [1]
