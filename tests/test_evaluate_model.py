@@ -117,6 +117,7 @@ def test_what_is_measured_again_takes_its_folders_place_and_a_trained_runs_stays
     assert Run(tmp_path / "alone-1").is_model_alone(), "what was measured is moved aside"
 
 
+@pytest.mark.usefixtures("forked_jobs")
 def test_quantised_folders_and_gguf_files_are_models_too(chat_file: Path, tmp_path: Path) -> None:
     """INT8 is for the head too, of which torchao forms no product by itself."""
     base = save_tiny(tmp_path / "base", hidden_size=128, intermediate_size=256)

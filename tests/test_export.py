@@ -20,6 +20,8 @@ from lighten.runs import Run
 from tests.test_merge import trained
 from tests.tiny import save_tiny, tiny_model
 
+pytestmark = pytest.mark.usefixtures("forked_jobs")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, chat_file: Path) -> Run:

@@ -22,6 +22,7 @@ from lighten.planning import calibration, predict, preflight
 from lighten.reporting.page import page
 from lighten.runs import Run
 from lighten.training import out_of_memory
+from tests.processes import python
 from tests.tiny import tiny_model, tiny_tokenizer
 
 GIB = 2**30
@@ -204,23 +205,27 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, data
 
 
+def options_of(extra_mib: int | None, wide: tuple[Path, Path], out: Path) -> dict[str, Any]:
+    return {"model_name_or_path": str(wide[0]), "dataset": str(wide[1]), "output_dir": str(out),
+            "max_steps": 2, "per_device_train_batch_size": 8, "tokens_per_microbatch": None,
+            "max_length": 4096, "dtype": "float32", "val_size": 0, "learning_rate": 1e-2,
+            "torch_compile": False, "more": extra_mib}  # fmt: skip
+
+
 def train_under_limit(
-    extra_mib: int | None, wide: tuple[Path, Path], out: Path, **changes: Any
+    extra_mib: int, wide: tuple[Path, Path], out: Path
 ) -> subprocess.CompletedProcess[str]:
-    options = {"model_name_or_path": str(wide[0]), "dataset": str(wide[1]), "output_dir": str(out),
-               "max_steps": 2, "per_device_train_batch_size": 8, "tokens_per_microbatch": None,
-               "max_length": 4096, "dtype": "float32", "val_size": 0, "learning_rate": 1e-2,
-               "torch_compile": False, "more": extra_mib, **changes}  # fmt: skip
+    """In a process that begins with nothing: what others left free would be no limit's."""
     return subprocess.run(
-        [sys.executable, "-c", LIMITED, json.dumps(options)], capture_output=True, text=True,
-        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", LIMITED, json.dumps(options_of(extra_mib, wide, out))],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
 def test_where_memory_runs_out_the_step_is_made_again_with_the_same_result(
     wide: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    free = train_under_limit(None, wide, tmp_path / "free")
+    free = python(LIMITED, json.dumps(options_of(None, wide, tmp_path / "free")))
     assert free.returncode == 0, free.stderr
     limited = train_under_limit(500, wide, tmp_path / "short")
     assert limited.returncode == 0, limited.stderr
