@@ -185,9 +185,9 @@ def test_other_packages_have_another_entry(
     package: str, cached: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded(recipe_for(cached, tiny_folder), tiny_folder)
-    real_version = row_cache.version
+    real_version = row_cache.version_of
     monkeypatch.setattr(
-        row_cache, "version", lambda name: "0.0.1" if name == package else real_version(name)
+        row_cache, "version_of", lambda name: "0.0.1" if name == package else real_version(name)
     )
     loaded(recipe_for(cached, tiny_folder), tiny_folder)
     assert len(entries(cached)) == 2

@@ -77,10 +77,8 @@ class TextMetric:
 
     def __call__(self, sums: Array) -> Array:
         """The corpus score, 0 to 100, from summed counts [..., K]."""
-        flat = sums.reshape(-1, sums.shape[-1])
-        scores = [
-            self._metric._compute_score_from_stats([round(x) for x in row]).score for row in flat
-        ]
+        rows = np.rint(sums).astype(np.int64).reshape(-1, sums.shape[-1]).tolist()
+        scores = [self._metric._compute_score_from_stats(row).score for row in rows]
         return np.asarray(scores).reshape(sums.shape[:-1])
 
     @property

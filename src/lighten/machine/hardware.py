@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -273,10 +274,12 @@ def processor_name() -> str:
 
 def versions() -> dict[str, str]:
     """Version of each core package."""
-    return {name: version for name in CORE if (version := _version(name)) is not None}
+    return {name: version for name in CORE if (version := version_of(name)) is not None}
 
 
-def _version(name: str) -> str | None:
+@functools.cache  # reading it takes milliseconds, and every result file wants ten of them
+def version_of(name: str) -> str | None:
+    """Version of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(name.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
@@ -321,7 +324,7 @@ def doctor() -> dict[str, Any]:
         if importlib.util.find_spec(module) is None:
             entry["missing"].append(module)
         else:
-            entry["installed"][module] = _version(module)
+            entry["installed"][module] = version_of(module)
     return {
         "machine": machine().to_dict(),
         "device": asdict(device),

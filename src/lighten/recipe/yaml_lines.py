@@ -55,9 +55,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; is it a recipe?") from error
+    lines: dict[str, int] = {}
     try:
-        tree = yaml.compose(text, Loader=_Loader)
-        values = parse(text)
+        loader = _Loader(text)
+        tree = loader.get_single_node()
+        if isinstance(tree, yaml.MappingNode):
+            _collect(tree, "", lines, path)  # before merge keys are put into the tree
+        values = None if tree is None else loader.construct_document(tree)
+    except UserError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         location = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -69,8 +75,6 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise UserError(f"{path} is not valid YAML: {reason}") from error
     if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
         raise UserError(f"{path} is not a recipe: it must hold settings as `name: value` lines")
-    lines: dict[str, int] = {}
-    _collect(tree, "", lines, path)
     return values, lines
 
 

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,7 +34,7 @@ from lighten.data import Encoded, EncodedRows, Findings
 from lighten.data.files import Content, checksum
 from lighten.data.storage import pieces
 from lighten.data.tokenise import EncodingCounts
-from lighten.machine.hardware import cache_folder
+from lighten.machine.hardware import cache_folder, version_of
 from lighten.models import Limits
 from lighten.recipe import Recipe
 from lighten.training.encoding import tokenizer_facts
@@ -94,7 +93,7 @@ class RowCache:
         template = str(tokenizer.chat_template)
         identity = {
             "code": _code(),
-            "versions": {name: _version(name) for name in PACKAGES},
+            "versions": {name: version_of(name) for name in PACKAGES},
             "files": [
                 (
                     split,
@@ -232,13 +231,6 @@ def _crc(file: Path) -> int:
 
 def _checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @functools.cache
