@@ -29,6 +29,7 @@ import torch
 from filelock import FileLock
 
 from lighten.machine.hardware import cache_folder
+from tests import quick_rates as quick_rates
 
 if TYPE_CHECKING:
     from lighten.models import Base

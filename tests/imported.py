@@ -9,6 +9,7 @@ import importlib
 from pathlib import Path
 
 import lighten
+from tests import quick_rates as quick_rates
 
 PACKAGE = Path(lighten.__file__).parent
 for file in sorted(PACKAGE.rglob("*.py")):

@@ -18,6 +18,7 @@ from lighten.engine import fused_loss
 from lighten.planning import rates
 from lighten.planning.operation_cost import Shaped, Work, work_of
 from lighten.planning.rates import Measured, Rate
+from tests import quick_rates
 
 ATEN, OWN = torch.ops.aten, torch.ops.lighten
 assert fused_loss is not None  # its operation is known once it is imported
@@ -40,6 +41,12 @@ class Clock:
         del operation
         self.samples += 1
         return self.seconds()
+
+
+@pytest.fixture(autouse=True)
+def as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in quick_rates.SHIPPED.items():
+        monkeypatch.setattr(rates, name, seconds)
 
 
 @pytest.fixture
@@ -224,13 +231,6 @@ LARGE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_what_is_large_is_timed_with_fewer_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "MOST_FLOPS", 2e7)
-    monkeypatch.setattr(rates, "MOST_BYTES", 2**20)
-    operation = LARGE[name]()
-    smaller = rates._smaller(operation)
-    assert rates.key_of(operation).startswith("lighten") is rates.key_of(smaller).startswith(
 def runs_here(operation: Work) -> bool:
     """Whether this processor has it in bfloat16: our kernels and oneDNN want more than AVX2."""
     library = operation.name.partition("::")[0]
@@ -239,6 +239,13 @@ def runs_here(operation: Work) -> bool:
     return library != "lighten" or kernels.library() is not None
 
 
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_large_is_timed_with_fewer_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "MOST_FLOPS", 2e7)
+    monkeypatch.setattr(rates, "MOST_BYTES", 2**20)
+    operation = LARGE[name]()
+    smaller = rates._smaller(operation)
+    assert rates.key_of(operation).startswith("lighten") is rates.key_of(smaller).startswith(
         "lighten"
     )
     amount, most = (smaller.flops, 2e7) if operation.flops else (smaller.bytes, 2**20)
