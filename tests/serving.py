@@ -178,5 +178,10 @@ def ask(server: Server, model: str, question: str, **options: Any) -> Any:
     return server.client().chat.completions.create(model=model, messages=messages, **settings)
 
 
+def by_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """The `response_format` of answers that follow a JSON schema."""
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
 def text(server: Server, model: str, question: str, **options: Any) -> str:
     return str(ask(server, model, question, **options).choices[0].message.content)

@@ -37,7 +37,7 @@ from lighten.serving.remote import Remote
 from lighten.serving.talk import talk
 from tests.caches import new_cache
 from tests.processes import call
-from tests.serving import ADMIN, Server, ask, in_process, save_adapters, serving, text
+from tests.serving import ADMIN, Server, ask, by_schema, in_process, save_adapters, serving, text
 
 BASE = "base"
 QUESTIONS = ["What is the answer?", "Who is the user?", "the question is", "answer the system"]
@@ -270,10 +270,6 @@ def test_settings_mean_the_same_in_both_engines(server: Server, tiny_folder: Pat
         assert first_letters(1, temperature=0, presence_penalty=2) == {"X"}
 
 
-def schema_wanted(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
-
-
 PERSON = {
     "type": "object",
     "properties": {
@@ -294,7 +290,7 @@ def test_json_follows_its_schema(server: Server, model: str, temperature: float)
     jsonschema = pytest.importorskip("jsonschema")
     pytest.importorskip("llguidance")
     answer = ask(
-        server, model, "json", response_format=schema_wanted(PERSON), n=4, seed=3,
+        server, model, "json", response_format=by_schema(PERSON), n=4, seed=3,
         temperature=temperature, max_completion_tokens=150, logprobs=True,
     )  # fmt: skip
     assert {choice.finish_reason for choice in answer.choices} == {"stop"}
@@ -321,7 +317,7 @@ def test_a_schema_that_cannot_be_followed_is_refused(
 ) -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(openai.BadRequestError, match="schema") as refused:
-        text(server, "one", "json", response_format=schema_wanted(schema))
+        text(server, "one", "json", response_format=by_schema(schema))
     assert refused.value.param == "response_format"
 
 

@@ -26,7 +26,7 @@ from lighten.peft_config import CONFIG, FACTOR, WEIGHTS
 from lighten.quantization.gguf_adapter import write_gguf_adapter
 from lighten.serving import adapters
 from lighten.serving.options import Options
-from tests.serving import ADMIN, client_of, save_adapter
+from tests.serving import ADMIN, by_schema, client_of, save_adapter
 
 Weights = dict[str, Tensor]
 
@@ -109,7 +109,7 @@ def test_a_temperature_of_almost_nothing_takes_the_likeliest(
 
 def test_a_schema_without_end_is_refused(client: httpx.Client) -> None:
     pytest.importorskip("llguidance")
-    schema = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"$ref": "#"}}}
+    schema = by_schema({"$ref": "#"})
     answer = complete(client, response_format=schema)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == "response_format"

@@ -23,7 +23,7 @@ from lighten.serving.options import Options
 from lighten.serving.prompts import asking
 from tests import once
 from tests.caches import new_cache
-from tests.serving import in_process
+from tests.serving import by_schema, in_process
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tool_templates import FORMATS
 
@@ -249,7 +249,7 @@ def test_beside_a_response_format_an_answer_is_one_or_the_other(
 ) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
-    response_format = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    response_format = by_schema(schema)
     if family == "llama":  # whose calls are JSON without a mark
         with pytest.raises(openai.BadRequestError, match="without a mark"):
             ask(client, response_format=response_format)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +25,7 @@ from lighten.recipe import RecipeError
 from lighten.runs import Run
 from tests.caches import new_cache
 from tests.cut_runs import cut_short, weights
+from tests.processes import python
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LAYERS = 5
@@ -259,10 +257,8 @@ def test_most_of_the_base_is_not_in_memory(settings: dict[str, Any], tmp_path: P
                  "output_dir": str(tmp_path / f"tiny-{how}")},
                 {"model_name_or_path": str(folder), "offload_base": how,
                  "output_dir": str(tmp_path / how)}]  # fmt: skip
-        child = subprocess.run(
-            [sys.executable, "-c", CHILD, json.dumps([common_settings, *runs])],
-            capture_output=True, text=True, check=True, env={**os.environ, "LIGHTEN_PLAN": "off"},
-        )  # fmt: skip
+        child = python(CHILD, json.dumps([common_settings, *runs]))
+        assert child.returncode == 0, child.stderr
         return int(child.stdout)
 
     streamed, resident = peak_bytes("disk"), peak_bytes("none")

@@ -21,13 +21,15 @@ from tests.tiny import tiny_model
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
 )
+# What one test has compiled, another finds in the compiler's cache.
+COMPILED = pytest.mark.parametrize(("arch", "checkpointing"), [("llama", True), ("gpt2", False)])
 
 
 @needs_compiler
 @pytest.mark.slow
 # Dynamo instantiates autograd functions itself while it traces them, and lists tensors' gradients.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(("arch", "checkpointing"), [("llama", True), ("gpt2", False)])
+@COMPILED
 def test_compiled_layers_learn_what_plain_ones_learn(arch: str, checkpointing: bool) -> None:
     plain, plain_members = one_step(in_blocks(cohort_of(spec(), arch=arch)), UNEVEN, 3, packed=True)
     cohort = in_blocks(cohort_of(spec(), arch=arch))
@@ -76,11 +78,13 @@ def test_batches_of_other_rows_meet_the_same_compiled_kernels() -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_compiled_layers_keep_can_wait_elsewhere(checkpointing: bool, tmp_path: Path) -> None:
+@COMPILED
+def test_what_compiled_layers_keep_can_wait_elsewhere(
+    arch: str, checkpointing: bool, tmp_path: Path
+) -> None:
     def run(moved: bool) -> tuple[float, dict[str, torch.Tensor]]:
         torch._dynamo.reset()
-        cohort = in_blocks(cohort_of(spec()))
+        cohort = in_blocks(cohort_of(spec(), arch=arch))
         compiled.compile_layers(cohort.model)
         if checkpointing:
             checkpoint_layers(cohort.model)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from lighten.runs import Run
 from lighten.training import checkpoints
 from lighten.training.loop import Loop
 from tests.cut_runs import same_tensors, weights
-from tests.processes import call
+from tests.processes import call, python
 from tests.tiny_runs import eight_steps, train
 
 
@@ -133,6 +130,14 @@ def test_gradient_checkpointing_and_token_budgets_change_no_result(
             assert record["loss"] == pytest.approx(plain_record["loss"], rel=1e-4)
 
 
+# `torchrun`, its own imports made already.
+TORCHRUN = """
+import os, runpy
+os.environ["LIGHTEN_DEVICE"] = "cpu"
+runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trap3_two_ranks_train_as_one_process_and_trap41_an_odd_last_batch_ends(
@@ -149,12 +154,9 @@ def test_trap3_two_ranks_train_as_one_process_and_trap41_an_odd_last_batch_ends(
     if checkpointing:  # torchrun starts Python for each rank, which takes long: once is enough
         child = call("train", *flags, "--processes", "2", environment={"LIGHTEN_DEVICE": "cpu"})
     else:
-        child = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-             "-m", "lighten", "train", *flags],
-            capture_output=True, text=True, timeout=180, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTEN_DEVICE": "cpu"},
-        )  # fmt: skip
+        child = python(
+            TORCHRUN, "--nproc-per-node=2", "--standalone", "-m", "lighten", "train", *flags
+        )
     assert child.returncode == 0, child.stderr[-3000:]
     two_ranks = Run(settings["output_dir"])
     assert two_ranks.info()["status"] == "finished"

@@ -222,8 +222,8 @@ from pathlib import Path
 import torch
 from lighten.adapters import files, shards
 from lighten.machine.hardware import PeakMemory
-shards.SHARD_BYTES = 256 * 2**20
-folder, tensors = Path(sys.argv[1]), {f"layer{n}": torch.ones(8 * 2**20) for n in range(16)}
+shards.SHARD_BYTES = 160 * 2**20
+folder, tensors = Path(sys.argv[1]), {f"layer{n}": torch.ones(8 * 2**20) for n in range(10)}
 for name, shard in shards.Shards(tensors, shards.STEM).items():
     shard.write(folder / name)
 peak = PeakMemory()
@@ -233,7 +233,7 @@ print(peak.read()["peak_bytes"])
 
 
 def test_saved_weights_are_verified_a_weight_at_a_time(tmp_path: Path) -> None:
-    """Two files of 256 MiB: 32 of them are in memory, and what looking at the numbers takes.
+    """Two files of 160 MiB: 32 of them are in memory, and what looking at the numbers takes.
 
     Libraries' pages are 50 to 110 MiB of it, as their files lie in the kernel's memory.
     """
