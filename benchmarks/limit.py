@@ -42,7 +42,6 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Time the whole step and its parts."""
     engine.before_loading()
     device = arguments.device
-    flops_per_s, bytes_per_s = machine.matmul_rate(device), machine.memory_rate(device)
     lessons = {"default": steps_of(encoded(arguments.model), 1, grouped=False)}
     settings = {"per_device_train_batch_size": ROWS_PER_STEP}
     if device != "cpu":
@@ -54,6 +53,8 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     whole_steps = whole_step(setup_with(LONG_RUN), lessons, arguments.repeats, scratch)
     setup = setup_with({})
+    flops_per_s = machine.matmul_rate(device, setup.base.dtype.value)
+    bytes_per_s = machine.memory_rate(device)
     batch = first_micro_batch(setup, lessons, scratch)
     parts = Parts(setup, batch)
     rows: dict[str, dict[str, Any]] = {}

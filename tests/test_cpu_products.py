@@ -150,6 +150,24 @@ def test_small_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> 
     assert called(run) == 0
 
 
+@pytest.mark.parametrize("avx512", [False, True])
+def test_a_wide_weight_read_the_other_way_around_is_left_to_mkl_without_avx512(
+    avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There MKL is the quicker one; an adapter's thin factors stay with oneDNN."""
+    monkeypatch.setattr(products, "has_avx512", lambda: avx512)
+    torch.manual_seed(0)
+    model, x = nn.Linear(80, 96, bias=False).requires_grad_(False), torch.randn(33, 80)
+    expected = results(copy.deepcopy(model).double(), x.double())
+    products.quicken(model)
+    with torch.profiler.profile() as run:
+        values = results(model, x)
+    assert called(run) == 1 + avx512
+    for value, reference in zip(values, expected, strict=True):
+        torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-5)
+    assert products.takes(torch.randn(33, 96), torch.randn(96, 8).T)
+
+
 def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu.SWITCH, cpu.PLAIN)
     assert products.quicken(Model()) == 0

@@ -2,7 +2,8 @@
 
 PyTorch multiplies float32 with Intel's MKL, which keeps its quickest code for Intel's processors.
 On AMD's, oneDNN takes 0.9 of its time with AVX2 and 0.45 with AVX512, with weights as they lie and
-of an adapter's thin products too (docs/lab-notes.md).
+of an adapter's thin products too. With AVX2 alone MKL is the quicker one where a wide weight is
+read the other way around, as in backward passes (docs/lab-notes.md).
 
 Dimensions: N rows, I input features, O output features.
 """
@@ -22,6 +23,8 @@ from lighten.machine.hardware import processor_name
 
 # Multiplications of a product; with fewer, the call costs what it saves.
 FEWEST = 2**20
+# Rows and columns of a weight up to which it is thin, as an adapter's factors are.
+THIN = 64
 
 _LIBRARY = torch.library.Library("lighten", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -35,6 +38,12 @@ def is_slow_on_mkl() -> bool:
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
     )
+
+
+@functools.cache
+def has_avx512() -> bool:
+    """Whether libraries take 512-bit vectors: the processor has them, no setting forbids it."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def quicken(model: nn.Module) -> int:
@@ -75,10 +84,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.T
+        if of_weight and (torch.compiler.is_compiling() or takes(rows, x.T)):
+            rows = rows.contiguous()  # oneDNN copies rows that are turned; here a plan sees it
         return (
             opaque(grad, weight.T) if of_x else None,
-            # oneDNN copies rows that are turned; here a plan sees it.
-            opaque(grad.T.contiguous(), x.T) if of_weight else None,
+            opaque(rows, x.T) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )
 
@@ -125,6 +136,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and is_slow_on_mkl()
         and cpu.enabled()
         and x.numel() * weight.shape[0] >= FEWEST
+        and (weight.is_contiguous() or min(weight.shape) <= THIN or has_avx512())
         and not torch.is_autocast_enabled("cpu")
     )
 
