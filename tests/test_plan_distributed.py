@@ -22,6 +22,7 @@ from lighten.planning.distributed import (
     volume_per_rank,
 )
 from lighten.planning.result import Memory, MemoryPart, Plan, Shape, StepTime
+from lighten.planning.text import spread_rows
 from tests.test_plan_trace import folder_of, follow, recipe_of
 
 GB = 1e9
@@ -143,6 +144,28 @@ def test_offload_moves_what_it_says() -> None:
     assert remaining.total == 0
     assert host == pytest.approx((96e9 + 16e9 + 16e9) / 8)
     assert link == pytest.approx(2 * (2 * 16e9 + 16e9) / 8)
+
+
+def test_adapters_stay_on_the_device_whatever_of_the_base_waits_elsewhere() -> None:
+    with_lora = States(frozen=16e9, trained=4e8, gradients=4e8, optimiser=8e8, adapters=4e8)
+    remaining, host, link = offloaded(with_lora, ("param",), micro_batches=2)
+    assert remaining == dataclasses.replace(with_lora, frozen=0.0)
+    assert (host, link) == (16e9, 2 * 2 * 16e9)
+    remaining, host, _ = offloaded(with_lora, ("optimizer", "param"))
+    assert (remaining.optimiser, remaining.gradients) == (0.0, 4e8)
+    assert host == 16e9 + 8e8 + 4e8
+
+
+def test_what_waits_on_a_disk_beside_gpus_has_no_time_and_is_no_main_memory() -> None:
+    alone = a_plan()
+    settings: dict[str, Any] = {"gpus": 8, "layers": 32, "offload": ("optimizer", "param")}
+    in_memory = spread(alone, DEVICES["h100"], "zero3", **settings)
+    in_files = spread(alone, DEVICES["h100"], "zero3", **settings, on_disk=True)
+    assert in_memory.step_s is not None
+    assert in_files.step_s is None
+    assert in_files.device_bytes == in_memory.device_bytes
+    assert [row[0] for row in spread_rows(in_memory)][1] == "main memory"
+    assert [row[0] for row in spread_rows(in_files)][1] == "main memory and files"
 
 
 def test_a_ring_runs_at_its_slowest_link() -> None:

@@ -207,6 +207,7 @@ def plan_spread(
     where = devices.named(device if processes is None else "cpu")
     ranks = gpus * nodes if processes is None else processes
     full = chosen.method == "full"
+    on_disk = not offload and offloaded.on_disk(chosen)
     offload = offload or offloaded.places(chosen, where.kind)
     layers = predict.described(chosen).layers
 
@@ -221,9 +222,9 @@ def plan_spread(
         alone = alone_of("fsdp" if gathers else "ddp")
         if processes is not None:
             return on_ranks(alone, where, name, ranks=processes, local=processes, layers=layers,
-                            offload=tuple(offload))  # fmt: skip
+                            offload=tuple(offload), on_disk=on_disk)  # fmt: skip
         return spread(alone, where, name, gpus=gpus, nodes=nodes, layers=layers,
-                      offload=tuple(offload))  # fmt: skip
+                      offload=tuple(offload), on_disk=on_disk)  # fmt: skip
 
     if strategy is None and chosen.strategy == "auto" and (processes is not None or not offload):
         best = cheapest(map(spread_by, TRAINED))

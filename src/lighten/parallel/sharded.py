@@ -54,7 +54,8 @@ class Sharded(InStep):
     ) -> None:
         super().__init__(name, accelerator)
         self._store = None if weights_store is None else weights_store()
-        # Copies to and from pinned memory go on while the GPU computes. A file cannot be pinned.
+        # Copies from pinned memory are faster, and gradients go there while the GPU computes. A
+        # file cannot be pinned.
         pinned = isinstance(self._store, MainMemory) and accelerator.device.type == "cuda"
         self._offload = (
             OffloadPolicy() if self._store is None else CPUOffloadPolicy(pin_memory=pinned)

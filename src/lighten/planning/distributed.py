@@ -81,6 +81,7 @@ class Distributed:
         capacity: What the GPU offers, or a process's part of this machine's memory.
         states: What is spread, on one device that holds all of it.
         kind: Of the device: `cuda`, or `cpu`.
+        on_disk: What is offloaded waits in files, some of it or all.
     """
 
     strategy: str
@@ -97,6 +98,7 @@ class Distributed:
     capacity: int | None
     states: States
     kind: str = "cuda"
+    on_disk: bool = False
 
     def fits(self) -> bool | None:
         """Whether what a rank has is large enough; None where the prediction cannot tell."""
@@ -227,22 +229,26 @@ def offloaded(
 
     With the optimiser in main memory, gradients go there and updated weights come back, once per
     step each (arXiv 2101.06840, section 4.1: 4 bytes per parameter in 16 bits). Weights in main
-    memory come over twice per micro-batch and their gradients go there once; the optimiser moves
-    them where they are.
+    memory come over twice per micro-batch and, where they learn, their gradients go there once; the
+    optimiser moves them where they are. Adapters stay on the device.
 
     Args:
         states: Of one rank, already split.
         offload: `optimizer`, `param`, or both.
         micro_batches: Per optimiser step.
     """
-    weights = states.frozen + states.trained
-    if "param" in offload:
-        link = micro_batches * (2 * weights + states.gradients)
+    if "param" in offload and states.trained > states.adapters:
+        link = micro_batches * (2 * (states.frozen + states.trained) + states.gradients)
         return States(0.0, 0.0, 0.0, 0.0), states.total, link
+    left, host, link = states, 0.0, 0.0
+    if "param" in offload:
+        host, link = states.frozen, 2 * micro_batches * states.frozen
+        left = replace(left, frozen=0.0)
     if "optimizer" in offload:
-        host = states.optimiser + states.gradients
-        return replace(states, optimiser=0.0), host, states.gradients + states.trained
-    return states, 0.0, 0.0
+        host += states.optimiser + states.gradients
+        link += states.gradients + states.trained
+        left = replace(left, optimiser=0.0)
+    return left, host, link
 
 
 def gathered_bytes(states: States, layers: int, offload: tuple[str, ...], kind: str) -> float:
@@ -291,6 +297,7 @@ def spread(
     nodes: int = 1,
     layers: int,
     offload: tuple[str, ...] = (),
+    on_disk: bool = False,
 ) -> Distributed:
     """A plan of one GPU spread over many, each with the plan's own micro-batch.
 
@@ -302,6 +309,7 @@ def spread(
         nodes: Machines.
         layers: Decoder layers: under ZeRO 3 and FSDP so many of them stand gathered at once.
         offload: `optimizer`, `param`, or both, to main memory.
+        on_disk: To files instead, some of it or all: how long that takes is not known.
     """
     ranks = gpus * nodes
     parts = {part.name: float(part.bytes) for part in plan.memory.parts}
@@ -343,11 +351,11 @@ def spread(
     )
     busy = link_seconds(volume, device, nodes)
     step = None
-    if busy is not None and plan.time is not None:
+    if busy is not None and plan.time is not None and not on_disk:
         step = (max(plan.time.seconds, busy), plan.time.seconds + busy)
     return Distributed(
         strategy, ranks, nodes, offload, peak, max(peak - below, min(peak, device_states.total)),
-        peak + above, host, volume, busy, step, plan.capacity, states, device.kind,
+        peak + above, host, volume, busy, step, plan.capacity, states, device.kind, on_disk,
     )  # fmt: skip
 
 
@@ -374,7 +382,7 @@ def of_recipe(strategy: str) -> Strategy:
 
 def on_ranks(
     plan: Plan, device: Device, strategy: Strategy, *, ranks: int, local: int, layers: int,
-    offload: tuple[str, ...] = (),
+    offload: tuple[str, ...] = (), on_disk: bool = False,
 ) -> Distributed:  # fmt: skip
     """What each rank of a launch needs, of a plan of one process.
 
@@ -388,11 +396,12 @@ def on_ranks(
         ranks: In all.
         local: On this machine.
         layers: Decoder layers of the base.
-        offload: `optimizer`: its state waits elsewhere.
+        offload: `optimizer`, `param`, or both: what waits elsewhere.
+        on_disk: Some of it in files.
     """
     spread_states = spread(
         plan, device, strategy, gpus=local, nodes=max(1, ranks // local), layers=layers,
-        offload=offload,
+        offload=offload, on_disk=on_disk,
     )  # fmt: skip
     if device.kind != "cpu" or spread_states.capacity is None:
         return spread_states

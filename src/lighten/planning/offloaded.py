@@ -29,6 +29,11 @@ def places(recipe: Recipe, kind: str) -> tuple[str, ...]:
     return ("optimizer",) if recipe.offload_optimizer in elsewhere else ()
 
 
+def on_disk(recipe: Recipe) -> bool:
+    """Whether something of a recipe's states waits in a file."""
+    return "nvme" in (recipe.offload_optimizer, recipe.offload_params)
+
+
 def bytes_elsewhere(recipe: Recipe, kind: str, states: States, padding: float) -> tuple[int, int]:
     """Bytes in main memory beside a GPU, and on a disk, where one process trains.
 
@@ -67,7 +72,7 @@ def choices(recipe: Recipe, kind: str) -> dict[str, str]:
         if name not in moved:
             where += ", where the run computes: nothing moves"
         elif setting == "offload_params" and kind != "cpu":
-            where += ", gradients in main memory, and AdamW runs on the processor"
+            where += ", gradients in main memory, and the optimiser runs on the processor"
         sentences[setting] = f"{device}: {what} waits {where}"
     return sentences
 
@@ -90,19 +95,18 @@ def with_moving(
     if "param" in moved:
         what = "weights and gradients"
         moved_bytes = micro_batches * (2 * sum(states.spread) + states.gradients)
-    on_disk = "nvme" in (recipe.offload_optimizer, recipe.offload_params)
-    if time is None or link is None or on_disk:
+    if time is None or link is None or on_disk(recipe):
         unknown = None if time is None else replace(time, whole=False)
         return unknown, f"what it takes to bring {what} is not in the time of a step"
     seconds = moved_bytes / link
     slower = replace(
         time, seconds=time.seconds + seconds, low=time.low + seconds, high=time.high + seconds,
-        bytes_moved=time.bytes_moved + moved_bytes,
+        bytes_moved=time.bytes_moved + moved_bytes, whole=time.whole and "param" not in moved,
     )  # fmt: skip
     return slower, (
         f"each step moves {moved_bytes / 1e9:.1f} GB of {what} at "
         f"{link / 1e9:.0f} GB/s, by the link to main memory of the datasheet"
-        + ("; AdamW's own time on the processor is not in it" if "param" in moved else "")
+        + ("; the optimiser's own time on the processor is not in it" if "param" in moved else "")
     )
 
 

@@ -158,7 +158,7 @@ def _over_ranks(recipe: Recipe, device: Device, plan: Plan, place: Launch) -> Di
     return on_ranks(
         plan, device, of_recipe(recipe.strategy), ranks=place.world_size,
         local=place.local_world_size, layers=predict.described(recipe).layers,
-        offload=offloaded.places(recipe, device.kind),
+        offload=offloaded.places(recipe, device.kind), on_disk=offloaded.on_disk(recipe),
     )  # fmt: skip
 
 

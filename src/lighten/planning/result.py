@@ -65,7 +65,8 @@ class StepTime:
         flops: Floating-point operations.
         bytes_moved: Bytes read and written.
         rates: Where the machine's rates come from.
-        whole: False: the time to read a base that is streamed is not known, and not in it.
+        whole: False: what it takes to read a streamed base or a file, or to run the optimiser on
+            the processor beside a GPU, is not known, and not in it.
     """
 
     seconds: float

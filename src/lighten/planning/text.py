@@ -244,7 +244,7 @@ def spread_rows(spread: Distributed) -> list[list[str]]:
         return rows
     rows = [
         ["GPU memory", memory],
-        ["main memory", gib(spread.host_bytes)],
+        ["main memory and files" if spread.on_disk else "main memory", gib(spread.host_bytes)],
         *sent,
         ["of it between nodes alone", size(volume.across)],
         ["to main memory and back", size(volume.host)],

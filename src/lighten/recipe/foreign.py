@@ -212,7 +212,8 @@ def _fsdp_config(source: Any, folder: Path | None) -> tuple[str | None, dict[str
             reshards = _switch(values, "reshard_after_forward", default=True)
             strategy = "fsdp" if reshards else "zero2"
     settings: dict[str, Any] = {"gradient_checkpointing": True} if recomputes else {}
-    if any(_switch(values, key, default=False) for key in _FSDP_OFFLOAD):
+    if any(values[key] and _switch(values, key, default=False)
+           for key in _FSDP_OFFLOAD if key in values):  # fmt: skip
         settings["offload_params"] = "cpu"
     return strategy, settings
 
