@@ -14,8 +14,8 @@ from benchmarks.engine import OPTIMISER, RANK
 from benchmarks.steps import ROWS_PER_STEP
 
 TRL = "trl==1.16.0"
-# What `lighten.train` decides for itself in a run of thousands of steps, and must be told in a
-# short one that stands for it. The 60-step runs get none of it: they decide for themselves.
+# What `lighten.train` decides for itself in a run of thousands of steps in 16 bits, and must be
+# told in a short one that stands for it. The 60-step runs decide for themselves.
 LONG_RUN: dict[str, Any] = {"torch_compile": True}
 GROUPED, SHUFFLED = "grouped", "shuffled"
 

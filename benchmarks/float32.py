@@ -6,10 +6,9 @@
 Where the processor has more than AVX2, libraries are told not to use it (`ONEDNN_MAX_CPU_ISA`,
 `ATEN_CPU_CAPABILITY`). TRL's best settings are found by trying: its attentions, the step whole or
 in parts. Both then make the same steps from the same adapter, by turns, each in a process of its
-own; `lighten` chooses its format itself, and counts only if it is float32 and its losses are TRL's
-within 1e-4. `speed_vs_trl` and `memory_vs_trl` are of the steps after warm-up as a run of thousands
-makes them, with compiled layers; `speed_with_first_step` and `memory_of_few_steps` are of all these
-steps as a run of so few makes them.
+own; `lighten` decides everything itself, its format too, and counts only if that is float32 and its
+losses are TRL's within 1e-4. `speed_vs_trl` is of the steps after warm-up, `speed_with_first_step`
+of all of them.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
 from benchmarks.comparison import AGREEMENT, Run, loss_difference, speed, why_not
-from benchmarks.contenders import GROUPED, LONG_RUN, SPLIT, Contender
+from benchmarks.contenders import GROUPED, SPLIT, Contender
 from benchmarks.steps import ROWS_PER_STEP, Steps, facts, tokens_of
 from benchmarks.train_vs_peers import FEW, PEERS, Bench
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-OURS, OURS_FEW, TRL = "lighten", "lighten, few steps", "trl"
-KEYS = ("speed_vs_trl", "speed_with_first_step", "memory_vs_trl", "memory_of_few_steps",
-        "largest_loss_difference")  # fmt: skip
+OURS, TRL = "lighten", "trl"
+KEYS = ("speed_vs_trl", "speed_with_first_step", "memory_vs_trl", "largest_loss_difference")
 SETTINGS = {"gradient_checkpointing": False, "bf16": False}
 CANDIDATES = {
     f"{attention}, {ROWS_PER_STEP // parts} rows x {parts}": Contender(
@@ -66,15 +64,9 @@ def fastest(bench: Bench) -> str:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run both by turns and form the ratios."""
     with tempfile.TemporaryDirectory() as temporary:
-        # The compiler would take code for all that the processor has from its cache: NaN.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(temporary) / "compiled")
         bench = Bench(arguments, Path(temporary))
         best = arguments.best or fastest(bench)
-        contenders = {
-            OURS: Contender("lighten", LONG_RUN),
-            OURS_FEW: Contender("lighten"),
-            TRL: CANDIDATES[best],
-        }
+        contenders = {OURS: Contender("lighten"), TRL: CANDIDATES[best]}
         runs: dict[str, list[Run]] = {name: [] for name in contenders}
         for repeat in range(arguments.repeats):
             for name, contender in contenders.items():
@@ -94,24 +86,20 @@ def ratios(runs: Mapping[str, Sequence[Run]], steps: Steps, warmup: int) -> dict
         steps: That they made.
         warmup: First steps that do not count.
     """
-    pairs = [pair for name in (OURS, OURS_FEW) for pair in zip(runs[name], runs[TRL], strict=True)]
+    pairs = list(zip(runs[OURS], runs[TRL], strict=True))
     reasons = [reason for pair in pairs if (reason := _why_not(*pair)) is not None]
     if reasons:
         return {**dict.fromkeys(KEYS), "why_not": reasons[0]}
     tokens = sum(tokens_of(steps))
 
-    def ratio(name: str, figure: Callable[[Run], float]) -> float:
-        ours, theirs = (statistics.median(map(figure, runs[whose])) for whose in (name, TRL))
+    def ratio(figure: Callable[[Run], float]) -> float:
+        ours, theirs = (statistics.median(map(figure, runs[name])) for name in (OURS, TRL))
         return ours / theirs
 
-    def peak(run: Run) -> float:
-        return float(run["peak_bytes"])
-
     return {
-        "speed_vs_trl": ratio(OURS, lambda run: speed(run, steps, warmup)),
-        "speed_with_first_step": ratio(OURS_FEW, lambda run: tokens / sum(run["step_seconds"])),
-        "memory_vs_trl": ratio(OURS, peak),
-        "memory_of_few_steps": ratio(OURS_FEW, peak),
+        "speed_vs_trl": ratio(lambda run: speed(run, steps, warmup)),
+        "speed_with_first_step": ratio(lambda run: tokens / sum(run["step_seconds"])),
+        "memory_vs_trl": ratio(lambda run: float(run["peak_bytes"])),
         "largest_loss_difference": max(
             loss_difference(ours["losses"], theirs["losses"]) for ours, theirs in pairs
         ),

@@ -102,15 +102,17 @@ def test_what_compiled_layers_keep_can_wait_elsewhere(
 
 def test_short_runs_cohorts_and_dropout_are_not_compiled_and_the_reason_is_said() -> None:
     def choice(
-        *specs: AdapterSpec, torch_compile: bool | str = "auto", tokens: int = 10**12
-    ) -> str:
-        cohort = attach(tiny_model("llama"), list(specs))
+        *specs: AdapterSpec, torch_compile: bool | str = "auto", tokens: int = 10**12,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> str:  # fmt: skip
+        cohort = attach(tiny_model("llama").to(dtype), list(specs))
         decision = compiled.choose(torch_compile, cohort, tokens=tokens, device="cpu", cores=2)
         return f"{decision.value}: {decision.reason}"
 
     if shutil.which("g++"):
         assert choice(spec()).startswith("on: a run of about")
         assert choice(spec(), torch_compile=True) == "on: torch_compile of the recipe"
+        assert choice(spec(), dtype=torch.float32).startswith("off: float32 on a processor")
     assert "would not pay it back" in choice(spec(), tokens=1000) or not shutil.which("g++")
     assert choice(spec(), torch_compile=False) == "off: torch_compile of the recipe"
     assert "the cohort has several" in choice(spec("a"), spec("b"), torch_compile=True)

@@ -67,6 +67,8 @@ def choose(
         return Choice("off", obstacle)
     if setting is True:
         return Choice("on", "torch_compile of the recipe")
+    if device == "cpu" and trained.dtype == torch.float32:
+        return Choice("off", "float32 on a processor gains nothing by it: products are most of it")
     parameters = sum(p.numel() for p in model.parameters())
     rate = NOMINAL_FLOPS_PER_CORE * cores if device == "cpu" else _gpu_rate(trained.dtype)
     seconds = 4.0 * parameters * tokens / rate
