@@ -13,12 +13,22 @@ import torch
 import lighten
 from lighten import api
 from lighten.artifacts import open_source
-from lighten.benchmarking import attention, comparing, generation, running, size, text, training
+from lighten.benchmarking import (
+    attention,
+    comparing,
+    generation,
+    limits,
+    running,
+    size,
+    text,
+    training,
+)  # fmt: skip
 from lighten.benchmarking.limits import Try, search_from
 from lighten.errors import UserError
 from lighten.jobs import Outcome, in_child
 from lighten.machine import hardware
 from lighten.machine.timing import Timing, measure_step
+from lighten.planning.search import Limits
 from lighten.quantization.weights import make
 from tests.processes import call
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -235,6 +245,49 @@ def test_every_way_to_train_is_measured_whatever_the_recipe_says(tiny_folder: Pa
         "each row of the table has its own"
     )
     assert running.not_followed(api.plannable(model_name_or_path=str(tiny_folder))) is None
+
+
+@pytest.fixture
+def weights_on_disk(tiny_folder: Path) -> lighten.Recipe:
+    """Of one process, which gathers its layers from a file."""
+    return api.plannable(
+        model_name_or_path=str(tiny_folder), method="full", strategy="zero3", max_length=32,
+        offload_params="nvme", offload_optimizer="nvme", per_device_train_batch_size=2, workers=1,
+    )  # fmt: skip
+
+
+def test_weights_that_wait_elsewhere_are_on_the_device_in_each_way(
+    weights_on_disk: lighten.Recipe,
+) -> None:
+    for settings in training.WAYS.values():
+        way = running.way_of(weights_on_disk, settings, checkpointing=False)
+        assert way.offload_params == "none"
+    full = running.way_of(weights_on_disk, training.WAYS["full"], checkpointing=False)
+    (record,) = training.run(full.completed(), kind="cpu", lengths=None, supervised=1.0, least=1,
+                             most=1, budget_s=0.0)  # fmt: skip
+    assert record["peak_bytes"] > 0
+    line = running.not_followed(weights_on_disk)
+    assert line is not None
+    assert line.startswith("train: offload_params of the recipe is not followed")
+
+
+def test_the_largest_is_found_with_all_weights_on_the_device(
+    weights_on_disk: lighten.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MOST_TRIES", 1)
+    near = Limits(64, "memory", 2, "memory")  # where a search on a real device would take long
+    monkeypatch.setattr(limits.search, "limits", lambda *_, **__: near)
+    lines: list[str] = []
+    rows, context = limits.largest(
+        weights_on_disk, running.devices.named(None), 2**40, timeout_s=100, log=lines.append
+    )
+    assert (rows["largest"], context["largest"]) == (2, 64)
+    assert "offload_params of the recipe is not followed" in lines[0]
+
+
+def test_a_probe_of_weights_that_wait_elsewhere_is_refused(weights_on_disk: lighten.Recipe) -> None:
+    with pytest.raises(UserError, match=r"offload_params: nvme keeps them elsewhere; leave one of"):
+        api.plan_probe(weights_on_disk)
 
 
 @pytest.mark.parametrize(("limit", "planned"), [(37, 30), (37, 60), (37, 37), (1, 5), (200, 10)])

@@ -15,14 +15,18 @@ import pytest
 import torch
 
 import lighten
+from lighten.api.recipes import plannable
 from lighten.engine import memory_errors
 from lighten.errors import UserError
 from lighten.machine.devices import named
+from lighten.parallel.launch import Launch
 from lighten.planning import calibration, predict, preflight
 from lighten.reporting.page import page
+from lighten.reporting.text import gib
 from lighten.runs import Run
 from lighten.training import out_of_memory
 from tests.processes import python
+from tests.test_plan_trace import folder_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 GIB = 2**30
@@ -91,6 +95,31 @@ def test_what_surely_does_not_fit_is_refused_before_anything_is_made(
     run = lighten.train(progress=False, force=True, **settings)
     assert run.info()["status"] == "finished"
     assert run.plan() is not None
+
+
+def test_advice_to_ranks_whose_weights_are_on_a_disk_compares_like_with_like(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ranks need is told from a plan of one process with all states, and what saves is too."""
+    scarce = replace(named("cpu"), memory_bytes=2**20)
+    monkeypatch.setattr(preflight.devices, "named", lambda: scarce)
+    monkeypatch.setattr(predict, "MOST_CHANGES_S", 600.0)
+    two = Launch("lighten", world_size=2, local_world_size=2)
+    monkeypatch.setattr(preflight.launch, "recognise", lambda: two)
+    folder = folder_of(tmp_path, layers=8, hidden_size=512, intermediate_size=2048)
+    shared: dict[str, Any] = {
+        "model_name_or_path": str(folder), "method": "full", "dtype": "float32",
+        "strategy": "zero3", "offload_optimizer": "nvme", "max_length": 256,
+        "per_device_train_batch_size": 8,
+    }  # fmt: skip
+    prediction = preflight.plan_first(plannable(**shared, offload_params="nvme"), force=True)
+    assert prediction is not None
+    whole = predict.plan(plannable(**shared), scarce, ranks=2)
+    expected = tuple(f"{one.what}: saves {gib(one.saves_bytes)}, " for one in whole.changes)
+    advice = prediction.advice()
+    assert any(line.startswith("gradient checkpointing: ") for line in advice)
+    for line in advice:
+        assert line.startswith(expected)
 
 
 def test_a_plan_that_fails_is_one_line_and_the_run_goes_on(

@@ -97,7 +97,11 @@ def largest(
         timeout_s: A try that takes longer counts as one that does not fit, and says so.
         log: Given a line about each try.
     """
-    recipe = recipe.changed({"gradient_accumulation_steps": 1, "tokens_per_microbatch": None})
+    if recipe.offload_params != "none":
+        log("max-batch: offload_params of the recipe is not followed: weights are on the device")
+    recipe = recipe.changed({
+        "gradient_accumulation_steps": 1, "tokens_per_microbatch": None, "offload_params": "none",
+    })  # fmt: skip
     room = memory_bytes
     if device.kind == "cpu":  # a plan is of what comes on top of the libraries
         smallest = recipe.changed({"per_device_train_batch_size": 1})

@@ -266,7 +266,8 @@ def way_of(recipe: Recipe, settings: dict[str, Any], *, checkpointing: bool) -> 
         ]
     return recipe.changed({
         "load_in_4bit": False, "load_in_8bit": False, "trainable_layers": None,
-        "dtype": recipe.compute_dtype, **{key: _default(key) for key in idle}, **first, **settings,
+        "offload_params": "none", "dtype": recipe.compute_dtype,
+        **{key: _default(key) for key in idle}, **first, **settings,
         "gradient_checkpointing": checkpointing, "lr_scheduler_type": "constant",
         "warmup_steps": 0,
     })  # fmt: skip

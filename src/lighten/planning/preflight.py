@@ -16,6 +16,7 @@ from lighten.parallel import launch
 from lighten.parallel.launch import Launch
 from lighten.planning import calibration, offloaded, predict, text
 from lighten.planning.distributed import Distributed, of_recipe, on_ranks
+from lighten.planning.planner import Planner
 from lighten.planning.result import Plan
 from lighten.recipe import Recipe
 from lighten.runs import Run, now
@@ -63,15 +64,16 @@ def plan_first(recipe: Recipe, *, force: bool = False, progress: bool = False) -
             )  # fmt: skip
         except Exception as error:
             return _none(error)
+    advice = _advice(recipe, device, plan, rows, place)
     lines, fits, record = text.lines(plan), plan.fits(), plan.to_dict()
     if (spread := _over_ranks(recipe, device, plan, place)) is not None:
         lines.append(text.spread_verdict(spread))
         fits, record["spread"] = spread.fits(), spread.to_dict()
     if fits is False:
         if not force:
-            raise UserError(_refusal(plan, spread, _advice(recipe, device, plan, rows)()))
+            raise UserError(_refusal(plan, spread, advice()))
         lines.append("it does not fit by this plan; going on, as --force says")
-    return Prediction(lines, record, rows, _advice(recipe, device, plan, rows))
+    return Prediction(lines, record, rows, advice)
 
 
 def _alone(recipe: Recipe, place: Launch) -> Recipe:
@@ -139,11 +141,15 @@ def _against(traced: float | None, pair: dict[str, float] | None) -> dict[str, f
 
 
 def _advice(
-    recipe: Recipe, device: Device, plan: Plan, rows: Rows | None
+    recipe: Recipe, device: Device, plan: Plan, rows: Rows | None, place: Launch
 ) -> Callable[[], Sequence[str]]:
     def advice() -> list[str]:
         try:
-            changes, cut = predict.changes_of(recipe, plan, predict.planner_for(device, rows))
+            planner = predict.planner_for(device, rows, ranks=place.world_size)
+            # Each change is compared with `plan`, and so planned as that was.
+            as_planned = Planner(lambda one: planner(_alone(one, place)), in_processes=False)
+            moved = recipe.offload_params != "none"
+            changes, cut = predict.changes_of(recipe, plan, as_planned if moved else planner)
         except Exception as error:  # memory may be short just now
             return [f"what would need less cannot be planned here: {first_line(error)}"]
         return [*(text.change(change) for change in changes[:MOST_ADVICE]), *cut]

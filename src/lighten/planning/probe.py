@@ -73,13 +73,19 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
         rows: The encoded data that the plan took, for its lengths.
 
     Raises:
-        UserError: The device is not of this machine, or the process failed in another way.
+        UserError: The device is not of this machine, weights wait outside of it, or the process
+            failed in another way.
     """
     from lighten.planning.predict import lengths_of, supervised_share
 
     if not device.is_here:
         raise UserError(
             f"--probe runs the step here, and {device.name} is elsewhere; leave --device out"
+        )
+    if recipe.offload_params != "none":
+        raise UserError(
+            "--probe makes its step with all weights on the device, and offload_params: "
+            f"{recipe.offload_params} keeps them elsewhere; leave one of the two out"
         )
     request = {
         "recipe": recipe.completed(), "kind": device.kind, "lengths": lengths_of(rows),
