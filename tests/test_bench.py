@@ -268,7 +268,7 @@ def test_weights_that_wait_elsewhere_are_on_the_device_in_each_way(
     assert record["peak_bytes"] > 0
     line = running.not_followed(weights_on_disk)
     assert line is not None
-    assert line.startswith("train: offload_params of the recipe is not followed")
+    assert line.startswith("train: method, offload_params of the recipe are not followed")
 
 
 def test_the_largest_is_found_with_all_weights_on_the_device(
