@@ -160,7 +160,8 @@ def test_settings_of_transformers_fsdp_are_read(
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, "cpu_offload: True has no equal here"),
+    ({"fsdp": True, "fsdp_config": {"cpu_offload": True}},
+     "offload_params: cpu moves weights that learn"),
     ({"fsdp": True, "fsdp_config": {"min_num_params": 2000}}, "ranks gather decoder layers, what"),
     ({"fsdp": True, "fsdp_config": {"xla": True}}, "no training on TPUs"),
     ({"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
