@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor, equal
 
@@ -25,6 +26,19 @@ def weights(run: Run) -> dict[str, Tensor]:
 def same_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     """Whether they have the same names and are the same, bit for bit."""
     return set(tensors) == set(expected) and all(equal(tensors[k], expected[k]) for k in expected)
+
+
+def assert_equal(run: Run, reference: Run) -> None:
+    """Losses, held-out ones among them, norms before clipping, and what is shipped."""
+    for record, reference_record in zip(run.metrics(), reference.metrics(), strict=True):
+        keys = ("loss", "grad_norm") if record["kind"] == "train" else ("loss",)
+        for key in keys:
+            assert record[key] == pytest.approx(reference_record[key], rel=1e-5)
+    expected, trained = weights(reference), weights(run)
+    assert trained.keys() == expected.keys()
+    assert expected
+    for key, value in trained.items():
+        assert float((value - expected[key]).abs().max()) < 1e-5, key
 
 
 def losses(run: Run) -> list[tuple[Any, ...]]:

@@ -28,7 +28,7 @@ from lighten.planning.distributed import GATHERED_LAYERS
 from lighten.planning.trace import plan_recipe
 from lighten.runs import Run
 from lighten.training.out_of_memory import OutOfMemory
-from tests.cut_runs import cut_short, weights
+from tests.cut_runs import assert_equal, cut_short, weights
 from tests.test_plan_trace import Card, folder_of, recipe_of
 from tests.test_train_step import settings as optimizer_settings
 from tests.tiny import save_tiny
@@ -123,17 +123,6 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
     return root
 
 
-def assert_same(ours: Run, theirs: Run) -> None:
-    for row, expected_row in zip(ours.metrics(), theirs.metrics(), strict=True):
-        for key in ("loss", "grad_norm") if row["kind"] == "train" else ("loss",):
-            assert row[key] == pytest.approx(expected_row[key], rel=1e-5)
-    expected, trained = weights(theirs), weights(ours)
-    assert trained.keys() == expected.keys()
-    assert expected
-    for key, value in trained.items():
-        assert float((value - expected[key]).abs().max()) < 1e-5, key
-
-
 @pytest.mark.parametrize("place", MOVED)
 def test_one_process_trains_weights_that_wait_elsewhere(
     place: str, root: Path, tmp_path: Path, chat_file: Path
@@ -142,7 +131,7 @@ def test_one_process_trains_weights_that_wait_elsewhere(
     plain = Run(root / "plain")
     moved = {"strategy": "zero3", **MOVED[place]}
     run = lighten.train(**settings(root, chat_file, output_dir=str(tmp_path / "run"), **moved))
-    assert_same(run, plain)
+    assert_equal(run, plain)
     assert not distributed.is_initialized()
     choices = {choice["what"]: choice for choice in run.info()["choices"]}
     where = "a file" if place == "file" else "main memory"
@@ -151,7 +140,7 @@ def test_one_process_trains_weights_that_wait_elsewhere(
     assert ("nothing moves" in choices["offload_params"]["reason"]) == (where == "main memory")
     cut = cut_short(plain, tmp_path / "cut")
     again = settings(root, chat_file, output_dir=str(cut.folder), **moved)
-    assert_same(lighten.train(resume=True, **again), plain)
+    assert_equal(lighten.train(resume=True, **again), plain)
 
 
 def test_memory_that_runs_out_while_a_layer_is_there_ends_the_run(

@@ -20,7 +20,7 @@ from lighten.parallel.streamed.feed import LayerPieces
 from lighten.parallel.streamed.over_ranks import RankFeed, part_of
 from lighten.runs import Run
 from lighten.training import loop
-from tests.cut_runs import cut_short, weights
+from tests.cut_runs import assert_equal, cut_short
 from tests.processes import notes_of, runs_of_rank, start_ranks, wait_for
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -144,19 +144,6 @@ def root(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
 def notes(root: Path, name: str) -> list[dict[str, Any]]:
     """Of each rank."""
     return notes_of(root / "runs.json", list(RUNS).index(name))
-
-
-def assert_equal(run: Run, reference: Run) -> None:
-    """Losses, held-out ones among them, norms before clipping, and what is shipped."""
-    for record, reference_record in zip(run.metrics(), reference.metrics(), strict=True):
-        keys = ("loss", "grad_norm") if record["kind"] == "train" else ("loss",)
-        for key in keys:
-            assert record[key] == pytest.approx(reference_record[key], rel=1e-5)
-    expected, trained = weights(reference), weights(run)
-    assert trained.keys() == expected.keys()
-    assert expected
-    for key, value in trained.items():
-        assert float((value - expected[key]).abs().max()) < 1e-5, key
 
 
 @pytest.mark.parametrize("name", RUNS)
