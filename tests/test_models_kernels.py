@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lighten import cpu
 from lighten.cpu import kernels, native
 from lighten.cpu.kernels import attention as kernel
+from lighten.cpu.kernels import formats
 from lighten.engine.fused_loss import cross_entropy_
 from lighten.models import attention as blocks
 
@@ -29,7 +30,7 @@ each_kernel = pytest.mark.parametrize(
     [
         pytest.param(dtype, marks=pytest.mark.skipif(why is not None, reason=str(why)))
         for dtype in (torch.bfloat16, torch.float32)
-        for why in [kernel.obstacle(dtype)]
+        for why in [formats.obstacle(dtype)]
     ],
 )
 # What rounding each product's factors leaves, to bfloat16 half of 2⁻⁸ on average.

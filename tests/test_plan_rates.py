@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lighten.cpu import kernels
-from lighten.cpu.kernels import attention
+from lighten.cpu.kernels import attention, formats
 from lighten.engine import fused_loss
 from lighten.planning import rates
 from lighten.planning.operation_cost import Shaped, Work, work_of
@@ -236,7 +235,7 @@ def runs_here(operation: Work) -> bool:
     library = operation.name.partition("::")[0]
     if library == "mkldnn":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return library != "lighten" or kernels.library() is not None
+    return library != "lighten" or formats.available(torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", LARGE)

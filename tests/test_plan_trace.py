@@ -14,7 +14,8 @@ from torch.utils.flop_counter import flop_registry
 
 from lighten import models
 from lighten.adapters.whole import decoder_layers
-from lighten.cpu import kernels, products
+from lighten.cpu import products
+from lighten.cpu.kernels import formats
 from lighten.data import Encoded, TemplateChoice
 from lighten.data.tokenise import EncodingCounts
 from lighten.engine import loss
@@ -388,8 +389,8 @@ def test_a_plan_for_a_gpu_is_the_same_whatever_kernels_this_processor_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, peaks = folder_of(tmp_path), []
-    for library in (object(), None):
-        monkeypatch.setattr(kernels, "library", lambda library=library: library)
+    for why in (None, "there is no C++ compiler"):
+        monkeypatch.setattr(formats, "obstacle", lambda dtype, why=why: why)
         peaks.append(steps_of(half_steps_on_cuda(folder, (2, 64)).timeline))
     assert peaks[0] == peaks[1]
 

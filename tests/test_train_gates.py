@@ -11,9 +11,17 @@ from transformers import GemmaConfig, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from lighten.cpu import gates, kernels
+from lighten.cpu import gates
+from lighten.cpu.kernels import formats
 
-pytestmark = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
+each_format = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, marks=pytest.mark.skipif(why is not None, reason=str(why)))
+        for dtype in (torch.bfloat16, torch.float32)
+        for why in [formats.obstacle(dtype)]
+    ],
+)
 
 
 def build_mlp(name: str) -> nn.Module:
@@ -31,27 +39,32 @@ def results(layer: nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
 
 
+@each_format
 @pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_they_are_nearer_to_float64_than_transformers(name: str) -> None:
-    exact = build_mlp(name).bfloat16().double()
-    x, upstream = (2.0 * torch.randn(2, 37, 40)).bfloat16(), torch.randn(2, 37, 40).bfloat16()
+def test_they_are_as_near_to_float64_as_transformers(name: str, dtype: torch.dtype) -> None:
+    exact = build_mlp(name).to(dtype).double()
+    x, upstream = (2.0 * torch.randn(2, 37, 40)).to(dtype), torch.randn(2, 37, 40).to(dtype)
     truth = results(exact, x.double(), upstream.double())
     errors = []
     for quick in (False, True):
-        layer = build_mlp(name).bfloat16()
+        layer = build_mlp(name).to(dtype)
         assert not quick or gates.quicken(nn.Sequential(layer)) == 1
         pairs = zip(results(layer, x, upstream), truth, strict=True)
         errors.append(
             [float((value.double() - reference).square().mean()) for value, reference in pairs]
         )
+    # One rounding fewer in bfloat16; in float32 both have the last digit's.
+    allowed = {torch.bfloat16: 1.05, torch.float32: 1.5}[dtype]
     for plain, quick_one in zip(*errors, strict=True):
-        assert quick_one <= 1.05 * plain
+        assert quick_one <= allowed * plain
 
 
-def test_the_activations_are_exact_to_float32() -> None:
+@each_format
+def test_the_activations_are_exact(dtype: torch.dtype) -> None:
     """From far below to far above zero, value and gradients."""
-    gate = torch.linspace(-100.0, 100.0, 4003).bfloat16()
+    gate = torch.linspace(-100.0, 100.0, 4003).to(dtype)
     up, grad = torch.full_like(gate, 0.75), torch.full_like(gate, 1.5)
+    rounding = {torch.bfloat16: 2**-8, torch.float32: 2e-6}[dtype]
     for gelu in (False, True):
         exact_gate, exact_up = gate.double().requires_grad_(), up.double().requires_grad_()
         act = (
@@ -64,20 +77,26 @@ def test_the_activations_are_exact_to_float32() -> None:
         computed = [torch.ops.lighten.gated(gate, up, gelu)]
         computed += torch.ops.lighten.gated_backward(gate, up, grad, gelu)
         for a, b in zip(computed, (expected.detach(), *gradients), strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-5)
+            torch.testing.assert_close(a.double(), b, rtol=rounding, atol=1e-5)
 
 
-def test_two_inputs_are_kept_and_float32_is_left_alone() -> None:
-    layer = build_mlp("llama").bfloat16().requires_grad_(False)
-    float32_layer = copy.deepcopy(layer).float()
-    plain = copy.deepcopy(float32_layer)
-    gates.quicken(nn.ModuleList([layer, float32_layer]))
+@each_format
+def test_two_inputs_are_kept(dtype: torch.dtype) -> None:
+    layer = build_mlp("llama").to(dtype).requires_grad_(False)
+    gates.quicken(nn.ModuleList([layer]))
     saved: list[Tensor] = []
     x = torch.randn(5, 40, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        layer(x.bfloat16())
+        layer(x.to(dtype))
     assert [tuple(t.shape) for t in saved if t.shape == (5, 72)] == [(5, 72)] * 2
-    assert torch.equal(float32_layer(x), plain(x))
+
+
+def test_a_format_without_a_kernel_is_left_alone() -> None:
+    layer = build_mlp("llama").half()
+    plain = copy.deepcopy(layer)
+    gates.quicken(nn.ModuleList([layer]))
+    x = torch.randn(5, 40, requires_grad=True).half()
+    assert torch.equal(layer(x), plain(x))
 
 
 def test_what_it_does_not_know_it_leaves_alone() -> None:
@@ -86,10 +105,11 @@ def test_what_it_does_not_know_it_leaves_alone() -> None:
     assert gates.quicken(nn.Sequential(layer, nn.Linear(4, 4))) == 0
 
 
-def test_the_operations_say_what_they_return() -> None:
-    x, y = torch.randn(3, 20).bfloat16(), torch.randn(3, 20).bfloat16()
+@each_format
+def test_the_operations_say_what_they_return(dtype: torch.dtype) -> None:
+    x, y = torch.randn(3, 20).to(dtype), torch.randn(3, 20).to(dtype)
     torch.library.opcheck(torch.ops.lighten.gated, (x, y, True))
     torch.library.opcheck(torch.ops.lighten.gated_backward, (x, y, x, False))
-    weight, scales = torch.randn(20).bfloat16(), torch.rand(3, 1)
+    weight, scales = torch.randn(20).to(dtype), torch.rand(3, 1)
     torch.library.opcheck(torch.ops.lighten.rms_norm, (x, weight, 1e-6, True))
     torch.library.opcheck(torch.ops.lighten.rms_norm_backward, (x, weight, scales, y, False))

@@ -1,4 +1,4 @@
-"""Gated feed-forward layers whose gate is one kernel, on processors that multiply bfloat16.
+"""Gated feed-forward layers whose gate is one kernel, in formats that a processor has one of.
 
 `down(activation(gate(x)) · up(x))` is what Llama and most models since compute. PyTorch's
 operations read and write the wide vectors between many times, forward and backward, and keep three

@@ -2,8 +2,8 @@
 
 In operations of PyTorch's own, softmax, normaliser and gradient read and write float32 logits some
 eight times, which on a GPU takes longer than the head's products. Here each logit is read twice
-and written once, in its own format; sums are float32. A GPU has a kernel in Triton, a processor
-with bfloat16 one in C++ (`cpu/kernels`).
+and written once, in its own format; sums are float32. A GPU has a kernel in Triton, a processor one
+in C++ (`cpu/kernels`).
 
 Dimensions: S positions, V vocabulary. Sources: the online normaliser, arXiv 1805.02867; computing
 in place is the idea of Liger's kernel (arXiv 2410.10989).
@@ -18,8 +18,7 @@ import logging
 import torch
 from torch import Tensor
 
-from lighten.cpu import kernels
-from lighten.cpu.kernels import pointwise
+from lighten.cpu.kernels import formats, pointwise
 from lighten.wording import first_line
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ def available(device: str, hidden: Tensor) -> bool:
         hidden: What the logits are made of, and in whose format; a plan's is on the processor.
     """
     if device == "cpu":
-        return hidden.dtype == torch.bfloat16 and kernels.available()
+        return formats.available(hidden.dtype)
     if not hidden.is_cuda:
         return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
     return obstacle(hidden.dtype, hidden.device) is None

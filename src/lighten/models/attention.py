@@ -36,6 +36,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lighten.cpu.kernels import attention as kernel
+from lighten.cpu.kernels import formats
 from lighten.machine import hardware
 from lighten.machine.hardware import Choice
 from lighten.models.packed_rows import Group, groups_of, packing, starts_within
@@ -432,7 +433,7 @@ def register() -> None:
 
 def choice(dtype: torch.dtype) -> Choice:
     """How a base of this format attends under `NAME`, and why."""
-    why_not = kernel.obstacle(dtype)
+    why_not = formats.obstacle(dtype)
     if why_not is None:
         return Choice("sdpa in a kernel", "compiled for this processor; it keeps no probabilities")
     if _emulated(dtype):

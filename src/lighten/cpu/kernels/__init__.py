@@ -11,9 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from lighten import cpu
 from lighten.cpu import native
@@ -32,34 +29,9 @@ def library() -> ctypes.CDLL | None:
     return _loaded()[0]
 
 
-@torch.compiler.assume_constant_result
-def available() -> bool:
-    """Whether there are kernels here; a compiler takes it for settled."""
-    return library() is not None
-
-
 def obstacle() -> str | None:
     """Why there are no kernels here; None where there are."""
     return _loaded()[1]
-
-
-Address = ctypes.c_void_p
-
-
-def call(name: str, *args: Any) -> int:
-    """Run a function of the library's; integers are 64 bits wide, numbers are float32."""
-    dll = library()
-    assert dll is not None
-    answer: int = dll[name](*(_plain(arg) for arg in args))
-    return answer
-
-
-def _plain(arg: Any) -> Any:
-    if isinstance(arg, bool):
-        return ctypes.c_int(arg)
-    if isinstance(arg, int):
-        return ctypes.c_int64(arg)
-    return ctypes.c_float(arg) if isinstance(arg, float) else arg
 
 
 @functools.cache

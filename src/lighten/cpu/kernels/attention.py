@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lighten.cpu import kernels
-from lighten.cpu.kernels import float32
+from lighten.cpu.kernels import formats
 
 MOST_FEATURES = 256
 NO_WINDOW = 2**40  # tokens
@@ -35,28 +34,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def fits(query: Tensor) -> bool:
     """Whether there is a kernel that attends with such queries."""
     here = query.device.type == "cpu" and query.shape[-1] <= MOST_FEATURES
-    return here and available(query.dtype)
-
-
-@torch.compiler.assume_constant_result
-def available(dtype: torch.dtype) -> bool:
-    """Whether there is a kernel of a format here; a compiler takes it for settled."""
-    return obstacle(dtype) is None
-
-
-def obstacle(dtype: torch.dtype) -> str | None:
-    """Why there is no kernel of a format here; None where there is."""
-    if dtype == torch.bfloat16:
-        return kernels.obstacle()
-    if dtype == torch.float32:
-        return float32.loaded()[1]
-    return f"{str(dtype).removeprefix('torch.')} has no kernel"
-
-
-def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    library = kernels.library() if dtype == torch.bfloat16 else float32.loaded()[0]
-    assert library is not None
-    return library
+    return here and formats.available(query.dtype)
 
 
 class _View(ctypes.Structure):
@@ -103,7 +81,7 @@ def _run(
         sums.data_ptr(), ctypes.addressof(array), len(rows), sums.shape[1], query.shape[1],
         key.shape[1], query.shape[3], window or NO_WINDOW, scale, torch.get_num_threads(),
     )  # fmt: skip
-    if _library(query.dtype)[function](ctypes.byref(job)):
+    if formats.library(query.dtype)[function](ctypes.byref(job)):
         raise MemoryError("the attention's kernel found no memory for its blocks")
 
 

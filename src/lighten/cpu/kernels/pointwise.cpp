@@ -3,8 +3,6 @@
 //
 // Dimensions: N tokens, H features of a token, S positions with a label, V vocabulary.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -15,19 +13,6 @@
 #include "threads.h"
 
 namespace {
-
-constexpr int64_t WORTH_A_THREAD = 1 << 18;  // numbers
-
-// Ranges of rows, one for each thread.
-template <class Work>
-void in_threads(int64_t rows, int64_t width, int64_t threads, Work work) {
-    threads = std::max<int64_t>(1, std::min(threads, rows * width / WORTH_A_THREAD));
-    std::atomic<int64_t> next{0};
-    in_parallel(threads, [&] {
-        for (int64_t i = next++; i < threads; i = next++)
-            work(rows * i / threads, rows * (i + 1) / threads);
-    });
-}
 
 // 1 / (1 + e^-x)
 __m512 sigmoid(__m512 x) {

@@ -1,28 +1,43 @@
 """Norms, gates and losses in one pass each: `pointwise.cpp` as operations of PyTorch's.
 
+There are two, one of bfloat16 for processors that multiply it, and one of float32 for any.
+
 Dimensions: H features of a token.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lighten.cpu import kernels
+from lighten.cpu.kernels import formats
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels compute on these."""
-    return (
-        all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in tensors)
-        and kernels.available()
+    """Whether a kernel computes on these."""
+    dtype = tensors[0].dtype
+    return all(x.device.type == "cpu" and x.dtype == dtype for x in tensors) and formats.available(
+        dtype
     )
 
 
-def _address(x: Tensor) -> kernels.Address:
-    return kernels.Address(x.data_ptr())
+def _call(name: str, *args: Any) -> None:
+    """Run a kernel of the first tensor's format; tensors are given as their addresses."""
+    function = formats.library(args[0].dtype)[name]
+    function(*(_plain(arg) for arg in args))
+
+
+def _plain(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return ctypes.c_void_p(arg.data_ptr())
+    if isinstance(arg, bool):
+        return ctypes.c_int(arg)
+    if isinstance(arg, int):
+        return ctypes.c_int64(arg)
+    return ctypes.c_float(arg)
 
 
 @torch.library.custom_op("lighten::rms_norm", mutates_args=())
@@ -30,8 +45,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Ten
     """X over its root mean square, rounded, times the weight; or times 1 + weight, then rounded.
 
     Args:
-        x: [..., H], bfloat16.
-        weight: [H], bfloat16.
+        x: [..., H], bfloat16 or float32.
+        weight: [H], of the same format.
         eps: Added to the mean square.
         plus_one: As Gemma does.
 
@@ -40,9 +55,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Ten
     """
     x = x.contiguous()
     y, scales = _norm_outputs(x)
-    kernels.call(
-        "lighten_rms_norm", _address(x), _address(weight.contiguous()), _address(y),
-        _address(scales), scales.numel(), x.shape[-1], eps, plus_one, torch.get_num_threads(),
+    _call(
+        "lighten_rms_norm", x, weight.contiguous(), y,
+        scales, scales.numel(), x.shape[-1], eps, plus_one, torch.get_num_threads(),
     )  # fmt: skip
     return y, scales
 
@@ -71,9 +86,9 @@ def rms_norm_backward(
         plus_one: As it was given.
     """
     x, grad, grad_x = x.contiguous(), grad.contiguous(), x.new_empty(x.shape)
-    kernels.call(
-        "lighten_rms_norm_backward", _address(x), _address(weight.contiguous()), _address(scales),
-        _address(grad), _address(grad_x), scales.numel(), x.shape[-1], plus_one,
+    _call(
+        "lighten_rms_norm_backward", x, weight.contiguous(), scales,
+        grad, grad_x, scales.numel(), x.shape[-1], plus_one,
         torch.get_num_threads(),
     )  # fmt: skip
     return grad_x
@@ -90,13 +105,13 @@ def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """activation(gate) · up.
 
     Args:
-        gate: bfloat16, of any shape.
+        gate: bfloat16 or float32, of any shape.
         up: The same.
         gelu: The activation is GELU by its tanh approximation, else SiLU.
     """
     gate, up, out = gate.contiguous(), up.contiguous(), gate.new_empty(gate.shape)
-    kernels.call(
-        "lighten_gated", _address(gate), _address(up), _address(out), gate.numel(), gelu,
+    _call(
+        "lighten_gated", gate, up, out, gate.numel(), gelu,
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -120,9 +135,9 @@ def gated_backward(gate: Tensor, up: Tensor, grad: Tensor, gelu: bool) -> tuple[
     """
     gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     of_gate, of_up = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    kernels.call(
-        "lighten_gated_backward", _address(gate), _address(up), _address(grad), _address(of_gate),
-        _address(of_up), gate.numel(), gelu, torch.get_num_threads(),
+    _call(
+        "lighten_gated_backward", gate, up, grad, of_gate,
+        of_up, gate.numel(), gelu, torch.get_num_threads(),
     )  # fmt: skip
     return of_gate, of_up
 
@@ -137,8 +152,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor, scale: float, softcap: float)
     """As `engine.fused_loss.cross_entropy_`, where `takes` says so."""
     assert logits.is_contiguous()
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    kernels.call(
-        "lighten_cross_entropy", _address(logits), _address(labels.contiguous()), _address(losses),
+    _call(
+        "lighten_cross_entropy", logits, labels.contiguous(), losses,
         *logits.shape, float(scale), float(softcap), torch.get_num_threads(),
     )  # fmt: skip
     return losses

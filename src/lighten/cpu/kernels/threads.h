@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -32,4 +33,17 @@ void in_parallel(int64_t threads, Work work) {
     }
     work();
     for (auto& other : others) other.join();
+}
+
+constexpr int64_t WORTH_A_THREAD = 1 << 18;  // numbers
+
+// Ranges of rows, one for each thread.
+template <class Work>
+void in_threads(int64_t rows, int64_t width, int64_t threads, Work work) {
+    threads = std::max<int64_t>(1, std::min(threads, rows * width / WORTH_A_THREAD));
+    std::atomic<int64_t> next{0};
+    in_parallel(threads, [&] {
+        for (int64_t i = next++; i < threads; i = next++)
+            work(rows * i / threads, rows * (i + 1) / threads);
+    });
 }

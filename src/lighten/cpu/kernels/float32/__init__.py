@@ -1,4 +1,4 @@
-"""The attention's kernel in float32, for any processor with a C++ compiler beside it."""
+"""The kernels in float32, for any processor with a C++ compiler beside it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from lighten.machine.hardware import processor_flags
 FOLDER = Path(__file__).parent
 
 
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there are none, for the reason that `obstacle` gives."""
+    return _loaded()[0]
+
+
+def obstacle() -> str | None:
+    """Why there are no kernels here; None where there are."""
+    return _loaded()[1]
+
+
 @functools.cache
-def loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    """The compiled kernel, or why there is none."""
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if not cpu.enabled():
         return None, cpu.OFF
     flags = processor_flags()
-    # What keeps PyTorch's products to AVX2 keeps the kernel to it, too.
+    # What keeps PyTorch's products to AVX2 keeps the kernels to it, too.
     narrow = ("-mno-avx512f",) if "avx2" in flags and "avx512f" not in flags else ()
     return native.loaded(FOLDER, (*FLAGS, *narrow, f"-I{SHARED}"), sorted(flags))

@@ -13,10 +13,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #include "rows.h"
+#include "vectors.h"
 
 // Rows of Dp numbers into a view.
 static void written(const View<float>& view, const Row& row, int64_t head, const float* from,
@@ -27,43 +27,11 @@ static void written(const View<float>& view, const Row& row, int64_t head, const
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;  // two columns of registers: 16 sums, of 32 registers
-#else
-constexpr int LANES = 8, ROWS = 4;  // 8 sums, of 16 registers
-#endif
+// Of a product's sums, in two columns of registers: half of the registers that there are.
+constexpr int ROWS = LANES / 2;
 constexpr int64_t CHUNK = 128;   // keys whose scores the first cache holds
-
-typedef float Numbers __attribute__((vector_size(LANES * 4)));
-typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
 constexpr int REGISTERS = SIDE / LANES;  // of a block's queries
 constexpr float NONE = -std::numeric_limits<float>::infinity();
-
-inline Numbers all(float x) { return x - Numbers{}; }
-inline Numbers read(const float* from) {
-    Numbers x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-inline void write(float* to, Numbers x) { std::memcpy(to, &x, sizeof x); }
-inline Numbers larger(Numbers a, Numbers b) { return a < b ? b : a; }
-
-// e^x of numbers that are not positive, at least about the smallest normal one; NaN stays NaN.
-inline Numbers exponential(Numbers x) {
-    const Numbers t = x * 1.44269504f, least = all(-126.0f);
-    const Numbers clamped = t < least ? least : t;
-    const Numbers shifted = clamped + 12582912.0f;  // 1.5 · 2^23: rounds to the nearest integer
-    const Numbers r = clamped - (shifted - 12582912.0f);
-    Numbers p = all(1.54035304e-4f);
-    p = p * r + 1.33335581e-3f;
-    p = p * r + 9.61812911e-3f;
-    p = p * r + 5.55041087e-2f;
-    p = p * r + 2.40226507e-1f;
-    p = p * r + 6.93147181e-1f;
-    p = p * r + 1.0f;
-    // The integer's last bits are the shifted number's: as an exponent they are the power of two.
-    return p * (Numbers)(((Integers)shifted << 23) + (127 << 23));
-}
 
 // Numbers by their places: those of the left side of a product.
 struct Left {
@@ -239,9 +207,7 @@ void backward(const Job<float>& job, const Row& row, int64_t key_head, Part part
                 Numbers products{};
                 for (int64_t d = 0; d < Dp; d += LANES)
                     products += read(upstream + i * Dp + d) * read(outs + i * Dp + d);
-                float sum = 0;
-                for (int lane = 0; lane < LANES; ++lane) sum += products[lane];
-                along[i / LANES][i % LANES] = sum;
+                along[i / LANES][i % LANES] = sum_of(products);
                 // A query that is none weighs nothing.
                 sums[i / LANES][i % LANES] =
                     i < count ? job.sums[head * job.tokens + row.before + first + i] : -NONE;
