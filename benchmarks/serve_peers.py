@@ -21,7 +21,7 @@ from lighten.machine.hardware import cache_folder
 from lighten.models.load import locate
 from lighten.serving import adapters, engines
 from lighten.serving.remote import Remote
-from lighten.serving.vllm import environment, installed, server
+from lighten.serving.vllm import choose_dtype, environment, installed, server
 
 ROOT = Path(__file__).parents[1]
 VLLM = ROOT / ".vllm" / "bin" / "vllm"  # `make vllm`
@@ -164,7 +164,8 @@ def vllm(
         "--model", str(locate(base)[1]), "--served-model-name", "base", "--host", "127.0.0.1",
         "--port", str(port), "--max-num-seqs", str(slots), "--max-model-len", str(context),
         "--enable-lora", "--max-loras", str(len(adapter_paths)), "--max-lora-rank", str(rank),
-        "--generation-config", "vllm", "--lora-modules",
+        "--generation-config", "vllm", "--dtype", choose_dtype().value,
+        "--lora-modules",
         *(f"{name}={path}" for name, path in adapter_paths.items()),
     ]  # fmt: skip
     offline = {**environment(), "HF_HUB_OFFLINE": "1"}

@@ -564,6 +564,15 @@ def test_a_base_that_masks_by_itself_answers_nothing() -> None:
     engine.close(10)
 
 
+def test_a_router_may_ask_its_weight_for_the_format() -> None:
+    model = tiny_model("hunyuan_v1_moe", attn_implementation="eager")
+    reference, engine = copy.deepcopy(model), Engine(model, max_sequences=1, max_tokens=64)
+    answer = finished(ask(engine, PROMPTS[1], None))
+    rows = expected(reference, PROMPTS[1], answer)
+    torch.testing.assert_close(as_rows(answer), rows, atol=1e-4, rtol=1e-4)
+    engine.close(10)
+
+
 LOGITS = torch.tensor([0.1, 2.0, 1.9, -4.0, 1.0])
 
 

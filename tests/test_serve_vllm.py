@@ -24,6 +24,7 @@ import lighten.api
 from lighten import models
 from lighten.errors import UserError
 from lighten.generation.settings import Sampling
+from lighten.machine import hardware
 from lighten.serving import vllm
 from lighten.serving.adapters import fingerprint
 from lighten.serving.engine import Adapter, Generation, Piece
@@ -118,6 +119,18 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(vllm.PROGRAM, str(python.with_name("vllm")))
     monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
     return calls
+
+
+@pytest.mark.parametrize(
+    ("flags", "quantized", "dtype"),
+    [({"avx2"}, False, "float32"), ({"avx2"}, True, "auto"), ({"avx512_bf16"}, False, "auto")],
+)
+def test_it_computes_in_float32_where_a_processor_only_emulates_bfloat16(
+    flags: set[str], quantized: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_DEVICE", "cpu")
+    monkeypatch.setattr(hardware, "processor_flags", lambda: flags)
+    assert vllm.choose_dtype(quantized=quantized).value == dtype
 
 
 def test_a_prompt_is_told_of_by_a_request_of_its_own(tiny_folder: Path, stand_in: Path) -> None:

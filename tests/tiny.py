@@ -64,6 +64,7 @@ _NEWER: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {**_EXPERTS, "head_dim": 8},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
 }  # fmt: skip
 NEWER = tuple(_NEWER)

@@ -32,11 +32,12 @@ class Weights:
 
     Attributes:
         dtype: Of what is multiplied with them.
+        device: Where they are.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = list(layers)
-        self.dtype = formats(layers[0])["weight"]
+        self.dtype, self.device = formats(layers[0])["weight"], next(layers[0].parameters()).device
         self._weight: Tensor | None = None
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
@@ -127,6 +128,7 @@ class Group:
         starts = [0, *ends[:-1]]
         self.columns = tuple(slice(a, b) for a, b in zip(starts, ends, strict=True))
         self._weights = Weights(layers)
+        self.dtype, self.device = self._weights.dtype, self._weights.device
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
@@ -178,7 +180,11 @@ class Group:
 
 
 class ServedLinear(nn.Module):
-    """In the place of a base's linear layer: its share of a group's output."""
+    """In the place of a base's linear layer: its share of a group's output.
+
+    Attributes:
+        weight: For code that asks a layer's weight for its format, shape or device; no number.
+    """
 
     def __init__(self, group: Group, place: int) -> None:
         super().__init__()
@@ -186,6 +192,8 @@ class ServedLinear(nn.Module):
         self._place = place
         columns = group.columns[place]
         self.in_features, self.out_features = group.inputs, columns.stop - columns.start
+        number = torch.full((), torch.nan, dtype=group.dtype, device=group.device)
+        self.weight = number.expand(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] → [..., O]."""

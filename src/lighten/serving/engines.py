@@ -200,11 +200,15 @@ def _vllm(registry: Registry, options: Options, context: int, log: Callable[[str
         raise UserError(f"--engine vllm does not serve the GGUF file {base.gguf}; give its folder")
     for adapter in registry.adapters:
         vllm.require_servable(adapter.folder)
-    log(f"base: as it is, in {vllm.program()}")
+    dtype = vllm.choose_dtype(quantized=_is_quantized(base.config))
+    if options.storage in STORED_BY_VLLM:
+        dtype = Choice(STORED_BY_VLLM[options.storage], "as wanted")
+    told = "" if dtype.value == "auto" else f"{dtype.value}, "
+    log(f"base: {told}{dtype.reason}, in {vllm.program()}")
     return vllm.Vllm(
         base.folder, base.asking.tokenizer, context=context, slots=options.slots,
         most_adapters=options.most_adapters, flags=dict(options.engine_flags),
-        dtype=STORED_BY_VLLM.get(options.storage, "auto"), prefix_caching=options.prefix_caching,
+        dtype=dtype.value, prefix_caching=options.prefix_caching,
     )  # fmt: skip
 
 
