@@ -84,8 +84,9 @@ def _call(
     assert dll is not None
     assert out.is_contiguous()
     assert rows.dtype == torch.int32
+    rows = rows.contiguous()
     dll[name](
-        ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(rows.contiguous().data_ptr()),
+        ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(rows.data_ptr()),
         ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]),
         ctypes.c_uint32(salt), ctypes.c_int32(threshold), ctypes.c_float(scale),
         ctypes.c_int(x.dtype == torch.bfloat16), ctypes.c_int64(torch.get_num_threads()),

@@ -2,8 +2,9 @@
 
 What PyTorch does in a dozen operations, each through memory, a kernel does in one pass through the
 caches. A compiler makes them for this very processor the first time that they are wanted, in a few
-seconds, and the user's cache keeps them. Where there is no compiler, or no bfloat16 arithmetic,
-callers fall back to PyTorch's operations, and `obstacle` says why.
+seconds, and the user's cache keeps them. These are of bfloat16; those of float32 are in `float32`,
+and `formats` knows both. Where there is no compiler, or no bfloat16 arithmetic, callers fall back
+to PyTorch's operations, and `obstacle` says why.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ def takes(*tensors: Tensor) -> bool:
 def _call(name: str, *args: Any) -> None:
     """Run a kernel of the first tensor's format; tensors are given as their addresses."""
     function = formats.library(args[0].dtype)[name]
-    function(*(_plain(arg) for arg in args))
+    function(*(_in_c(arg) for arg in args))
 
 
-def _plain(arg: Any) -> Any:
+def _in_c(arg: Any) -> Any:
     if isinstance(arg, Tensor):
         return ctypes.c_void_p(arg.data_ptr())
     if isinstance(arg, bool):
