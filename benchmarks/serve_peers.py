@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 from benchmarks.serve_load import Round, Shape, one_round
 from lighten.errors import UserError
@@ -74,10 +74,10 @@ def _served(
 
 
 def _until_ready(process: subprocess.Popen[str], port: int, log: Path) -> None:
-    deadline = time.monotonic() + _START_S
+    deadline, direct = time.monotonic() + _START_S, build_opener(ProxyHandler({}))
     while process.poll() is None and time.monotonic() < deadline:
         # vLLM's answer has no body; llama.cpp's is an error while it loads.
-        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=_START_S):
+        with suppress(OSError), direct.open(f"http://127.0.0.1:{port}/health", timeout=_START_S):
             return
         time.sleep(0.2)
     raise UserError(f"it did not start (code {process.poll()}); see {log}")

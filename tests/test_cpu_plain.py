@@ -95,9 +95,11 @@ def test_nothing_of_the_room_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_packing(True, model)
     completed = python(
         "from lighten.cpu import dropout, kernels; from lighten.generation import kernels as more;"
-        "print(kernels.obstacle(), more.obstacle(), dropout.library(), sep='; ')"
+        "from lighten.cpu.kernels import float32;"
+        "obstacles = [room.obstacle() for room in (kernels, float32, more)];"
+        "print(*obstacles, dropout.library(), sep='; ')"
     )
-    assert completed.stdout.strip() == f"{cpu.OFF}; {cpu.OFF}; None"
+    assert completed.stdout.strip() == f"{cpu.OFF}; {cpu.OFF}; {cpu.OFF}; None"
 
 
 @pytest.mark.parametrize("words", [("doctor",), ("train", "{model}", "{data}", "--max_steps", "1")])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -176,14 +177,14 @@ def test_no_number_is_made_of_what_is_none(dtype: torch.dtype) -> None:
     assert bool(grads[0][:, :, 5].isnan().all())
 
 
-@needs_kernels
-def test_no_loss_and_no_gate_is_made_of_what_is_no_number() -> None:
+@each_kernel
+def test_no_loss_and_no_gate_is_made_of_what_is_no_number(dtype: torch.dtype) -> None:
     for softcap in (0.0, 30.0):
-        logits = torch.zeros(2, 50, dtype=torch.bfloat16)
+        logits = torch.zeros(2, 50, dtype=dtype)
         logits[0, 7] = float("nan")
         losses = cross_entropy_(logits, torch.tensor([3, 3]), 1.0, softcap)
         assert losses.isnan().tolist() == [True, False]
-    gate = torch.full((20,), float("nan"), dtype=torch.bfloat16)
+    gate = torch.full((20,), float("nan"), dtype=dtype)
     assert bool(torch.ops.lighten.gated(gate, torch.ones_like(gate), False).isnan().all())
 
 
@@ -192,16 +193,43 @@ def test_no_loss_and_no_gate_is_made_of_what_is_no_number() -> None:
 def test_threads_change_nothing(dtype: torch.dtype, starts: list[int]) -> None:
     """Nor where a long row's parts are several threads' work."""
     q, k, v = inputs(dtype, 6, 3, starts[-1], 32)
+
+    def attended() -> tuple[Tensor, ...]:
+        out = kernel.Attention.apply(q, k, v, 0.1, starts)
+        return (out, *torch.autograd.grad(out.sum(), (q, k, v)))
+
+    assert_threads_change_nothing(attended)
+
+
+def assert_threads_change_nothing(compute: Callable[[], tuple[Tensor, ...]]) -> None:
     results = []
     for threads in (1, 3):
         threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            out = kernel.Attention.apply(q, k, v, 0.1, starts)
-            results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+            results.append(compute())
         finally:
             torch.set_num_threads(threads_before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@each_kernel
+def test_threads_change_no_norm_no_gate_and_no_loss(dtype: torch.dtype) -> None:
+    """Of enough numbers for three."""
+    torch.manual_seed(0)
+    x, y = (torch.randn(2001, 401).to(dtype) for _ in range(2))
+    weight, labels = x[0].contiguous(), torch.arange(2001) % 401
+
+    def computed() -> tuple[Tensor, ...]:
+        normal, scales = torch.ops.lighten.rms_norm(x, weight, 1e-6, False)
+        gradient = torch.ops.lighten.rms_norm_backward(x, weight, scales, y, False)
+        logits = x.clone()
+        losses = cross_entropy_(logits, labels, 1.0, 0.0)
+        gate = torch.ops.lighten.gated(x, y, True)
+        gradients = torch.ops.lighten.gated_backward(x, y, x, False)
+        return normal, scales, gradient, logits, losses, gate, *gradients
+
+    assert_threads_change_nothing(computed)
 
 
 @each_kernel

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lighten.cpu import dropout, kernels, native
+from lighten.cpu.kernels import float32
 from lighten.generation import kernels as generation_kernels
 from lighten.machine.hardware import processor_flags
 
@@ -34,6 +35,7 @@ def test_where_there_is_a_compiler_there_are_kernels() -> None:
     """Without one of them, the tests that need it are skipped."""
     assert dropout.library() is not None
     assert generation_kernels.obstacle() is None
+    assert float32.obstacle() is None
     if kernels.NEEDED in processor_flags():
         assert kernels.obstacle() in (None, kernels.TILES_REFUSED)
 

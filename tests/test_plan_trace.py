@@ -303,9 +303,11 @@ def test_recomputed_layers_can_be_planned_for_a_gpu(part: str, tmp_path: Path) -
     assert 0 < peaks[1] < peaks[0]
 
 
-def half_steps_on_cuda(folder: Path, shape: tuple[int, int], **options: Any) -> Traced:
-    recipe, half = recipe_of(folder), Choice("bfloat16", "the test's")
-    return follow_recipe(recipe, config_of(recipe)[0], half, "cuda", rows_tokens=shape, **options)
+def steps_on_cuda(
+    folder: Path, shape: tuple[int, int], *, dtype: str = "bfloat16", **options: Any
+) -> Traced:
+    recipe, chosen = recipe_of(folder), Choice(dtype, "the test's")
+    return follow_recipe(recipe, config_of(recipe)[0], chosen, "cuda", rows_tokens=shape, **options)
 
 
 def grouped_folder(tmp_path: Path, heads: int, groups: int, features: int) -> Path:
@@ -322,7 +324,7 @@ def test_a_gpus_attention_keeps_what_its_kernels_keep(
     """Grouped keys as they are where a kernel reads them, repeated where none does; no scores."""
     tokens, rows, heads, groups, features = 64, 2, 8, 4, 16
     folder = grouped_folder(tmp_path, heads, groups, features)
-    traced = half_steps_on_cuda(folder, (rows, tokens), capability=capability)
+    traced = steps_on_cuda(folder, (rows, tokens), capability=capability)
     live = traced.timeline.live()
     parts = traced.timeline.alive_at(max(range(len(live)), key=live.__getitem__))
     query = rows * tokens * heads * features * 2
@@ -342,7 +344,7 @@ def test_a_gpus_attention_has_room_of_its_own_in_the_backward_pass(
     """Of float32 sums for the queries, and of keys' gradients before a group's are added."""
     tokens, rows, heads, groups, features = 96, 2, 8, 4, 16
     folder = grouped_folder(tmp_path, heads, groups, features)
-    timeline = half_steps_on_cuda(folder, (rows, tokens), capability=capability).timeline
+    timeline = steps_on_cuda(folder, (rows, tokens), capability=capability).timeline
     sums, normaliser = rows * tokens * heads * features * 4, rows * heads * tokens * 4
     keys = rows * tokens * heads * features * 2  # of every query head
     expected = [normaliser, sums, keys, keys] if pieces == 4 else [normaliser + sums + 2 * keys]
@@ -360,7 +362,7 @@ def test_grouped_keys_are_counted_where_pytorchs_formula_refuses_them(
 
     def flops() -> dict[str, int]:
         by_kernel: dict[str, int] = {}
-        for _, _, work in half_steps_on_cuda(folder, (2, 64)).timeline.work:
+        for _, _, work in steps_on_cuda(folder, (2, 64)).timeline.work:
             if "flash" in work.name:
                 by_kernel[work.name] = by_kernel.get(work.name, 0) + work.flops
         return by_kernel
@@ -385,13 +387,14 @@ def test_grouped_keys_are_counted_where_pytorchs_formula_refuses_them(
     assert len(expected_flops) == 2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_plan_for_a_gpu_is_the_same_whatever_kernels_this_processor_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, peaks = folder_of(tmp_path), []
     for why in (None, "there is no C++ compiler"):
         monkeypatch.setattr(formats, "obstacle", lambda dtype, why=why: why)
-        peaks.append(steps_of(half_steps_on_cuda(folder, (2, 64)).timeline))
+        peaks.append(steps_of(steps_on_cuda(folder, (2, 64), dtype=dtype).timeline))
     assert peaks[0] == peaks[1]
 
 

@@ -26,8 +26,11 @@ from lighten.errors import UserError
 from lighten.generation.settings import Sampling
 from lighten.machine import hardware
 from lighten.serving import vllm
-from lighten.serving.adapters import fingerprint
+from lighten.serving.adapters import fingerprint, open_base
 from lighten.serving.engine import Adapter, Generation, Piece
+from lighten.serving.engines import engine_of
+from lighten.serving.options import Options
+from lighten.serving.registry import Registry
 from lighten.serving.remote import Remote
 from tests.processes import run_async
 from tests.serving import ADMIN, save_adapter, serving
@@ -131,6 +134,33 @@ def test_it_computes_in_float32_where_a_processor_only_emulates_bfloat16(
     monkeypatch.setenv("LIGHTEN_DEVICE", "cpu")
     monkeypatch.setattr(hardware, "processor_flags", lambda: flags)
     assert vllm.choose_dtype(quantized=quantized).value == dtype
+
+
+def test_it_chooses_by_itself_on_a_gpu_that_only_it_can_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LIGHTEN_DEVICE", raising=False)
+    monkeypatch.setattr(hardware, "processor_flags", lambda: {"avx2"})
+    monkeypatch.setattr(vllm, "unused_gpu", lambda: "this PyTorch is built without CUDA")
+    assert vllm.choose_dtype().value == "auto"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({}, "float32, the processor"), ({"storage": "bf16"}, "bfloat16, as wanted"),
+     ({"engine_flags": {"dtype": "half"}}, "half, as wanted")],
+)  # fmt: skip
+def test_the_format_that_is_told_is_said(
+    settings: dict[str, Any], told: str, tiny_folder: Path, stand_in: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("LIGHTEN_DEVICE", "cpu")
+    monkeypatch.setattr(hardware, "processor_flags", lambda: {"avx2"})
+    said: list[str] = []
+    registry = Registry(open_base(str(tiny_folder)), "base", root=None, most=1)
+    engine = engine_of("vllm", registry, Options(engine="vllm", **settings), 64, said.append)
+    assert isinstance(engine, vllm.Vllm)
+    assert f"base: {told}" in said[0]
 
 
 def test_a_prompt_is_told_of_by_a_request_of_its_own(tiny_folder: Path, stand_in: Path) -> None:

@@ -1,4 +1,4 @@
-"""Gated feed-forward layers whose gate is one kernel, in formats that a processor has one of.
+"""Gated feed-forward layers whose gate is one kernel, where the processor has it in their format.
 
 `down(activation(gate(x)) · up(x))` is what Llama and most models since compute. PyTorch's
 operations read and write the wide vectors between many times, forward and backward, and keep three

@@ -1,9 +1,9 @@
 """Cross-entropy in one kernel: losses and their gradients, in the logits' own memory.
 
 In operations of PyTorch's own, softmax, normaliser and gradient read and write float32 logits some
-eight times, which on a GPU takes longer than the head's products. Here each logit is read twice
-and written once, in its own format; sums are float32. A GPU has a kernel in Triton, a processor one
-in C++ (`cpu/kernels`).
+eight times, which on a GPU takes longer than the head's products. Here each logit is read and
+written once or twice, in its own format; sums are float32. A GPU has a kernel in Triton, a
+processor one in C++ (`cpu/kernels`).
 
 Dimensions: S positions, V vocabulary. Sources: the online normaliser, arXiv 1805.02867; computing
 in place is the idea of Liger's kernel (arXiv 2410.10989).

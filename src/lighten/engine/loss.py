@@ -4,8 +4,8 @@ Dimensions: B rows, T padded tokens, S supervised positions of the micro-batch, 
 V vocabulary. The backbone runs without its head; the head's logits [S, V] are formed chunk by
 chunk, and the gradient of the hidden states in the same pass, so that no more than one chunk of
 logits ever exists. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and of Liger's fused
-linear cross-entropy (arXiv 2410.10989), here in plain PyTorch; on a GPU one kernel turns a chunk
-of logits into its gradients (`fused_loss`).
+linear cross-entropy (arXiv 2410.10989), here in plain PyTorch; where there is a kernel, it turns a
+chunk of logits into its gradients (`fused_loss`).
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor) -> None:
 def _gradients_for_logits(
     raw: Tensor, labels: Tensor, rule: HeadRule, space: Workspace, needs_gradient: bool
 ) -> Tensor:
-    """As `fused_loss.cross_entropy_`, in a processor's operations; losses alone if not wanted."""
+    """As `fused_loss.cross_entropy_`, in PyTorch's operations; losses alone if not wanted."""
     columns = labels[:, None]
     logits = rule.apply(raw)
     gradient = space.take("gradient", len(raw), raw, raw.shape[1], torch.float32).copy_(logits)

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from transformers import masking_utils
 
 from lighten.adapters import ops
-from lighten.cpu import dropout, kernels, products
+from lighten.cpu import dropout, products
+from lighten.cpu.kernels import formats
 from lighten.data.batches import MicroBatch
 
 FLASH_SINCE = (8, 0)  # compute capability
@@ -47,7 +48,7 @@ def as_on_cuda(capability: tuple[int, int] | None) -> Iterator[None]:
         attend = partial(_attend, has_flash, at_once)
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
         stack.enter_context(patch.object(ops, "launches_cost", _yes))
-        stack.enter_context(patch.object(kernels, "library", _none))
+        stack.enter_context(patch.object(formats, "obstacle", _elsewhere))
         stack.enter_context(patch.object(dropout, "library", _none))
         stack.enter_context(patch.object(products, "is_slow_on_mkl", _none))
         # From positions that it cannot read transformers concludes that rows may be packed, and
@@ -150,6 +151,11 @@ class _Flash(torch.autograd.Function):
 
 def _none(*args: Any, **kwargs: Any) -> None:
     del args, kwargs
+
+
+def _elsewhere(*args: Any) -> str:
+    del args
+    return "the plan is for a GPU"
 
 
 def _yes(*args: Any) -> bool:

@@ -200,9 +200,11 @@ def _vllm(registry: Registry, options: Options, context: int, log: Callable[[str
         raise UserError(f"--engine vllm does not serve the GGUF file {base.gguf}; give its folder")
     for adapter in registry.adapters:
         vllm.require_servable(adapter.folder)
-    dtype = vllm.choose_dtype(quantized=_is_quantized(base.config))
-    if options.storage in STORED_BY_VLLM:
-        dtype = Choice(STORED_BY_VLLM[options.storage], "as wanted")
+    named = options.engine_flags.get("dtype") or STORED_BY_VLLM.get(options.storage)
+    dtype = (
+        vllm.choose_dtype(quantized=_is_quantized(base.config)) if named is None
+        else Choice(str(named), "as wanted")
+    )  # fmt: skip
     told = "" if dtype.value == "auto" else f"{dtype.value}, "
     log(f"base: {told}{dtype.reason}, in {vllm.program()}")
     return vllm.Vllm(

@@ -29,6 +29,7 @@ from typing import Any
 from lighten.errors import UserError
 from lighten.generation.sampling import Chosen
 from lighten.machine import hardware
+from lighten.machine.gpu_support import unused_gpu
 from lighten.machine.hardware import Choice, cache_folder
 from lighten.peft_config import CONFIG, WEIGHTS, more_than_low_rank, read_config
 from lighten.serving import wire
@@ -65,7 +66,10 @@ def choose_dtype(*, quantized: bool = False) -> Choice:
     Args:
         quantized: Whether the base is stored in a quantised format.
     """
-    if quantized or hardware.chosen_gpu() is not None:
+    on_gpu = hardware.chosen_gpu() is not None
+    # One that this PyTorch cannot use; vLLM has another.
+    on_gpu = on_gpu or ("LIGHTEN_DEVICE" not in os.environ and unused_gpu() is not None)
+    if quantized or on_gpu:
         return Choice("auto", "as it is")
     here = hardware.choose_dtype("auto", "cpu")
     return here if here.value == "float32" else Choice("auto", "as it is")

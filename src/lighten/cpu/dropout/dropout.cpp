@@ -83,18 +83,15 @@ void drop(const Number* x, const uint32_t* rows, Number* out, int64_t N, int64_t
     const int64_t pairs = (I + 1) / 2;
     std::vector<uint32_t> columns(pairs);
     for (int64_t k = 0; k < pairs; ++k) columns[k] = mixed(static_cast<uint32_t>(k) + salt);
-    threads = std::max<int64_t>(1, std::min(threads, N * I / WORTH_A_THREAD));
-    std::atomic<int64_t> next{0};
-    in_parallel(threads, [&] {
+    auto rows_of = [&](int64_t first, int64_t last) {
         std::vector<float> buffer(2 * pairs);
         float* const factors = buffer.data();
-        for (int64_t turn = next++; turn < threads; turn = next++) {
-            for (int64_t i = N * turn / threads; i < N * (turn + 1) / threads; ++i) {
-                form_factors(rows[i], columns.data(), pairs, threshold, scale, factors);
-                multiply<Number, ADD>(x + i * I, factors, out + i * I, I);
-            }
+        for (int64_t i = first; i < last; ++i) {
+            form_factors(rows[i], columns.data(), pairs, threshold, scale, factors);
+            multiply<Number, ADD>(x + i * I, factors, out + i * I, I);
         }
-    });
+    };
+    in_ranges(N, I, threads, rows_of, WORTH_A_THREAD);
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ struct Activation {
 // Sixteen numbers of the gate at a time, each with its activation and that one's slope.
 template <class Each>
 void activated(const bf16* gate, int64_t count, int gelu, int64_t threads, Each each) {
-    in_threads(count, 1, threads, [=](int64_t first, int64_t last) {
+    in_ranges(count, 1, threads, [=](int64_t first, int64_t last) {
         const Activation activation{gelu != 0};
         for (int64_t i = first; i < last; i += 16) {
             const __mmask16 real = up_to(last - i);
@@ -90,7 +90,7 @@ extern "C" {
 // y = x / root mean square, rounded, times w; or, `plus_one`, times 1 + w before it is rounded.
 void lighten_rms_norm(const bf16* x, const bf16* w, bf16* y, float* scales, int64_t N, int64_t H,
                       float eps, int plus_one, int64_t threads) {
-    in_threads(N, H, threads, [=](int64_t first, int64_t last) {
+    in_ranges(N, H, threads, [=](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             const bf16* row = x + i * H;
             __m512 sum = _mm512_setzero_ps();
@@ -116,7 +116,7 @@ void lighten_rms_norm(const bf16* x, const bf16* w, bf16* y, float* scales, int6
 // With g = grad w and n = x scale: (g - n mean(g n)) scale.
 void lighten_rms_norm_backward(const bf16* x, const bf16* w, const float* scales, const bf16* grad,
                                bf16* grad_x, int64_t N, int64_t H, int plus_one, int64_t threads) {
-    in_threads(N, H, threads, [=](int64_t first, int64_t last) {
+    in_ranges(N, H, threads, [=](int64_t first, int64_t last) {
         const __m512 added = _mm512_set1_ps(plus_one ? 1.0f : 0.0f);
         for (int64_t i = first; i < last; ++i) {
             const __m512 factor = _mm512_set1_ps(scales[i]);
@@ -162,7 +162,7 @@ void lighten_gated_backward(const bf16* gate, const bf16* up, const bf16* grad, 
 // Each row of logits becomes the slopes of its loss by them: a row stays in the second cache.
 void lighten_cross_entropy(bf16* logits, const int64_t* labels, float* losses, int64_t S, int64_t V,
                            float scale, float softcap, int64_t threads) {
-    in_threads(S, V, threads, [=](int64_t first, int64_t last) {
+    in_ranges(S, V, threads, [=](int64_t first, int64_t last) {
         const Rule rule{scale, softcap};
         for (int64_t i = first; i < last; ++i) {
             bf16* row = logits + i * V;

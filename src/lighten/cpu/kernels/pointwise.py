@@ -53,6 +53,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Ten
     Returns:
         [..., H], and [..., 1] float32: one over the root mean square.
     """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"a norm of {weight.numel()} features got {x.shape[-1]}")
     x = x.contiguous()
     y, scales = _norm_outputs(x)
     _call(

@@ -35,12 +35,10 @@ void in_parallel(int64_t threads, Work work) {
     for (auto& other : others) other.join();
 }
 
-constexpr int64_t WORTH_A_THREAD = 1 << 18;  // numbers
-
-// Ranges of rows, one for each thread.
+// Ranges of rows, one for each thread; so many numbers are worth a thread.
 template <class Work>
-void in_threads(int64_t rows, int64_t width, int64_t threads, Work work) {
-    threads = std::max<int64_t>(1, std::min(threads, rows * width / WORTH_A_THREAD));
+void in_ranges(int64_t rows, int64_t width, int64_t threads, Work work, int64_t worth = 1 << 18) {
+    threads = std::max<int64_t>(1, std::min(threads, rows * width / worth));
     std::atomic<int64_t> next{0};
     in_parallel(threads, [&] {
         for (int64_t i = next++; i < threads; i = next++)

@@ -72,7 +72,7 @@ extern "C" {
 void lighten_rms_norm(const float* x, const float* w, float* y, float* scales, int64_t N, int64_t H,
                       float eps, int plus_one, int64_t threads) {
     const float added = plus_one ? 1.0f : 0.0f;
-    in_threads(N, H, threads, [=](int64_t first, int64_t last) {
+    in_ranges(N, H, threads, [=](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             const float* row = x + i * H;
             Numbers sum{};
@@ -94,7 +94,7 @@ void lighten_rms_norm_backward(const float* x, const float* w, const float* scal
                                const float* grad, float* grad_x, int64_t N, int64_t H, int plus_one,
                                int64_t threads) {
     const float added = plus_one ? 1.0f : 0.0f;
-    in_threads(N, H, threads, [=](int64_t first, int64_t last) {
+    in_ranges(N, H, threads, [=](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             const float scale = scales[i];
             auto slope = [&](int64_t h, auto count) {
@@ -116,7 +116,7 @@ void lighten_rms_norm_backward(const float* x, const float* w, const float* scal
 // y = activation(gate) up
 void lighten_gated(const float* gate, const float* up, float* y, int64_t count, int gelu,
                    int64_t threads) {
-    in_threads(count, 1, threads, [=](int64_t first, int64_t last) {
+    in_ranges(count, 1, threads, [=](int64_t first, int64_t last) {
         in_vectors(first, last, [=](int64_t i, auto some) {
             Numbers value, slope;
             activate(read(gate + i, some), gelu, &value, &slope);
@@ -127,7 +127,7 @@ void lighten_gated(const float* gate, const float* up, float* y, int64_t count, 
 
 void lighten_gated_backward(const float* gate, const float* up, const float* grad, float* grad_gate,
                             float* grad_up, int64_t count, int gelu, int64_t threads) {
-    in_threads(count, 1, threads, [=](int64_t first, int64_t last) {
+    in_ranges(count, 1, threads, [=](int64_t first, int64_t last) {
         in_vectors(first, last, [=](int64_t i, auto some) {
             Numbers value, slope;
             activate(read(gate + i, some), gelu, &value, &slope);
@@ -138,10 +138,10 @@ void lighten_gated_backward(const float* gate, const float* up, const float* gra
     });
 }
 
-// Each row of logits becomes the slopes of its loss by them: a row stays in the second cache.
+// Each row of logits becomes the slopes of its loss by them, in three passes through the caches.
 void lighten_cross_entropy(float* logits, const int64_t* labels, float* losses, int64_t S, int64_t V,
                            float scale, float softcap, int64_t threads) {
-    in_threads(S, V, threads, [=](int64_t first, int64_t last) {
+    in_ranges(S, V, threads, [=](int64_t first, int64_t last) {
         const Rule rule{scale, softcap};
         for (int64_t i = first; i < last; ++i) {
             float* row = logits + i * V;
