@@ -19,21 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lighten import cpu
 from lighten.cpu import kernels, native
 from lighten.cpu.kernels import attention as kernel
-from lighten.cpu.kernels import formats
 from lighten.engine.fused_loss import cross_entropy_
 from lighten.models import attention as blocks
+from tests.kernels import each_kernel
 
 needs_kernels = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
 
-
-each_kernel = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(dtype, marks=pytest.mark.skipif(why is not None, reason=str(why)))
-        for dtype in (torch.bfloat16, torch.float32)
-        for why in [formats.obstacle(dtype)]
-    ],
-)
 # What rounding each product's factors leaves, to bfloat16 half of 2⁻⁸ on average.
 CLOSE = {torch.bfloat16: 0.004, torch.float32: 3e-6}
 # Scores of hundreds and thousands have as many digits fewer behind the point.

@@ -22,7 +22,7 @@ from lighten.errors import UserError
 from lighten.generation import attention, kernels
 from lighten.generation.engine import Engine
 from lighten.generation.request import Request
-from lighten.generation.sampling import Chosen, Sampler
+from lighten.generation.sampling import Chosen
 from lighten.generation.segments import Factors, Segments, Update
 from lighten.generation.settings import Sampling
 from lighten.models.quantized import Storage, finish
@@ -571,36 +571,3 @@ def test_a_router_may_ask_its_weight_for_the_format() -> None:
     rows = expected(reference, PROMPTS[1], answer)
     torch.testing.assert_close(as_rows(answer), rows, atol=1e-4, rtol=1e-4)
     engine.close(10)
-
-
-LOGITS = torch.tensor([0.1, 2.0, 1.9, -4.0, 1.0])
-
-
-def chosen(written: Sequence[int] = (), top: int | None = None, **how: Any) -> Chosen:
-    return Sampler(Sampling(**how), top).choose(LOGITS, [], written)
-
-
-def test_draws_follow_their_settings() -> None:
-    drawn = [chosen(seed=n) for n in range(400)]
-    share = sum(choice.token == 1 for choice in drawn) / 400
-    assert abs(share - float(LOGITS.softmax(-1)[1])) < 0.08
-    assert {chosen(top_k=2, seed=n).token for n in range(60)} == {1, 2}
-    assert {chosen(top_p=0.3, seed=n).token for n in range(60)} == {1}
-    assert {chosen(min_p=0.5, seed=n).token for n in range(60)} == {1, 2}
-    samplers = [Sampler(Sampling(temperature=2.0, seed=9)) for _ in range(2)]
-    runs = [[sampler.choose(LOGITS, [], []).token for _ in range(20)] for sampler in samplers]
-    assert runs[0] == runs[1]
-    assert len(set(runs[0])) > 1
-
-
-def test_penalties_and_biases_move_the_choice_and_not_what_is_told_of_it() -> None:
-    assert chosen(temperature=0.0).token == 1
-    assert chosen(temperature=0.0, logit_bias={3: 100.0}).token == 3
-    assert chosen([1, 1], temperature=0.0, frequency_penalty=0.1).token == 2
-    assert chosen([1], temperature=0.0, frequency_penalty=0.04).token == 1
-    assert chosen([1], temperature=0.0, presence_penalty=0.2).token == 2
-    assert chosen([1, 2], temperature=0.0, repetition_penalty=4.0).token == 4
-    choice = chosen([1], top=2, temperature=0.0, presence_penalty=9.0)
-    assert choice.token == 2
-    assert choice.logprob == pytest.approx(float(LOGITS.log_softmax(-1)[2]))
-    assert [token for token, _ in choice.top] == [1, 2]

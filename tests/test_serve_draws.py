@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from lighten.generation.sampling import Sampler, nucleus
+from lighten.generation.sampling import Chosen, Sampler, nucleus
 from lighten.generation.settings import Sampling
 
 VOCABULARY = 151_936  # Qwen's; most have a third of it or more
@@ -79,3 +79,36 @@ def test_a_draw_takes_less_time_than_sorting_the_vocabulary(how: dict[str, Any])
 
     sorting = seconds(lambda: logits.sort(descending=True, stable=True))
     assert seconds(lambda: sampler.choose(logits, [1], answer)) < sorting / 2
+
+
+LOGITS = torch.tensor([0.1, 2.0, 1.9, -4.0, 1.0])
+
+
+def chosen(written: Sequence[int] = (), top: int | None = None, **how: Any) -> Chosen:
+    return Sampler(Sampling(**how), top).choose(LOGITS, [], written)
+
+
+def test_draws_follow_their_settings() -> None:
+    drawn = [chosen(seed=n) for n in range(400)]
+    share = sum(choice.token == 1 for choice in drawn) / 400
+    assert abs(share - float(LOGITS.softmax(-1)[1])) < 0.08
+    assert {chosen(top_k=2, seed=n).token for n in range(60)} == {1, 2}
+    assert {chosen(top_p=0.3, seed=n).token for n in range(60)} == {1}
+    assert {chosen(min_p=0.5, seed=n).token for n in range(60)} == {1, 2}
+    samplers = [Sampler(Sampling(temperature=2.0, seed=9)) for _ in range(2)]
+    runs = [[sampler.choose(LOGITS, [], []).token for _ in range(20)] for sampler in samplers]
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) > 1
+
+
+def test_penalties_and_biases_move_the_choice_and_not_what_is_told_of_it() -> None:
+    assert chosen(temperature=0.0).token == 1
+    assert chosen(temperature=0.0, logit_bias={3: 100.0}).token == 3
+    assert chosen([1, 1], temperature=0.0, frequency_penalty=0.1).token == 2
+    assert chosen([1], temperature=0.0, frequency_penalty=0.04).token == 1
+    assert chosen([1], temperature=0.0, presence_penalty=0.2).token == 2
+    assert chosen([1, 2], temperature=0.0, repetition_penalty=4.0).token == 4
+    choice = chosen([1], top=2, temperature=0.0, presence_penalty=9.0)
+    assert choice.token == 2
+    assert choice.logprob == pytest.approx(float(LOGITS.log_softmax(-1)[2]))
+    assert [token for token, _ in choice.top] == [1, 2]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lighten.cpu.kernels import formats
 from lighten.engine import fused_loss
 from lighten.engine.fused_loss import cross_entropy_, plain
 from lighten.engine.loss import Objective
+from tests.kernels import each_kernel
 from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, one_step
 from tests.test_train_step import random_spec as spec
 
@@ -43,19 +43,13 @@ def test_gradients_are_those_of_autograd(scale: float, softcap: float) -> None:
     torch.testing.assert_close(logits.double(), gradients, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rounding"),
-    [
-        pytest.param(dtype, rounding, marks=pytest.mark.skipif(why is not None, reason=str(why)))
-        for dtype, rounding in ((torch.bfloat16, 2**-8), (torch.float32, 1e-5))
-        for why in [formats.obstacle(dtype)]
-    ],
-)
+@each_kernel
 @pytest.mark.parametrize("vocabulary", [300, 4099])
 @pytest.mark.parametrize(("scale", "softcap"), RULES)
 def test_the_processors_kernel_rounds_once(
-    scale: float, softcap: float, vocabulary: int, dtype: torch.dtype, rounding: float
+    scale: float, softcap: float, vocabulary: int, dtype: torch.dtype
 ) -> None:
+    rounding = {torch.bfloat16: 2**-8, torch.float32: 1e-5}[dtype]
     logits, labels = problem(vocabulary, dtype)
     nll, gradients = autograd(logits, labels, scale, softcap)
     kernel_nll = cross_entropy_(logits, labels, scale, softcap)

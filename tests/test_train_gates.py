@@ -12,16 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lighten.cpu import gates
-from lighten.cpu.kernels import formats
-
-each_format = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(dtype, marks=pytest.mark.skipif(why is not None, reason=str(why)))
-        for dtype in (torch.bfloat16, torch.float32)
-        for why in [formats.obstacle(dtype)]
-    ],
-)
+from tests.kernels import each_kernel
 
 
 def build_mlp(name: str) -> nn.Module:
@@ -39,7 +30,7 @@ def results(layer: nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
 
 
-@each_format
+@each_kernel
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_they_are_as_near_to_float64_as_transformers(name: str, dtype: torch.dtype) -> None:
     exact = build_mlp(name).to(dtype).double()
@@ -59,7 +50,7 @@ def test_they_are_as_near_to_float64_as_transformers(name: str, dtype: torch.dty
         assert quick_one <= allowed * plain
 
 
-@each_format
+@each_kernel
 def test_the_activations_are_exact(dtype: torch.dtype) -> None:
     """From far below to far above zero, value and gradients."""
     gate = torch.linspace(-100.0, 100.0, 4003).to(dtype)
@@ -80,7 +71,7 @@ def test_the_activations_are_exact(dtype: torch.dtype) -> None:
             torch.testing.assert_close(a.double(), b, rtol=rounding, atol=near)
 
 
-@each_format
+@each_kernel
 def test_two_inputs_are_kept(dtype: torch.dtype) -> None:
     layer = build_mlp("llama").to(dtype).requires_grad_(False)
     gates.quicken(nn.ModuleList([layer]))
@@ -105,7 +96,7 @@ def test_what_it_does_not_know_it_leaves_alone() -> None:
     assert gates.quicken(nn.Sequential(layer, nn.Linear(4, 4))) == 0
 
 
-@each_format
+@each_kernel
 def test_the_operations_say_what_they_return(dtype: torch.dtype) -> None:
     x, y = torch.randn(3, 20).to(dtype), torch.randn(3, 20).to(dtype)
     torch.library.opcheck(torch.ops.lighten.gated, (x, y, True))
