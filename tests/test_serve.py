@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -474,6 +475,23 @@ def test_chat_talks_to_a_server(server: Server) -> None:
     assert output.rstrip("\n").endswith(text(server, "two", QUESTIONS[0]).rstrip("\n"))
 
 
+def test_options_of_a_stream_that_ask_for_nothing_are_known(server: Server) -> None:
+    more = {"include_usage": None, "include_obfuscation": False, "continuous_usage_stats": None}
+    answer = server.http().post(
+        "/v1/chat/completions", json=_chat(stream=True, stream_options=more, max_tokens=2)
+    )
+    assert answer.status_code == 200, answer.text
+    assert '"usage"' not in answer.text.replace('"usage":null', "")
+
+
+def test_an_answer_is_as_long_as_there_is_room_for(server: Server) -> None:
+    """A conversation grows; the wish for a long answer must not end it."""
+    out = io.StringIO()
+    talk(server.url, lines=io.StringIO(f"{QUESTIONS[0]}\n"), out=out, max_new_tokens=100_000)
+    assert "more than" not in out.getvalue()
+    assert out.getvalue().strip()
+
+
 def test_the_page_asks_two_models(server: Server, browser: Any) -> None:
     page = browser.new_page()
     page.goto(server.url)
@@ -486,6 +504,15 @@ def test_the_page_asks_two_models(server: Server, browser: Any) -> None:
     page.wait_for_selector(".told >> nth=1", state="attached")
     shown = [element.text_content() for element in page.query_selector_all(".answer")]
     assert shown == [text(server, "one", QUESTIONS[0]), text(server, "two", QUESTIONS[0])]
+    # One question at a time, and an answer as long as there is room for.
+    page.fill("input[name=tokens]", "100000")
+    page.fill("textarea", QUESTIONS[1])
+    page.click("text=Ask")
+    assert page.is_disabled("text=Ask")
+    assert page.is_disabled("text=Forget")
+    page.wait_for_selector(".told >> nth=3", state="attached")
+    page.wait_for_function("!document.forms[0].elements.ask.disabled")
+    assert not page.query_selector_all(".error")
     page.close()
 
 
@@ -573,7 +600,10 @@ def test_a_crashed_engine_is_started_again(server: Server) -> None:
 
 
 def test_sigterm_lets_running_answers_finish(server: Server) -> None:
-    """The last test: it ends the module's server, with three answers under way."""
+    """The last test: it ends the module's server, with three answers under way.
+
+    Service managers signal all processes of a service, and Ctrl-C all of a terminal's group.
+    """
     began = threading.Barrier(4, timeout=60)
 
     def stream() -> list[str]:
@@ -589,6 +619,10 @@ def test_sigterm_lets_running_answers_finish(server: Server) -> None:
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(stream) for _ in range(3)]
         began.wait()
+        for child in psutil.Process(server.process.pid).children(recursive=True):
+            assert os.getpgid(child.pid) != os.getpgid(server.process.pid)
+            child.send_signal(signal.SIGTERM)
+            child.send_signal(signal.SIGINT)
         server.process.send_signal(signal.SIGTERM)
         for answer in running:
             assert "data: [DONE]" in answer.result(timeout=60)

@@ -206,8 +206,11 @@ def test_what_a_template_does_not_write_is_told(
 
 @pytest.mark.parametrize(
     ("more", "status"),
-    [({"load_inplace": True, "lora_int_id": None}, 200), ({"load_inplace": False}, 400)],
-)
+    [
+        ({"load_inplace": True, "lora_int_id": None}, 200), ({"load_inplace": False}, 400),
+        ({"lora_name": "unknown", "load_inplace": False}, 200), ({"load_inplace": "no"}, 400),
+    ],
+)  # fmt: skip
 def test_vllms_word_for_loading_anew_is_known(
     client: httpx.Client, more: dict[str, Any], status: int
 ) -> None:

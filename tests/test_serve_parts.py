@@ -265,6 +265,26 @@ def test_a_token_that_ends_a_character_and_begins_another_shows_the_first_at_the
         assert stream.rest() == rest
 
 
+def test_a_byte_that_is_invalid_after_a_whole_character_is_a_sign_for_what_is_none() -> None:
+    """Decoders of bytes take a run of them as one: the invalid one changes what was shown."""
+    pieces = ["a", *(f"<0x{byte:02X}>" for byte in "가나\n".encode()), "\u2581b"]
+    core = Tokenizer(WordLevel({piece: number for number, piece in enumerate(pieces)}, "a"))
+    core.decoder = Sequence([Replace("\u2581", " "), ByteFallback(), Fuse()])
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=core))
+    a, ga, na, line, b = [0], [1, 2, 3], [4, 5, 6], [7], [8]
+    for tokens, expected in (
+        (a + ga + ga[:1] + b + a, "a가\N{REPLACEMENT CHARACTER} ba"),
+        (ga + ga[:1] + b + na + b, "가\N{REPLACEMENT CHARACTER} b나 b"),
+        (line + ga[:1] + a + na, "\n\N{REPLACEMENT CHARACTER}a나"),
+        (ga + ga[1:2] + na + b, "가\N{REPLACEMENT CHARACTER}나 b"),
+        (ga + na[:2], "가"),  # an answer that its limit ends within a character
+        (ga + na + b, "가나 b"),
+    ):  # fmt: skip
+        stream = texts.stream(())
+        assert "".join(map(stream.text, tokens)) + stream.rest() == expected
+        assert "".join(texts.whole(tokens)[0]) == expected
+
+
 def test_a_completion_goes_on_with_the_space_that_a_text_would_not_begin_with() -> None:
     """Decoders as Llama 2's, Mistral's and Phi-3's leave out the first of what they are given."""
     core = Tokenizer(WordLevel({"\u2581is": 0, "\u2581a": 1, "<0xEA>": 2, "b": 3}, "b"))

@@ -104,6 +104,19 @@ def test_a_clients_key_loads_no_adapters_and_the_other_way_round(served: Served)
     assert models.status_code == 401
 
 
+@pytest.mark.parametrize("host", ["[::1]", "[::1]:8000", "localhost", "127.0.0.1:80"])
+def test_a_name_of_this_machine_is_answered_with_or_without_a_port(
+    served: Served, host: str
+) -> None:
+    _, client = served(hosts=frozenset({"localhost", "127.0.0.1", "::1"}))
+    right, wrong = answered(
+        client,
+        lambda http: http.get("/v1/models", headers={"Host": host}),
+        lambda http: http.get("/v1/models", headers={"Host": "[::2]"}),
+    )
+    assert (right.status_code, wrong.status_code) == (200, 421)
+
+
 def test_a_key_of_any_letters_opens(served: Served) -> None:
     _, client = served(api_keys=("비밀",))
     right, wrong = answered(

@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn")
 
 from lighten.errors import UserError
 from lighten.peft_config import CONFIG
-from lighten.serving.answering import Front
+from lighten.serving.answering import Front, Limits
 from lighten.serving.engine import Adapter
 from lighten.serving.front import application
 from lighten.serving.options import Options
@@ -157,3 +157,39 @@ def test_what_was_asked_is_let_go_of_with_its_answer(tiny_folder: Path, tmp_path
         assert run_async(held()) == []
     finally:
         gc.enable()
+
+
+def test_limits_hold_for_requests_of_one_moment_and_metrics_end_with_their_adapter(
+    tiny_folder: Path,
+) -> None:
+    options = Options(engine="lighten", storage="f32", slots=2, threads=1, context=64)
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 40, "ignore_eos": True}
+
+    async def asked() -> tuple[list[int], str]:
+        registry, engine = prepare(str(tiny_folder), options, lambda _: None)
+        front = Front(registry, engine, limits=Limits(waiting=1))
+        await engine.start(registry.adapters)
+        await front.warm_up()
+        registry.models["it"] = dataclasses.replace(registry.models[registry.name], name="it")
+        transport = httpx.ASGITransport(application(front))
+        async with httpx.AsyncClient(transport=transport, base_url="http://it") as http:
+
+            async def ask() -> int:
+                answer = await http.post("/v1/chat/completions", json={**body, "model": "it"})
+                return answer.status_code
+
+            answers = [asyncio.create_task(ask()) for _ in range(3)]
+            while not front.answering:
+                await asyncio.sleep(0)
+            registry.models.pop("it")  # as if it were unloaded
+            front.metrics.forget("it")
+            statuses = sorted(await asyncio.gather(*answers))
+            page = (await http.get("/metrics")).text
+        assert front.answering == 0
+        await engine.stop()
+        return statuses, page
+
+    statuses, page = run_async(asked())
+    assert statuses[0] == 200
+    assert statuses[1:] in ([429, 429], [404, 429], [404, 404])
+    assert 'model="it"' not in page

@@ -254,6 +254,8 @@ def test_llama_cpp_that_is_killed_comes_back_with_its_adapters(
         assert front.engine.facts()["restarts"] == 1
         after = {name: (await ask(name)).json()["choices"] for name in before}
         assert after == before
+        several = await asyncio.gather(*(ask("later") for _ in range(3)))  # one may wait
+        assert sorted(answer.status_code for answer in several) == [200, 429, 429]
 
     options = Options(
         adapters=[str(tmp_path / "adapters" / "first")], engine="llamacpp", served_name="base",

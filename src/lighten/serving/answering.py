@@ -148,6 +148,17 @@ class Answering:
         self._prompt_tokens = sum(len(each.prompt) for each in generations[::answers])
         self._began = time.perf_counter()
         self._first = True
+        self._reserved = 0
+
+    def reserve(self) -> None:
+        """Count these answers as under way, from the moment in which there was room for them."""
+        self._reserved = len(self._generations)
+        self._front.answering += self._reserved
+
+    def release(self) -> None:
+        """Count them no more; again does nothing."""
+        self._front.answering -= self._reserved
+        self._reserved = 0
 
     def usage(self, choices: Sequence[Choice]) -> Usage:
         """Tokens; a prompt that has several answers counts once."""
@@ -267,19 +278,25 @@ class Answering:
         if self._first:
             self._first = False
             took = time.perf_counter() - self._began
-            self._front.metrics.observe("time_to_first_token", took, model=self._model.name)
+            if self._is_served:
+                self._front.metrics.observe("time_to_first_token", took, model=self._model.name)
 
     def _tell_end(self) -> None:
         took = time.perf_counter() - self._began
-        self._front.metrics.observe("request", took, model=self._model.name)
+        if self._is_served:
+            self._front.metrics.observe("request", took, model=self._model.name)
+
+    @property
+    def _is_served(self) -> bool:
+        """Whether anything has the model's name still; what is not served is not counted."""
+        return self._model.name in self._front.registry.models
 
     @contextlib.asynccontextmanager
     async def _counted(self, choices: Sequence[Choice]) -> AsyncIterator[None]:
-        """Count answers under way and their tokens, those of clients that hang up among them.
+        """Count the tokens of answers, those of clients that hang up among them.
 
         An engine's errors are told as the client's or the server's.
         """
-        self._front.answering += len(self._generations)
         try:
             yield
         except Exception as error:
@@ -289,9 +306,10 @@ class Answering:
             finally:
                 del refused  # an error that its own frame holds keeps all of the request
         finally:
-            self._front.answering -= len(self._generations)
+            self.release()
             generated = sum(choice.tokens for choice in choices)
-            if generated or any(choice.finish for choice in choices):  # a prompt may be read alone
+            # A prompt may be read alone.
+            if self._is_served and (generated or any(choice.finish for choice in choices)):
                 metrics, name = self._front.metrics, self._model.name
                 metrics.count("prompt_tokens", self._prompt_tokens, model=name)
                 metrics.count("generated_tokens", generated, model=name)
@@ -301,7 +319,8 @@ class Answering:
         if isinstance(error, EngineRefused):
             return Refused(400, str(error), _refused_field(str(error)))
         if isinstance(error, EngineFailed):
-            self._front.metrics.count("engine_failures", model=self._model.name)
+            if self._is_served:
+                self._front.metrics.count("engine_failures", model=self._model.name)
             return Refused(503, f"the engine failed: {error}")
         return error
 

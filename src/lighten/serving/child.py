@@ -1,13 +1,15 @@
 """The process that llama.cpp's server lives in: a crash there is no crash of the front.
 
 Reads its settings from the first line of standard input, listens at its Unix socket, and ends when
-standard input does: it never outlives the front.
+standard input does: it never outlives the front. Signals are for the front alone, which finishes
+answers first; one to all processes of a service (systemd's) comes here, too.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from typing import Any
@@ -49,6 +51,8 @@ def parameters(settings: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Serve until standard input ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     import xllamacpp
 
     settings = json.loads(sys.stdin.readline())

@@ -130,13 +130,19 @@ def _path_of(request: Request) -> str:
     return "/v1/models" if path.startswith("/v1/models") else str(path)
 
 
+def _name_of_host(header: str) -> str:
+    """A `Host` header without its port; the address of IPv6 stands in brackets."""
+    name = header.partition("]")[0] if header.startswith("[") else header.rsplit(":", 1)[0]
+    return name.strip("[]").lower()
+
+
 def _check(request: Request, front: Front, call: _Call) -> None:
     """Host, key and kind of body.
 
     A page of another origin can send a browser's user here: it cannot send JSON without being
     asked for leave, which is never given, nor pass as another host.
     """
-    host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]").lower()
+    host = _name_of_host(request.headers.get("host", ""))
     if front.hosts is not None and host not in front.hosts:
         raise Refused(421, "this server answers to requests for this machine alone; see "
                       "--host and --api-key to serve others")  # fmt: skip
@@ -261,7 +267,15 @@ async def _model(request: Request, front: Front) -> Reply:
 
 
 async def _load(request: Request, front: Front) -> Reply:
-    name, path = _text_fields(await _body(request, front), "lora_name", "lora_path")
+    body = await _body(request, front)
+    # vLLM's: a name that is loaded already is loaded anew here, unless a client forbids it.
+    inplace = body.pop("load_inplace", None) if isinstance(body, dict) else None
+    name, path = _text_fields(body, "lora_name", "lora_path")
+    if inplace is not None and not isinstance(inplace, bool):
+        raise Refused(400, "load_inplace must be true or false", "load_inplace")
+    if inplace is False and name in front.registry.models:
+        raise Refused(400, f"{name} is loaded already; load_inplace: true loads it anew",
+                      "load_inplace")  # fmt: skip
     return Reply({"message": await front.registry.load(name, path, front.engine)})
 
 
@@ -277,8 +291,6 @@ def _text_fields(body: Any, *names: str) -> list[str]:
         if not isinstance(body, dict) or not isinstance(body.get(name), str) or not body[name]:
             raise Refused(400, f"{name} is missing", name)
     given = {key for key, value in body.items() if value is not None}
-    if body.get("load_inplace") is True:  # vLLM's; a name that is loaded already always is
-        given.remove("load_inplace")
     if extra := sorted(given - {*names}):
         raise Refused(400, f"{extra[0]} is not applied by this server; leave it out", extra[0])
     return [body[name] for name in names]
@@ -407,14 +419,19 @@ async def _answer(
         opened = bool(OPENED.search(model.asking.tokenizer.decode(prompts[0][-_END:])))
         calls = functools.partial(tools.reader, thinking=opened)
     run = Answering(front, model, generations, parsed.stops, parsed.answers, calls)
-    if parsed.stream:
-        options = parsed.stream_options
-        events = run.events(form, usage=options is not None and options.include_usage)
-        # Errors before the first token are answered as such; after it the status is sent.
-        first = await unless_disconnected(request, anext(events))
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return Reply(chained(first, events), 200, "text/event-stream", headers)
-    choices = await unless_disconnected(request, run.collect())
+    run.reserve()  # before anything is waited for, in which another request could take the room
+    try:
+        if parsed.stream:
+            options = parsed.stream_options
+            events = run.events(form, usage=options is not None and bool(options.include_usage))
+            # Errors before the first token are answered as such; after it the status is sent.
+            first = await unless_disconnected(request, anext(events))
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return Reply(chained(first, events), 200, "text/event-stream", headers)
+        choices = await unless_disconnected(request, run.collect())
+    except BaseException:
+        run.release()
+        raise
     return Reply(form.full_body(choices, run.usage(choices)))
 
 

@@ -19,11 +19,15 @@ class ServerError(Exception):
 
     Attributes:
         status: Of HTTP; 0 where it did not answer at all.
+        code: What OpenAI's servers call it.
+        param: The field that it is about.
     """
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.code, self.param = status, code, param
 
 
 @dataclass
@@ -177,12 +181,15 @@ class Remote:
         if response.status != 200:
             with self._telling(), response:
                 error_body = response.read()
-            raise ServerError(response.status, _message(error_body))
+            raise _error(response.status, error_body)
         return response
 
 
-def _message(body: bytes) -> str:
+def _error(status: int, body: bytes) -> ServerError:
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")[:500]
+        error = json.loads(body)["error"]
+        return ServerError(
+            status, str(error["message"]), code=error.get("code"), param=error.get("param")
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ServerError(status, body.decode(errors="replace")[:500])

@@ -93,7 +93,10 @@ class ResponseFormat(BaseModel):
 
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    include_usage: StrictBool = False
+    include_usage: StrictBool | None = None
+    # OpenAI's padding against eavesdroppers and vLLM's usage in each event: neither is made here.
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 # A whole number is one too; true and "0.5" are none, though pydantic would take them.

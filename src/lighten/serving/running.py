@@ -22,7 +22,7 @@ from lighten.serving.options import Options, context_of, is_loopback, require_va
 from lighten.serving.registry import Registry
 from lighten.wording import counted
 
-_GRACE_S = 25  # running answers have so long after SIGTERM; the process ends within 30 s
+_GRACE_S = 25  # running answers have so long after SIGTERM, the engine its few seconds after them
 
 
 def serve(base: str, options: Options, log: Callable[[str], None]) -> None:

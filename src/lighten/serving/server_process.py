@@ -105,6 +105,7 @@ class ServerProcess:
             self._child = await asyncio.create_subprocess_exec(
                 *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT, env=environment,
+                start_new_session=True,  # Ctrl-C is the front's: answers under way are finished
             )  # fmt: skip
             self._reading = asyncio.create_task(self._keep_log(self._child.stdout))
             assert self._child.stdin is not None

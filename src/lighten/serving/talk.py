@@ -9,6 +9,8 @@ from lighten.dialogue import converse
 from lighten.errors import UserError
 from lighten.serving.remote import Remote, ServerError, Streamed
 
+_LONGEST_ANSWER = "max_completion_tokens"
+
 
 class _Models:
     """A server's models, and the words said so far."""
@@ -44,9 +46,19 @@ class _Models:
         start = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*start, *self._messages, {"role": "user", "content": question}]
         try:
-            yield from self._remote.stream(name, messages, Streamed(), **self._options)
+            yield from self._streamed(name, messages)
         except ServerError as error:
             raise UserError(str(error)) from error
+
+    def _streamed(self, name: str, messages: list[dict[str, str]]) -> Iterator[str]:
+        """An answer of as many tokens as are wanted, or as there is room for."""
+        try:
+            yield from self._remote.stream(name, messages, Streamed(), **self._options)
+        except ServerError as error:  # told before its first part
+            if (error.code, error.param) != ("context_length_exceeded", _LONGEST_ANSWER):
+                raise
+            fewer = {key: value for key, value in self._options.items() if key != _LONGEST_ANSWER}
+            yield from self._remote.stream(name, messages, Streamed(), **fewer)
 
     def remember(self, question: str, answer: str) -> None:
         """Send them along from now on."""
@@ -87,6 +99,6 @@ def talk(
     Raises:
         UserError: The server does not answer, or has no such model.
     """
-    options = {"max_completion_tokens": max_new_tokens, "temperature": temperature}
+    options = {_LONGEST_ANSWER: max_new_tokens, "temperature": temperature}
     models = _Models(Remote(url, key), system, options)
     converse(models, model=adapter, compare=compare, lines=lines, out=out)

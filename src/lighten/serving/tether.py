@@ -3,7 +3,8 @@
     python -m lighten.serving.tether COMMAND [ARGUMENT ...]
 
 The command has a process group of its own, which is ended as a whole. If this process is killed, so
-that it cannot do that, the system ends the command itself (Linux).
+that it cannot do that, the system ends the command itself (Linux). SIGINT and SIGTERM change
+nothing here: the parent decides when it ends.
 """
 
 from __future__ import annotations
@@ -18,19 +19,24 @@ import threading
 
 _GRACE_S = 20.0
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_PARENTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> int:
     """Run the command; its exit code."""
     system = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-    def end_if_this_is_killed() -> None:
-        if system is not None:
+    def prepare_command() -> None:
+        for number in _PARENTS:
+            signal.signal(number, signal.SIG_DFL)  # what is ignored stays so in a command
+        if system is not None:  # ended if this is killed
             system.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
+    for number in _PARENTS:
+        signal.signal(number, signal.SIG_IGN)
     child = subprocess.Popen(
         sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True,
-        preexec_fn=end_if_this_is_killed,
+        preexec_fn=prepare_command,
     )  # fmt: skip
 
     def end_with_parent() -> None:

@@ -116,12 +116,32 @@ class Stream:
         """What one more token adds; nothing while a character is not whole."""
         if token in self._hidden:
             return ""
-        text = self._decoder.step(self._core, token)
+        try:
+            text = self._decoder.step(self._core, token)
+        except Exception as error:  # tokenizers has no class of its own for it
+            if "Invalid prefix" not in str(error):
+                raise
+            text = self._past_invalid_bytes(token)
         if text is None:
             self._held.append(token)
             return ""
         self._held.clear()
         return text
+
+    def _past_invalid_bytes(self, token: int) -> str:
+        """What was held and one more token, where an invalid byte stands among them.
+
+        A tokenizer that writes characters as bytes decodes a run of them as one: an invalid one
+        makes characters before it, which are given out already, signs for what is none.
+        """
+        self._decoder = DecodeStream(skip_special_tokens=False)
+        self._decoder.step(self._core, token)
+        return self._decoded([*self._held, token])
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        """Text of the bytes that tokens write, but for the beginning of a character at the end."""
+        data = b"".join(self._texts.bytes_of(token) for token in tokens)
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
     def rest(self) -> str:
         """What was held back at the end of an answer, but for the beginning of a character.
@@ -131,8 +151,7 @@ class Stream:
         held, self._held = self._held, []
         if not str(self._core.decode(held, False)).endswith("\N{REPLACEMENT CHARACTER}"):
             return ""  # tokens that write nothing
-        data = b"".join(self._texts.bytes_of(token) for token in held)
-        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+        return self._decoded(held)
 
 
 def _whole_end(prompt: Sequence[int], core: Any) -> Sequence[int]:
