@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -356,11 +358,26 @@ def test_ranks_may_see_one_gpu_each_where_slurm_shows_no_other(
 
     # Two tasks of a node with one GPU are shown the same one.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    ranks._require_gpus(task(2), gpus=1)
-    ranks._require_gpus(Launch("torchrun", 1, 2, 1, 2), gpus=2)
-    for shared in (task(1), Launch("torchrun", 1, 2, 1, 2)):
+    ranks._require_gpus(task(2), "cuda:0", gpus=1)
+    both = Launch("torchrun", 1, 2, 1, 2)
+    ranks._require_gpus(both, "cuda", gpus=2)
+    for shared in (task(1), both):
         with pytest.raises(UserError, match=r"2 ranks .* a machine with 1 GPU;"):
-            ranks._require_gpus(shared, gpus=1)
+            ranks._require_gpus(shared, "cuda", gpus=1)
+    with pytest.raises(UserError, match="LIGHTEN_DEVICE=cuda:1 is one GPU for 2 ranks"):
+        ranks._require_gpus(both, "cuda:1", gpus=2)
+
+
+def test_a_run_after_one_on_another_device_computes_where_it_is_told() -> None:
+    """In a notebook: accelerate keeps the first run's device for as long as the process lives."""
+    try:
+        before = ranks.connect(Launch(), "cpu", "")
+        assert ranks.connect(Launch(), "cpu", "").device == before.device
+        for state in (PartialState._shared_state, AcceleratorState._shared_state):
+            state |= {"device": torch.device("cuda", 0), "_cpu": False}
+        assert ranks.connect(Launch(), "cpu", "").device.type == "cpu"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_ranks_own_lack_of_memory_is_no_lost_peer() -> None:

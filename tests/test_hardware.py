@@ -108,9 +108,11 @@ def test_a_device_that_is_not_there_is_told(
 def test_the_named_gpu_is_trained_on_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     from lighten.machine import devices
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests on the processor
     last_index = torch.cuda.device_count() - 1
     monkeypatch.setenv("LIGHTEN_DEVICE", f"cuda:{last_index}")
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lighten.adapters import ops
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
@@ -42,6 +43,17 @@ class Onlooker:
         self.diverged_names.append(name)
 
 
+@pytest.fixture(params=[False, True], ids=["apart", "one product"])
+def together(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """As on a processor; and as on a GPU, where rows of all adapters are one product."""
+    if request.param:
+        monkeypatch.setattr(ops, "launches_cost", lambda _: True)
+        settings["tokens_per_microbatch"] = None
+
+
+@pytest.mark.usefixtures("together")
 def test_in_float16_an_adapter_that_diverges_leaves_and_the_others_finish(
     settings: dict[str, Any],
 ) -> None:
@@ -60,6 +72,7 @@ def test_in_float16_an_adapter_that_diverges_leaves_and_the_others_finish(
     assert {saved["scale"] for name, saved in state.scaler.items() if name != diverged} == {2.0**16}
 
 
+@pytest.mark.usefixtures("together")
 def test_weights_that_are_infinite_at_a_checkpoint_take_out_their_adapter_alone(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -82,6 +95,7 @@ def test_weights_that_are_infinite_at_a_checkpoint_take_out_their_adapter_alone(
         train(settings, lora_r=2, learning_rate=1e39, output_dir=str(tmp_path / "lost"))
 
 
+@pytest.mark.usefixtures("together")
 def test_an_adapter_that_is_no_number_is_never_the_best_nor_measured_once_it_left(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -95,3 +109,16 @@ def test_an_adapter_that_is_no_number_is_never_the_best_nor_measured_once_it_lef
     run = train(settings, output_dir=str(tmp_path / "again"))
     evaluations = [m for m in run.metrics() if m["kind"] == "eval"]
     assert [m["step"] for m in evaluations if m["adapter"] == bad["name"]] == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_on_a_gpu_an_adapter_that_diverges_leaves_and_the_others_finish(
+    settings: dict[str, Any], dtype: str
+) -> None:
+    pruner = Onlooker()
+    settings |= {"dtype": dtype, "lora_r": [2, 2, 2], "learning_rate": [1e-3, 1e30, 2e-3],
+                 "lora_dropout": 0.0, "max_steps": 5, "eval_steps": 5}  # fmt: skip
+    run = train_verb(Recipe.from_values(settings), progress=False, pruner=pruner)
+    steps = [adapter["steps"] for adapter in run.info()["adapters"]]
+    assert (steps[0], steps[2], len(pruner.diverged_names)) == (5, 5, 1)

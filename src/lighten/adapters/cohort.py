@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lighten.adapters import fake_quant
+from lighten.adapters import fake_quant, ops
 from lighten.adapters.frozen import make_dense
 from lighten.adapters.layers import CohortCopies, CohortLinear, Route, Routing, Share, Siblings
 from lighten.adapters.spec import AdapterSpec
@@ -40,6 +40,7 @@ class Cohort(Trained):
         self.routing = Routing.new()
         self.linears: dict[str, CohortLinear] = {}
         self.copies: dict[str, CohortCopies] = {}
+        self._apart = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -166,9 +167,25 @@ class Cohort(Trained):
         """
         assert shares[0].start == 0
         assert all(a.stop == b.start for a, b in pairwise(shares))
-        route = Route(tuple(shares), starts=None if starts is None else tuple(starts))
+        packed = None if starts is None else tuple(starts)
+        route = Route(tuple(shares), starts=packed, merges=not self._apart)
         with self.routing.following(route):
             yield self.model
+
+    @property
+    def shares_products(self) -> bool:
+        """Whether several adapters are one product on this device; see `ops.MERGED_RANKS`."""
+        factors = (A for linear in self.linears.values() for A in linear.lora_A.values())
+        return not self._apart and any(map(ops.launches_cost, factors))
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Each adapter's products are its own."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
 
     def contents(
         self, name: str, *, base_model: str | None = None, revision: str | None = None

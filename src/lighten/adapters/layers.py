@@ -24,7 +24,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lighten.adapters.fake_quant import FakeQuantLinear
 from lighten.adapters.frozen import dense_copy, formats, out_in_features
-from lighten.adapters.ops import Dropout, Part, lone_linears, low_rank_linears, row_hashes
+from lighten.adapters.ops import (
+    Dropout,
+    Part,
+    lone_linears,
+    low_rank_linears,
+    mixed_seed,
+    row_hashes,
+)
 from lighten.adapters.spec import AdapterSpec
 from lighten.adapters.targets import input_name
 from lighten.errors import UserError
@@ -55,12 +62,14 @@ class Route:
         shares: The adapters' runs of rows, in order; rows behind the last take the base alone.
         everyone: Without shares, the one adapter that every row takes, or None.
         starts: In a packed batch [1, N], where each row begins, and N at the end.
+        merges: Whether adapters may share products; see `ops.MERGED_RANKS`.
         row_hashes: Of the shares, as far as layers have asked: the same for all layers.
     """
 
     shares: tuple[Share, ...] = ()
     everyone: str | None = None
     starts: tuple[int, ...] | None = None
+    merges: bool = True
     row_hashes: dict[tuple[Any, ...], Tensor] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -262,7 +271,7 @@ class CohortLinear(nn.Module):
         key = spec.seed, share.dropout_keys, widths
         hashes = self.route.row_hashes
         if key not in hashes:
-            seeds = [_mix(spec.seed, number) for number in share.dropout_keys]
+            seeds = [mixed_seed(spec.seed, number) for number in share.dropout_keys]
             hashes[key] = row_hashes(seeds, widths, device)
         return Dropout(spec.dropout, hashes[key], self._salt)
 
@@ -299,7 +308,8 @@ def joint_outputs(layers: Sequence[CohortLinear], x: Tensor) -> tuple[Tensor, ..
         for adapter, part in layer.parts(x, place):
             parts.append(part)
             factors += [layer.lora_A[adapter], layer.lora_B[adapter]]
-    return low_rank_linears(x, [layer.base for layer in layers], parts, factors)
+    merge = layers[0].route.merges
+    return low_rank_linears(x, [layer.base for layer in layers], parts, factors, merge=merge)
 
 
 def _fake_quantised(layer: CohortLinear, x: Tensor) -> Tensor:
@@ -408,8 +418,7 @@ class CohortCopies(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's weight, for code that looks at a layer's format or device."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight
+        return self.base.weight  # type: ignore[return-value]
 
     def add(self, name: str) -> None:
         """Add a trainable copy, equal to the base's module at the start, dense if that is not."""
@@ -469,12 +478,3 @@ def _orthogonal(
     A = torch.randn(features, rank // 2, generator=generator) @ basis[0::2] / 10.0
     B = torch.randn(out, rank // 2, generator=generator) @ basis[1::2] / 10.0
     return A.T.contiguous(), B
-
-
-def _mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers (FNV-1a over their 64-bit words)."""
-    state = 0xCBF29CE484222325
-    for number in numbers:
-        state = ((state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 29
-    return state >> 1

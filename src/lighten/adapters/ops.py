@@ -26,7 +26,8 @@ from lighten.cpu import dropout
 from lighten.cpu.products import add_linear, linear, linear_into, opaque, shaped
 
 # On a GPU a product costs its launch: up to this many ranks side by side, the parts of several
-# adapters become one product over all rows in which a row's foreign ranks are zeroed.
+# adapters become one product over all rows in which a row's foreign ranks are zeroed. Zero times
+# what is not finite is not zero: whoever finds such gradients forms them again with `merge` off.
 MERGED_RANKS = 256
 
 
@@ -46,6 +47,15 @@ def _mix32_(x: Tensor) -> Tensor:
     torch.bitwise_right_shift(x, 16, out=shifted)
     x ^= shifted.bitwise_and_(0xFFFF)
     return x
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers (FNV-1a over their 64-bit words)."""
+    state = 0xCBF29CE484222325
+    for number in numbers:
+        state = ((state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 29
+    return state >> 1
 
 
 def row_hashes(
@@ -259,11 +269,14 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bases: Sequence[nn.Module], parts: Sequence[Part], *factors: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, x: Tensor, bases: Sequence[nn.Module], parts: Sequence[Part], merge: bool,
+        *factors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
         outs = [product(base, flat) for base in bases]
-        blocks = _blocks(parts, [A.shape[0] for A in factors[::2]], merge=launches_cost(x))
+        blocks = _blocks(
+            parts, [A.shape[0] for A in factors[::2]], merge=merge and launches_cost(x)
+        )
         lows = []
         for block in blocks:
             rows = _dropped(flat[block.start : block.stop], block.parts[0])
@@ -314,7 +327,7 @@ class _LowRankLinears(torch.autograd.Function):
             else:
                 drop.add_to_(grad_x[span], gradients @ A)
         grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return (grad_x, None, None, *factor_gradients)
+        return (grad_x, None, None, None, *factor_gradients)
 
 
 # From `addmm_` a compiler makes `addmm`, which copies what is added to: two of three times as much
@@ -437,13 +450,22 @@ def _dropped(rows: Tensor, part: Part) -> Tensor:
 
 
 def low_rank_linears(
-    x: Tensor, bases: Sequence[nn.Module], parts: Sequence[Part], factors: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+    x: Tensor, bases: Sequence[nn.Module], parts: Sequence[Part], factors: Sequence[Tensor],
+    *, merge: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Frozen layers that read the same x, plus the low-rank updates of the adapters, fused.
 
     Args, shapes and values are those of `reference`.
+
+    Args:
+        x: [..., I].
+        bases: The frozen layers that read x.
+        parts: What the adapters add.
+        factors: A and B of each part, in turn.
+        merge: Let adapters share products where launches cost; False: what is not finite in one
+            of them stays its own.
     """
     if not parts:
         return tuple(base(x) for base in bases)
-    out: tuple[Tensor, ...] = _LowRankLinears.apply(x, bases, parts, *factors)
+    out: tuple[Tensor, ...] = _LowRankLinears.apply(x, bases, parts, merge, *factors)
     return out

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from lighten.adapters import dense_view, virtual_tokens
 from lighten.adapters.cohort import Cohort
 from lighten.adapters.frozen import formats
-from lighten.adapters.layers import Share, _mix
+from lighten.adapters.layers import Share
+from lighten.adapters.ops import mixed_seed
 from lighten.adapters.peft_methods import configured
 from lighten.adapters.peft_starts import Starts
 from lighten.adapters.spec import OWN_INITS, AdapterSpec
@@ -235,7 +236,7 @@ class PeftBacked(Cohort):
                 if not learns:
                     yield self.model
                 else:
-                    with _seeded(self.model, _mix(self.specs[str(name)].seed, *keys)):
+                    with _seeded(self.model, mixed_seed(self.specs[str(name)].seed, *keys)):
                         yield self.model
             finally:
                 self._drop(was_learning)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +52,16 @@ class Trained(ABC):
     def no_workers(self) -> str | None:
         """Why threads cannot each train on a micro-batch of their own, or None."""
         return "micro-batches train side by side for low-rank adapters alone"
+
+    @property
+    def shares_products(self) -> bool:
+        """Whether what is not finite under one name can reach others in a step."""
+        return False
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """It cannot, until the end of the block."""
+        yield
 
     @property
     @abstractmethod

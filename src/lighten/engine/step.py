@@ -122,6 +122,14 @@ def train_step(
     for adapter in adapters:
         scaler.unscale(adapter)
         report[adapter.name].grad_norm = adapter.gradient_norm()
+    if update and len(adapters) > 1 and objective.cohort.shares_products and not _is_finite(report):
+        # Of one adapter, perhaps: in products that all share it has reached the others.
+        for adapter in adapters:
+            adapter.optimizer.zero_grad(set_to_none=True)
+        with objective.cohort.apart():
+            return train_step(
+                batches, adapters, objective, accelerator, scaler, workers, strategy, idle
+            )
     if update:
         _require_finite(adapters, report, scaler)
     for adapter in adapters:
@@ -199,6 +207,11 @@ def _over_ranks(values: Tensor, accelerator: Accelerator) -> Tensor:
     if accelerator.num_processes == 1:
         return values
     return ranks.total(accelerator, values.to(accelerator.device)).cpu()
+
+
+def _is_finite(report: Mapping[str, AdapterStep]) -> bool:
+    figures = (figure for step in report.values() for figure in (step.loss, step.grad_norm))
+    return all(map(math.isfinite, figures))
 
 
 def _require_finite(

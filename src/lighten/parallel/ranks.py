@@ -57,14 +57,12 @@ def connect(
         PeerLost: A rank has ended meanwhile.
     """
     if device != "cpu" and launch.world_size > 1:
-        _require_gpus(launch, torch.cuda.device_count())
+        _require_gpus(launch, device, torch.cuda.device_count())
     if device != "cpu" and not check_cuda_p2p_ib_support():
         # Two RTX 40 under an old driver: accelerate refuses them unless NCCL is told.
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
-    met_before = PartialState._shared_state.get("num_processes", 1) > 1
-    if met_before and not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)  # the run before has ended
+    _forget_run_before(torch.device(device))
     backend = _BOTH if offloads and device != "cpu" and launch.world_size > 1 else None
     meeting = InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)
     threads = torch.get_num_threads()
@@ -110,6 +108,18 @@ def connect(
     return accelerator
 
 
+def _forget_run_before(device: torch.device) -> None:
+    """Drop what accelerate keeps of a run that has ended in this process, where it no longer holds.
+
+    It would refuse another device, or take the former one without a word.
+    """
+    state = PartialState._shared_state
+    if not state or torch.distributed.is_initialized():
+        return
+    if state.get("num_processes", 1) > 1 or state["device"].type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def _meet_oneself() -> None:
     """A group of this process alone; nothing is sent."""
     if torch.distributed.is_initialized():
@@ -140,14 +150,20 @@ def _meet_again(launch: Launch, backend: str) -> None:
     )  # fmt: skip
 
 
-def _require_gpus(launch: Launch, gpus: int) -> None:
+def _require_gpus(launch: Launch, device: str, gpus: int) -> None:
     """Every rank of this machine has a GPU of its own.
 
     Raises:
-        UserError: There are too few.
+        UserError: There are too few, or all ranks were told the same one.
     """
     if not gpus:
         raise UserError("PyTorch sees no GPU on this machine; use: lighten train --processes N")
+    named = torch.device(device)
+    if named.index is not None and launch.local_world_size > 1 and not launch.own_gpu:
+        raise UserError(
+            f"LIGHTEN_DEVICE={named} is one GPU for {launch.local_world_size} ranks of this "
+            "machine; set LIGHTEN_DEVICE=cuda, and CUDA_VISIBLE_DEVICES to the GPUs to use"
+        )
     if launch.local_world_size > gpus and not launch.own_gpu:
         raise UserError(
             f"{launch.local_world_size} ranks were started on a machine with "

@@ -32,6 +32,8 @@ class CudaSlots:
         size = max(layer.bytes for layer in layers)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._stream = torch.cuda.Stream(device)
+        for slot in self._slots:
+            slot.record_stream(self._stream)  # a copy may be under way when they are let go of
         self._filled = [torch.cuda.Event() for _ in range(SLOTS)]
         self._released = [torch.cuda.Event() for _ in range(SLOTS)]
         self._pinned: list[list[Tensor]] = []
@@ -49,6 +51,9 @@ class CudaSlots:
 
     def fill(self, place: int, layer: int) -> None:
         """Begin the copy; in the reading thread."""
+        # A thread begins with the first GPU, to which the block below would return: it may be
+        # full, or not to be used.
+        torch.cuda.set_device(self._stream.device)
         if self._pinned:
             blocks = self._pinned[layer]
         else:
