@@ -16,12 +16,13 @@ import pytest
 import lighten.api
 from lighten.cli.serve import _flags
 from lighten.errors import UserError
-from lighten.serving.load import Load, run
+from lighten.serving.load import Load, run, series
 from lighten.serving.remote import Remote, ServerError, Streamed
 from lighten.serving.talk import talk
 
 EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": "begun"}}]}\n\n'
 MODELS = {"data": [{"id": "it"}]}
+ADAPTERS = {"data": [{"id": "it"}, {"id": "one", "parent": "it"}, {"id": "two", "parent": "it"}]}
 
 
 @contextmanager
@@ -52,6 +53,13 @@ def answering(answer: Callable[[bytes, Any], bytes]) -> Iterator[str]:
 
 def whole(body: Any) -> bytes:
     text = json.dumps(body).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
+
+
+def streamed(parts: int = 1, **usage: int) -> bytes:
+    """A stream of so many parts, with its counts where there are some."""
+    end = b"data: %b\n\n" % json.dumps({"choices": [], "usage": usage}).encode() if usage else b""
+    text = EVENT * parts + end + b"data: [DONE]\n\n"
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
 
 
@@ -129,9 +137,7 @@ def test_a_server_that_drops_log_probabilities_fails_that_check(tmp_path: Path) 
         if path == b"/v1/models":
             return whole(MODELS)
         if body.get("stream"):
-            end = b'data: {"choices": [], "usage": {"completion_tokens": 1, "prompt_tokens": 1}}'
-            text = EVENT + end + b"\n\ndata: [DONE]\n\n"
-            return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
+            return streamed(completion_tokens=1, prompt_tokens=1)
         message = {"role": "assistant", "content": "the same"}
         return whole({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
                       "usage": {"prompt_tokens": 1, "completion_tokens": 2}})  # fmt: skip
@@ -143,6 +149,26 @@ def test_a_server_that_drops_log_probabilities_fails_that_check(tmp_path: Path) 
     passed = {check["name"]: check["passed"] for check in result["checks"]}
     assert not passed["logprobs"]
     assert result["identity"]["same"] == 2
+
+
+def test_no_prompt_of_a_load_begins_as_one_before() -> None:
+    """A server's cache of prompts would answer the later ones; their words stay the same."""
+    prompts: list[str] = []
+
+    def listening(path: bytes, body: Any) -> bytes:
+        if path == b"/v1/models":
+            return whole(ADAPTERS)
+        prompts.append(body["messages"][0]["content"])
+        return streamed(completion_tokens=1, prompt_tokens=1)
+
+    loads, load = 4, Load(requests=3, clients=1, prompt_words=4, max_tokens=1)
+    with answering(listening) as url:
+        for _ in range(2):
+            assert len(series(Remote(url), load)) == loads
+    sent = [prompt for prompt in prompts if ": " in prompt]
+    assert len({prompt[:8] for prompt in sent}) == 2 * loads
+    assert len({prompt.split(": ")[0] for prompt in sent}) == len(sent) == 2 * loads * 3
+    assert len({prompt.split(": ")[1] for prompt in sent}) == 3
 
 
 def test_a_server_without_models_is_told() -> None:

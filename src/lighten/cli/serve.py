@@ -95,7 +95,7 @@ def bench_serve(
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
     popularity: Annotated[str, typer.Option(help="Of adapters: one, uniform, zipf.")] = "uniform",
     identity_requests: Annotated[int, typer.Option(help="Answers compared with those alone.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of prompts, arrivals and adapters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of prompts' words, arrivals and adapters.")] = 0,
     api_key: Annotated[str | None, typer.Option(help="Better in LIGHTEN_API_KEY.")] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Where bench-serve.json and .svg go.")

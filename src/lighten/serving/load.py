@@ -6,6 +6,7 @@ import itertools
 import math
 import queue
 import random
+import secrets
 import threading
 import time
 from collections import Counter
@@ -33,7 +34,8 @@ class Load:
         prompt_words: Words of a prompt.
         max_tokens: Tokens of an answer.
         popularity: Which adapter a request names: always the first, all alike, or Zipf's law.
-        seed: Of prompts, arrivals and adapters.
+        seed: Of the prompts' words, arrivals and adapters; what a prompt begins with is new in each
+            load, so that no cache of prompts answers it.
     """
 
     requests: int = 64
@@ -169,11 +171,12 @@ def series(
 def _requests(models: Sequence[str], load: Load, rng: random.Random) -> Any:
     weights = [1.0 / rank if load.popularity == "zipf" else 1.0
                for rank in range(1, len(models) + 1)]  # fmt: skip
+    # Servers keep prompts by how they begin: no load, and no second run, begins as one before.
+    beginning = secrets.token_hex(4)
     for number in range(load.requests):
         chosen = models[0] if load.popularity == "one" else rng.choices(models, weights)[0]
-        # The number keeps a server from answering out of its prompt cache.
         words = " ".join(rng.choices(_WORDS, k=load.prompt_words))
-        yield chosen, f"{number}: {words}"
+        yield chosen, f"{beginning}.{number}: {words}"
 
 
 def _ask(remote: Remote, model: str, question: str, max_tokens: int) -> Streamed | str:
