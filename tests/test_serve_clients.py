@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,6 +170,41 @@ def test_no_prompt_of_a_load_begins_as_one_before() -> None:
     assert len({prompt[:8] for prompt in sent}) == 2 * loads
     assert len({prompt.split(": ")[0] for prompt in sent}) == len(sent) == 2 * loads * 3
     assert len({prompt.split(": ")[1] for prompt in sent}) == 3
+
+
+def immediate(_: bytes, body: Any) -> bytes:
+    """Its models, and answers of one token at once."""
+    return whole(ADAPTERS) if body is None else streamed(completion_tokens=1, prompt_tokens=1)
+
+
+def test_a_rate_is_reached_though_every_sleep_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(max(seconds, 0.05)))
+    load = Load(requests=40, rate=100, prompt_words=1, max_tokens=1)
+    with answering(immediate) as url:
+        outcome = run(Remote(url), "base", ["it"], load)
+    assert outcome.answered == 40
+    assert outcome.seconds < 1.2  # one after another they take 2
+    assert outcome.sent_per_s is not None
+    assert 35 < outcome.sent_per_s < 101
+
+
+def test_the_first_text_of_a_request_that_waits_for_another_counts_its_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where it waits here, because so many are under way that no client is left for it."""
+
+    def slow(*_: Any) -> bytes:
+        time.sleep(0.1)
+        return streamed(completion_tokens=1, prompt_tokens=1)
+
+    monkeypatch.setattr("lighten.serving.load._MOST_UNDER_WAY", 1)
+    load = Load(requests=5, rate=1000, prompt_words=1, max_tokens=1)
+    with answering(slow) as url:
+        outcome = run(Remote(url), "base", ["it"], load)
+    assert outcome.first_token_s["p99"] > 0.45
+    assert outcome.sent_per_s is not None
+    assert outcome.sent_per_s < 11
 
 
 def test_a_server_without_models_is_told() -> None:

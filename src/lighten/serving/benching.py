@@ -59,7 +59,7 @@ def bench(
         f"identity: {identity.same} of {identity.requests} answers as alone, "
         f"{identity.rounding} with rounding, {identity.wrong} of another model"
     )
-    outcomes = series(remote, settings, lambda outcome: log(_line(outcome)))
+    outcomes = series(remote, settings, lambda outcome: log(_line(outcome, settings.rate)))
     result = {
         "url": remote.url, "machine": machine().to_dict(), "load": asdict(settings),
         "models": models, "checks": [asdict(check) for check in field_checks],
@@ -90,15 +90,17 @@ def picture(outcomes: Sequence[Outcome]) -> str:
     return f"{head}>{_STYLE}{rest}\n"
 
 
-def _line(outcome: Outcome) -> str:
+def _line(outcome: Outcome, rate: float | None) -> str:
     first, between = outcome.first_token_s, outcome.between_tokens_s
     errors = f"{sum(outcome.errors.values())} errors"
     if outcome.errors:
         errors += f", most often: {max(outcome.errors, key=outcome.errors.__getitem__)}"
+    reached = outcome.sent_per_s
+    sent = "" if reached is None else f"sent at {reached:.3g} per s of {rate:g}, "
     return (
         f"{outcome.what}: {outcome.tokens_per_s:.1f} tokens/s, first text {_ms(first['p50'])} (p99 "
         f"{_ms(first['p99'])}), between {_ms(between['p50'])} (p99 {_ms(between['p99'])}), "
-        f"{outcome.answered} answered, {errors}"
+        f"{sent}{outcome.answered} answered, {errors}"
     )
 
 

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ Popularity = Literal["one", "uniform", "zipf"]
 _WORDS = ("river", "stone", "answer", "light", "paper", "north", "seven", "garden", "metal",
           "reason", "glass", "winter", "doubt", "market", "signal", "bread")  # fmt: skip
 _PERCENTILES = (50, 90, 99)
+# Each is a thread here; what comes when so many are under way waits, and its wait is measured.
+_MOST_UNDER_WAY = 512
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class Outcome:
         what: Which models were asked: `base`, `one`, `mixed`, or a number of adapters.
         adapters: How many different ones.
         seconds: From the first request to the last answer.
+        sent_per_s: The rate that was reached; None: no rate was asked for, or of one request.
         answered: Whole answers.
         errors: Errors by what was said.
         tokens: Tokens generated.
         prompt_tokens: Tokens of prompts.
-        first_token_s: Percentiles of the time to the first text.
+        first_token_s: Percentiles of the time to the first text, from when the request was to be
+            sent: at a rate, what waits for one before it waits as its user would.
         between_tokens_s: Percentiles of the time between parts of a stream.
         by_model: Answers by model.
     """
@@ -81,6 +85,7 @@ class Outcome:
     what: str
     adapters: int
     seconds: float
+    sent_per_s: float | None
     answered: int
     errors: dict[str, int]
     tokens: int
@@ -103,6 +108,16 @@ class Outcome:
         }
 
 
+@dataclass(frozen=True)
+class _Result:
+    """A request: whom it named, when it was to be sent and when it was, and what came."""
+
+    model: str
+    due: float
+    sent: float
+    answer: Streamed | str
+
+
 def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome:
     """Send a load and measure.
 
@@ -113,30 +128,39 @@ def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome
         load: How.
     """
     rng = random.Random(load.seed)
-    planned = list(_requests(models, load, rng))
-    waiting: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
-    answers: queue.SimpleQueue[tuple[str, Streamed | str]] = queue.SimpleQueue()
+    requests = list(_requests(models, load, rng))
+    waiting: queue.SimpleQueue[tuple[str, str, float | None] | None] = queue.SimpleQueue()
+    results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
 
     def client() -> None:
         while (request := waiting.get()) is not None:
-            answers.put((request[0], _ask(remote, *request, load.max_tokens)))
+            model, question, due = request
+            sent = time.perf_counter()
+            answer = _ask(remote, model, question, load.max_tokens)
+            results.put(_Result(model, sent if due is None else due, sent, answer))
 
-    began = time.perf_counter()
     # Arrivals do not wait for answers: as many clients as there may be requests under way.
-    number = load.clients if load.rate is None else min(load.requests, 512)
+    number = load.clients if load.rate is None else min(load.requests, _MOST_UNDER_WAY)
     threads = [threading.Thread(target=client, daemon=True) for _ in range(number)]
     for thread in threads:
         thread.start()
-    for request in planned:
-        if load.rate is not None:
-            time.sleep(rng.expovariate(load.rate))
-        waiting.put(request)
+    began = time.perf_counter()
+    if load.rate is None:
+        for request in requests:
+            waiting.put((*request, None))
+    else:
+        arrivals = _arrivals(load.requests, load.rate, rng)
+        for request, due in zip(requests, arrivals, strict=True):
+            # Until a time, not for a time: sleeping too long does not add up.
+            while (left_s := began + due - time.perf_counter()) > 0:
+                time.sleep(left_s)
+            waiting.put((*request, began + due))
     for _ in threads:
         waiting.put(None)
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - began
-    return _outcome(what, models, seconds, [answers.get() for _ in planned])
+    return _outcome(what, models, load, seconds, [results.get() for _ in requests])
 
 
 def series(
@@ -168,7 +192,7 @@ def series(
     return outcomes
 
 
-def _requests(models: Sequence[str], load: Load, rng: random.Random) -> Any:
+def _requests(models: Sequence[str], load: Load, rng: random.Random) -> Iterator[tuple[str, str]]:
     weights = [1.0 / rank if load.popularity == "zipf" else 1.0
                for rank in range(1, len(models) + 1)]  # fmt: skip
     # Servers keep prompts by how they begin: no load, and no second run, begins as one before.
@@ -177,6 +201,14 @@ def _requests(models: Sequence[str], load: Load, rng: random.Random) -> Any:
         chosen = models[0] if load.popularity == "one" else rng.choices(models, weights)[0]
         words = " ".join(rng.choices(_WORDS, k=load.prompt_words))
         yield chosen, f"{beginning}.{number}: {words}"
+
+
+def _arrivals(number: int, rate: float, rng: random.Random) -> list[float]:
+    """Seconds after the first, at random intervals that make the rate on the whole."""
+    gaps = [rng.expovariate(rate) for _ in range(number - 1)]
+    # A few random intervals add up to another rate than was asked for.
+    scale = len(gaps) / rate / sum(gaps) if gaps else 0.0
+    return list(itertools.accumulate((gap * scale for gap in gaps), initial=0.0))
 
 
 def _ask(remote: Remote, model: str, question: str, max_tokens: int) -> Streamed | str:
@@ -192,21 +224,27 @@ def _ask(remote: Remote, model: str, question: str, max_tokens: int) -> Streamed
 
 
 def _outcome(
-    what: str, models: Sequence[str], seconds: float, results: Sequence[tuple[str, Streamed | str]]
+    what: str, models: Sequence[str], load: Load, seconds: float, results: Sequence[_Result]
 ) -> Outcome:
-    answers = [(model, answer) for model, answer in results if isinstance(answer, Streamed)]
-    first = [answer.arrivals[0] - answer.began for _, answer in answers if answer.arrivals]
+    answers = [result.answer for result in results if isinstance(result.answer, Streamed)]
+    first = [
+        result.answer.arrivals[0] - result.due
+        for result in results
+        if isinstance(result.answer, Streamed) and result.answer.arrivals
+    ]
     between = [
         later - earlier
-        for _, answer in answers
+        for answer in answers
         for earlier, later in itertools.pairwise(answer.arrivals)
     ]
+    sent = sorted(result.sent for result in results)
     return Outcome(
-        what, len(models), seconds, len(answers),
-        dict(Counter(answer for _, answer in results if isinstance(answer, str))),
-        sum(answer.tokens for _, answer in answers),
-        sum(answer.prompt_tokens for _, answer in answers),
-        _percentiles(first), _percentiles(between), dict(Counter(model for model, _ in answers)),
+        what, len(models), seconds,
+        (len(sent) - 1) / (sent[-1] - sent[0]) if load.rate is not None and sent[1:] else None,
+        len(answers), dict(Counter(r.answer for r in results if isinstance(r.answer, str))),
+        sum(answer.tokens for answer in answers), sum(answer.prompt_tokens for answer in answers),
+        _percentiles(first), _percentiles(between),
+        dict(Counter(r.model for r in results if isinstance(r.answer, Streamed))),
     )  # fmt: skip
 
 
