@@ -149,6 +149,7 @@ def test_a_server_that_drops_log_probabilities_fails_that_check(tmp_path: Path) 
         )
     passed = {check["name"]: check["passed"] for check in result["checks"]}
     assert not passed["logprobs"]
+    assert passed["stream_options"]
     assert result["identity"]["same"] == 2
 
 
@@ -170,6 +171,34 @@ def test_no_prompt_of_a_load_begins_as_one_before() -> None:
     assert len({prompt[:8] for prompt in sent}) == 2 * loads
     assert len({prompt.split(": ")[0] for prompt in sent}) == len(sent) == 2 * loads * 3
     assert len({prompt.split(": ")[1] for prompt in sent}) == 3
+
+
+def test_a_server_that_counts_no_tokens_in_streams_is_told(tmp_path: Path) -> None:
+    """No rate is 0 for that: parts of streams are counted, and called so."""
+
+    def uncounted(_: bytes, body: Any) -> bytes:
+        if body is None:
+            return whole(MODELS)
+        if body.get("stream"):
+            return streamed(parts=3)
+        message = {"role": "assistant", "content": "begun"}
+        return whole({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                      "usage": {"prompt_tokens": 1, "completion_tokens": 2}})  # fmt: skip
+
+    lines: list[str] = []
+    with answering(uncounted) as url:
+        result = lighten.api.bench_serve(
+            url, requests=2, clients=1, prompt_words=1, max_tokens=3, identity_requests=2,
+            output_dir=tmp_path, log=lines.append,
+        )  # fmt: skip
+    (load,) = result["loads"]
+    assert (load["tokens"], load["prompt_tokens"], load["tokens_per_s"]) == (None, None, None)
+    assert load["parts"] == 6
+    assert load["parts_per_s"] == 6 / load["seconds"]
+    passed = {check["name"]: check["passed"] for check in result["checks"]}
+    assert not passed["stream_options"]
+    assert "parts of streams/s (the server counts no tokens in them)" in lines[-1]
+    assert "parts of streams/s" in (tmp_path / "bench-serve.svg").read_text()
 
 
 def immediate(_: bytes, body: Any) -> bytes:

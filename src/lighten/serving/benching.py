@@ -76,13 +76,16 @@ def picture(outcomes: Sequence[Outcome]) -> str:
     """Throughput against the number of adapters, as an SVG of its own."""
     plotted = [outcome for outcome in outcomes if outcome.what != "base and adapters"]
     counts = [0 if outcome.what == "base" else outcome.adapters for outcome in plotted]
+    counted = all(outcome.tokens is not None for outcome in plotted)
+    label = "tokens/s" if counted else "parts of streams/s"
     line = Series(
-        "tokens/s", [float(n) for n in counts], [outcome.tokens_per_s for outcome in plotted],
+        label, [float(n) for n in counts],
+        [outcome.tokens_per_s if counted else outcome.parts_per_s for outcome in plotted],
         markers=True,
     )  # fmt: skip
     chart = line_chart(
         [line], title="Throughput against the number of adapters",
-        x_label="adapters (0: the base)", y_label="tokens/s", from_zero=True,
+        x_label="adapters (0: the base)", y_label=label, from_zero=True,
     )  # fmt: skip
     svg = chart[chart.index("<svg") : chart.index("</svg>") + 6]
     svg = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
@@ -97,8 +100,13 @@ def _line(outcome: Outcome, rate: float | None) -> str:
         errors += f", most often: {max(outcome.errors, key=outcome.errors.__getitem__)}"
     reached = outcome.sent_per_s
     sent = "" if reached is None else f"sent at {reached:.3g} per s of {rate:g}, "
+    rate_of_answers = (
+        f"{outcome.parts_per_s:.1f} parts of streams/s (the server counts no tokens in them)"
+        if outcome.tokens_per_s is None
+        else f"{outcome.tokens_per_s:.1f} tokens/s"
+    )
     return (
-        f"{outcome.what}: {outcome.tokens_per_s:.1f} tokens/s, first text {_ms(first['p50'])} (p99 "
+        f"{outcome.what}: {rate_of_answers}, first text {_ms(first['p50'])} (p99 "
         f"{_ms(first['p99'])}), between {_ms(between['p50'])} (p99 {_ms(between['p99'])}), "
         f"{sent}{outcome.answered} answered, {errors}"
     )

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from lighten.serving.remote import Remote, ServerError
+from lighten.serving.remote import Remote, ServerError, Streamed
 
 _QUESTIONS = ("Name a colour.", "What is two plus two?", "Write a line about rain.",
               "Name a colour and say why it is calm.")  # fmt: skip
@@ -60,8 +60,8 @@ def fields(remote: Remote, model: str) -> list[Check]:
         _run_check(name, check, remote, model)
         for name, check in (
             ("n", _check_n), ("max_completion_tokens", _check_max_tokens), ("stop", _check_stop),
-            ("logprobs", _check_logprobs), ("unknown model", _check_unknown_model),
-            ("unknown field", _check_unknown_field),
+            ("logprobs", _check_logprobs), ("stream_options", _check_stream_options),
+            ("unknown model", _check_unknown_model), ("unknown field", _check_unknown_field),
         )
     ]  # fmt: skip
 
@@ -113,6 +113,19 @@ def _check_logprobs(remote: Remote, model: str) -> tuple[bool, str]:
     missing = (choice.get("logprobs") or {}).get("missing_tokens", 0)
     complete = all(len(token["top_logprobs"]) == 3 and token["logprob"] <= 0 for token in tokens)
     return bool(tokens) and complete, f"{len(tokens)} tokens told, {missing} not"
+
+
+def _check_stream_options(remote: Remote, model: str) -> tuple[bool, str]:
+    answer = Streamed()
+    messages = [{"role": "user", "content": _QUESTIONS[0]}]
+    try:
+        for _ in remote.stream(model, messages, answer, temperature=0, max_completion_tokens=16):
+            pass
+    except ServerError as error:
+        return False, f"{error.status or 'no stream'}: {error}"
+    if not answer.counted:
+        return False, "include_usage: a stream tells no counts of tokens"
+    return True, f"{answer.tokens} tokens counted at the end of a stream"
 
 
 def _check_unknown_model(remote: Remote, _: str) -> tuple[bool, str]:

@@ -74,8 +74,9 @@ class Outcome:
         sent_per_s: The rate that was reached; None: no rate was asked for, or of one request.
         answered: Whole answers.
         errors: Errors by what was said.
-        tokens: Tokens generated.
-        prompt_tokens: Tokens of prompts.
+        tokens: Tokens generated; None: the server does not count them in streams.
+        parts: Parts of streams that held text: with many servers one for each token.
+        prompt_tokens: Tokens of prompts; None as above.
         first_token_s: Percentiles of the time to the first text, from when the request was to be
             sent: at a rate, what waits for one before it waits as its user would.
         between_tokens_s: Percentiles of the time between parts of a stream.
@@ -88,22 +89,29 @@ class Outcome:
     sent_per_s: float | None
     answered: int
     errors: dict[str, int]
-    tokens: int
-    prompt_tokens: int
+    tokens: int | None
+    parts: int
+    prompt_tokens: int | None
     first_token_s: dict[str, float | None]
     between_tokens_s: dict[str, float | None]
     by_model: dict[str, int] = field(default_factory=dict)
 
     @property
-    def tokens_per_s(self) -> float:
-        """Generated tokens of all answers."""
-        return self.tokens / self.seconds
+    def tokens_per_s(self) -> float | None:
+        """Generated tokens of all answers; None where they are not counted."""
+        return None if self.tokens is None else self.tokens / self.seconds
+
+    @property
+    def parts_per_s(self) -> float:
+        """Parts of all streams."""
+        return self.parts / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
             **asdict(self),
             "tokens_per_s": self.tokens_per_s,
+            "parts_per_s": self.parts_per_s,
             "requests_per_s": self.answered / self.seconds,
         }
 
@@ -237,12 +245,15 @@ def _outcome(
         for answer in answers
         for earlier, later in itertools.pairwise(answer.arrivals)
     ]
+    counted = all(answer.counted for answer in answers)
     sent = sorted(result.sent for result in results)
     return Outcome(
         what, len(models), seconds,
         (len(sent) - 1) / (sent[-1] - sent[0]) if load.rate is not None and sent[1:] else None,
         len(answers), dict(Counter(r.answer for r in results if isinstance(r.answer, str))),
-        sum(answer.tokens for answer in answers), sum(answer.prompt_tokens for answer in answers),
+        sum(answer.tokens for answer in answers) if counted else None,
+        sum(len(answer.arrivals) for answer in answers),
+        sum(answer.prompt_tokens for answer in answers) if counted else None,
         _percentiles(first), _percentiles(between),
         dict(Counter(r.model for r in results if isinstance(r.answer, Streamed))),
     )  # fmt: skip

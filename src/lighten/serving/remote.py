@@ -40,6 +40,7 @@ class Streamed:
         arrivals: The same, of each part that held text.
         tokens: Tokens generated, as the server counts.
         prompt_tokens: Tokens of the prompt, as the server counts.
+        counted: Whether it told these counts.
         finish: Why it ended.
     """
 
@@ -48,6 +49,7 @@ class Streamed:
     arrivals: list[float] = field(default_factory=list)
     tokens: int = 0
     prompt_tokens: int = 0
+    counted: bool = False
     finish: str | None = None
 
 
@@ -140,6 +142,7 @@ class Remote:
                 if usage := event.get("usage"):
                     answer.tokens = usage["completion_tokens"]
                     answer.prompt_tokens = usage["prompt_tokens"]
+                    answer.counted = True
                 for choice in event["choices"]:
                     answer.finish = choice.get("finish_reason") or answer.finish
                     if text := choice["delta"].get("content"):
