@@ -17,7 +17,7 @@ import pytest
 import lighten.api
 from lighten.cli.serve import _flags
 from lighten.errors import UserError
-from lighten.serving.load import Load, run, series
+from lighten.serving.load import Load, lengths, run, series
 from lighten.serving.remote import Remote, ServerError, Streamed
 from lighten.serving.talk import talk
 
@@ -52,14 +52,28 @@ def answering(answer: Callable[[bytes, Any], bytes]) -> Iterator[str]:
         listening.close()
 
 
+def refused(message: str) -> bytes:
+    text = json.dumps({"error": {"message": message}}).encode()
+    return b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
+
+
 def whole(body: Any) -> bytes:
     text = json.dumps(body).encode()
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
 
 
-def streamed(parts: int = 1, **usage: int) -> bytes:
+def spoken(content: str) -> bytes:
+    """A whole answer."""
+    message = {"role": "assistant", "content": content}
+    return whole({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                  "usage": {"prompt_tokens": 1, "completion_tokens": 2}})  # fmt: skip
+
+
+def streamed(parts: int = 1, finish: str = "stop", **usage: int) -> bytes:
     """A stream of so many parts, with its counts where there are some."""
-    end = b"data: %b\n\n" % json.dumps({"choices": [], "usage": usage}).encode() if usage else b""
+    choice = {"index": 0, "delta": {}, "finish_reason": finish}
+    ends = [{"choices": [choice]}, *([{"choices": [], "usage": usage}] if usage else [])]
+    end = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in ends)
     text = EVENT * parts + end + b"data: [DONE]\n\n"
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
 
@@ -139,9 +153,7 @@ def test_a_server_that_drops_log_probabilities_fails_that_check(tmp_path: Path) 
             return whole(MODELS)
         if body.get("stream"):
             return streamed(completion_tokens=1, prompt_tokens=1)
-        message = {"role": "assistant", "content": "the same"}
-        return whole({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-                      "usage": {"prompt_tokens": 1, "completion_tokens": 2}})  # fmt: skip
+        return spoken("the same")
 
     with answering(careless) as url:
         result = lighten.api.bench_serve(
@@ -181,9 +193,7 @@ def test_a_server_that_counts_no_tokens_in_streams_is_told(tmp_path: Path) -> No
             return whole(MODELS)
         if body.get("stream"):
             return streamed(parts=3)
-        message = {"role": "assistant", "content": "begun"}
-        return whole({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-                      "usage": {"prompt_tokens": 1, "completion_tokens": 2}})  # fmt: skip
+        return spoken("begun")
 
     lines: list[str] = []
     with answering(uncounted) as url:
@@ -197,8 +207,59 @@ def test_a_server_that_counts_no_tokens_in_streams_is_told(tmp_path: Path) -> No
     assert load["parts_per_s"] == 6 / load["seconds"]
     passed = {check["name"]: check["passed"] for check in result["checks"]}
     assert not passed["stream_options"]
-    assert "parts of streams/s (the server counts no tokens in them)" in lines[-1]
+    assert "parts of streams/s (the server counts no tokens)" in lines[-1]
     assert "parts of streams/s" in (tmp_path / "bench-serve.svg").read_text()
+
+
+@pytest.mark.parametrize("field", ["applied", "dropped", "refused"])
+def test_answers_of_all_loads_are_of_one_length_or_are_told_not_to_be(field: str) -> None:
+    """`ignore_eos` is sent where a server takes it: one adapter's short answers are no speed."""
+    streams: list[Any] = []
+
+    def ending(_: bytes, body: Any) -> bytes:
+        if body is None:
+            return whole(ADAPTERS)
+        if body.get("stream"):
+            streams.append(body)
+        if body.get("ignore_eos") and field == "refused":
+            return refused("ignore_eos is not known")
+        if body.get("ignore_eos") and field == "applied":
+            return streamed(finish="length", completion_tokens=8, prompt_tokens=1)
+        count = 2 if body["model"] == "it" else 5
+        return streamed(completion_tokens=count, prompt_tokens=1)
+
+    load = Load(requests=2, clients=1, prompt_words=1, max_tokens=8)
+    with answering(ending) as url:
+        outcomes = series(Remote(url), load)
+    assert all(body["temperature"] == 0 for body in streams)
+    sent = [bool(body.get("ignore_eos")) for body in streams[1:]]  # after the one that tries it
+    assert sent == [field == "applied"] * len(outcomes) * 2
+    assert [outcome.ignore_eos for outcome in outcomes] == [field == "applied"] * len(outcomes)
+    if field == "applied":
+        assert {outcome.tokens_per_answer for outcome in outcomes} == {8}
+        assert lengths(outcomes) is None
+    else:
+        assert lengths(outcomes) == (2, 5)
+
+
+def test_rates_of_answers_of_other_lengths_are_told_not_to_be_comparable() -> None:
+    def ending(_: bytes, body: Any) -> bytes:
+        if body is None:
+            return whole(ADAPTERS)
+        count = 2 if body["model"] == "it" else 5
+        if body.get("stream"):
+            return streamed(completion_tokens=count, prompt_tokens=1)
+        return spoken(body["model"])
+
+    lines: list[str] = []
+    with answering(ending) as url:
+        result = lighten.api.bench_serve(
+            url, requests=2, clients=1, prompt_words=1, max_tokens=8, identity_requests=0,
+            log=lines.append,
+        )  # fmt: skip
+    assert not result["comparable"]
+    assert "answers are 2.0 to 5.0 tokens long on average" in lines[-1]
+    assert "tokens/s (2.0 an answer)" in next(line for line in lines if line.startswith("base:"))
 
 
 def immediate(_: bytes, body: Any) -> bytes:
@@ -231,7 +292,7 @@ def test_the_first_text_of_a_request_that_waits_for_another_counts_its_wait(
     load = Load(requests=5, rate=1000, prompt_words=1, max_tokens=1)
     with answering(slow) as url:
         outcome = run(Remote(url), "base", ["it"], load)
-    assert outcome.first_token_s["p99"] > 0.45
+    assert (outcome.first_token_s["p99"] or 0) > 0.45
     assert outcome.sent_per_s is not None
     assert outcome.sent_per_s < 11
 

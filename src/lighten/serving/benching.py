@@ -12,7 +12,7 @@ from lighten.errors import UserError
 from lighten.machine.hardware import machine
 from lighten.reporting.charts import Series, line_chart
 from lighten.serving import checks
-from lighten.serving.load import Load, Outcome, series
+from lighten.serving.load import Load, Outcome, lengths, series
 from lighten.serving.remote import Remote, ServerError
 from lighten.whole_files import write_bytes
 
@@ -60,10 +60,18 @@ def bench(
         f"{identity.rounding} with rounding, {identity.wrong} of another model"
     )
     outcomes = series(remote, settings, lambda outcome: log(_line(outcome, settings.rate)))
+    differing = lengths(outcomes)
+    if differing is not None:
+        log(
+            "these rates are not comparable: answers are "
+            f"{differing[0]:.1f} to {differing[1]:.1f} tokens long on average, by load; a smaller "
+            "--max-tokens, which all of them reach, makes them so"
+        )
     result = {
         "url": remote.url, "machine": machine().to_dict(), "load": asdict(settings),
         "models": models, "checks": [asdict(check) for check in field_checks],
         "identity": asdict(identity),
+        "comparable": differing is None,
         "loads": [outcome.to_dict() for outcome in outcomes],
     }  # fmt: skip
     if output is not None:
@@ -100,13 +108,14 @@ def _line(outcome: Outcome, rate: float | None) -> str:
         errors += f", most often: {max(outcome.errors, key=outcome.errors.__getitem__)}"
     reached = outcome.sent_per_s
     sent = "" if reached is None else f"sent at {reached:.3g} per s of {rate:g}, "
-    rate_of_answers = (
-        f"{outcome.parts_per_s:.1f} parts of streams/s (the server counts no tokens in them)"
-        if outcome.tokens_per_s is None
-        else f"{outcome.tokens_per_s:.1f} tokens/s"
-    )
+    if outcome.tokens_per_s is None:
+        throughput = f"{outcome.parts_per_s:.1f} parts of streams/s (the server counts no tokens)"
+    else:
+        throughput = f"{outcome.tokens_per_s:.1f} tokens/s"
+    if outcome.tokens_per_answer is not None:
+        throughput += f" ({outcome.tokens_per_answer:.1f} an answer)"
     return (
-        f"{outcome.what}: {rate_of_answers}, first text {_ms(first['p50'])} (p99 "
+        f"{outcome.what}: {throughput}, first text {_ms(first['p50'])} (p99 "
         f"{_ms(first['p99'])}), between {_ms(between['p50'])} (p99 {_ms(between['p99'])}), "
         f"{sent}{outcome.answered} answered, {errors}"
     )

@@ -21,6 +21,8 @@ Popularity = Literal["one", "uniform", "zipf"]
 _WORDS = ("river", "stone", "answer", "light", "paper", "north", "seven", "garden", "metal",
           "reason", "glass", "winter", "doubt", "market", "signal", "bread")  # fmt: skip
 _PERCENTILES = (50, 90, 99)
+# Longer answers share a prompt's work among more tokens, and keep more of them under way.
+_SAME_LENGTH = 1.05
 # Each is a thread here; what comes when so many are under way waits, and its wait is measured.
 _MOST_UNDER_WAY = 512
 
@@ -77,6 +79,7 @@ class Outcome:
         tokens: Tokens generated; None: the server does not count them in streams.
         parts: Parts of streams that held text: with many servers one for each token.
         prompt_tokens: Tokens of prompts; None as above.
+        ignore_eos: Whether `ignore_eos` was sent, by which all answers have `max_tokens` tokens.
         first_token_s: Percentiles of the time to the first text, from when the request was to be
             sent: at a rate, what waits for one before it waits as its user would.
         between_tokens_s: Percentiles of the time between parts of a stream.
@@ -92,6 +95,7 @@ class Outcome:
     tokens: int | None
     parts: int
     prompt_tokens: int | None
+    ignore_eos: bool
     first_token_s: dict[str, float | None]
     between_tokens_s: dict[str, float | None]
     by_model: dict[str, int] = field(default_factory=dict)
@@ -106,12 +110,18 @@ class Outcome:
         """Parts of all streams."""
         return self.parts / self.seconds
 
+    @property
+    def tokens_per_answer(self) -> float | None:
+        """Mean length of an answer; None where nothing is counted or answered."""
+        return self.tokens / self.answered if self.tokens is not None and self.answered else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
             **asdict(self),
             "tokens_per_s": self.tokens_per_s,
             "parts_per_s": self.parts_per_s,
+            "tokens_per_answer": self.tokens_per_answer,
             "requests_per_s": self.answered / self.seconds,
         }
 
@@ -126,7 +136,9 @@ class _Result:
     answer: Streamed | str
 
 
-def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome:
+def run(
+    remote: Remote, what: str, models: Sequence[str], load: Load, *, ignore_eos: bool = False
+) -> Outcome:
     """Send a load and measure.
 
     Args:
@@ -134,6 +146,7 @@ def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome
         what: What the outcome is called.
         models: Who is asked, the most popular first.
         load: How.
+        ignore_eos: Whether answers are to go on past their end.
     """
     rng = random.Random(load.seed)
     requests = list(_requests(models, load, rng))
@@ -144,7 +157,7 @@ def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome
         while (request := waiting.get()) is not None:
             model, question, due = request
             sent = time.perf_counter()
-            answer = _ask(remote, model, question, load.max_tokens)
+            answer = _ask(remote, model, question, load.max_tokens, ignore_eos)
             results.put(_Result(model, sent if due is None else due, sent, answer))
 
     # Arrivals do not wait for answers: as many clients as there may be requests under way.
@@ -168,7 +181,8 @@ def run(remote: Remote, what: str, models: Sequence[str], load: Load) -> Outcome
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - began
-    return _outcome(what, models, load, seconds, [results.get() for _ in requests])
+    gathered = [results.get() for _ in requests]
+    return _outcome(what, models, load, ignore_eos, seconds, gathered)
 
 
 def series(
@@ -192,12 +206,32 @@ def series(
     planned += [(f"{n} adapter{'s' * (n > 1)}", adapters[:n]) for n in steps if n <= len(adapters)]
     if adapters:
         planned.append(("base and adapters", [base, *adapters]))
-    _ask(remote, base, "Hello", 2)  # warm
+    # Servers that do not know the field refuse or drop it; of the others this is the warm-up.
+    probe = _ask(remote, base, "Say yes.", load.max_tokens, ignore_eos=True)
+    ignore_eos = isinstance(probe, Streamed) and probe.finish == "length"
     for what, models in planned:
-        outcomes.append(run(remote, what, models, load))
+        outcomes.append(run(remote, what, models, load, ignore_eos=ignore_eos))
         if log is not None:
             log(outcomes[-1])
     return outcomes
+
+
+def lengths(outcomes: Sequence[Outcome]) -> tuple[float, float] | None:
+    """Mean tokens of an answer in the loads with the shortest and the longest answers.
+
+    Returns:
+        In parts of streams where a server does not count tokens; None: they are alike, to some per
+        cent, and rates of these loads may be compared.
+    """
+    counted = all(outcome.tokens is not None for outcome in outcomes)
+    means = [
+        ((outcome.tokens or 0) if counted else outcome.parts) / outcome.answered
+        for outcome in outcomes
+        if outcome.answered
+    ]
+    if not means or max(means) <= _SAME_LENGTH * min(means):
+        return None
+    return min(means), max(means)
 
 
 def _requests(models: Sequence[str], load: Load, rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -219,12 +253,17 @@ def _arrivals(number: int, rate: float, rng: random.Random) -> list[float]:
     return list(itertools.accumulate((gap * scale for gap in gaps), initial=0.0))
 
 
-def _ask(remote: Remote, model: str, question: str, max_tokens: int) -> Streamed | str:
+def _ask(
+    remote: Remote, model: str, question: str, max_tokens: int, ignore_eos: bool
+) -> Streamed | str:
     """What came, or the error's words."""
     answer = Streamed()
     messages = [{"role": "user", "content": question}]
+    options = {"max_completion_tokens": max_tokens, "temperature": 0}
+    if ignore_eos:
+        options["ignore_eos"] = True
     try:
-        for _ in remote.stream(model, messages, answer, max_completion_tokens=max_tokens):
+        for _ in remote.stream(model, messages, answer, **options):
             pass
     except (ServerError, OSError, ValueError) as error:
         return f"{getattr(error, 'status', 0) or 'no answer'}: {error}"[:200]
@@ -232,8 +271,9 @@ def _ask(remote: Remote, model: str, question: str, max_tokens: int) -> Streamed
 
 
 def _outcome(
-    what: str, models: Sequence[str], load: Load, seconds: float, results: Sequence[_Result]
-) -> Outcome:
+    what: str, models: Sequence[str], load: Load, ignore_eos: bool, seconds: float,
+    results: Sequence[_Result],
+) -> Outcome:  # fmt: skip
     answers = [result.answer for result in results if isinstance(result.answer, Streamed)]
     first = [
         result.answer.arrivals[0] - result.due
@@ -254,7 +294,7 @@ def _outcome(
         sum(answer.tokens for answer in answers) if counted else None,
         sum(len(answer.arrivals) for answer in answers),
         sum(answer.prompt_tokens for answer in answers) if counted else None,
-        _percentiles(first), _percentiles(between),
+        ignore_eos, _percentiles(first), _percentiles(between),
         dict(Counter(r.model for r in results if isinstance(r.answer, Streamed))),
     )  # fmt: skip
 
