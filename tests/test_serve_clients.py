@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import socket
 import threading
@@ -17,6 +18,7 @@ import pytest
 import lighten.api
 from lighten.cli.serve import _flags
 from lighten.errors import UserError
+from lighten.serving.checks import identity
 from lighten.serving.load import Load, lengths, run, series
 from lighten.serving.remote import Remote, ServerError, Streamed
 from lighten.serving.talk import talk
@@ -209,6 +211,20 @@ def test_a_server_that_counts_no_tokens_in_streams_is_told(tmp_path: Path) -> No
     assert not passed["stream_options"]
     assert "parts of streams/s (the server counts no tokens)" in lines[-1]
     assert "parts of streams/s" in (tmp_path / "bench-serve.svg").read_text()
+
+
+def test_another_models_answer_is_told_without_log_probabilities_too() -> None:
+    """By its text; what is no model's text is not taken for rounding either."""
+    requests = itertools.count()
+    mixed = {"one": "two's", "two": "nobody's", "it": "it's"}
+
+    def mixed_up(_: bytes, body: Any) -> bytes:
+        # The first twelve are each model alone: four questions of three.
+        return spoken(f"{body['model']}'s" if next(requests) < 12 else mixed[body["model"]])
+
+    with answering(mixed_up) as url:
+        report = identity(Remote(url), ["it", "one", "two"], requests=12, clients=1)
+    assert (report.same, report.rounding, report.wrong, report.unclear) == (4, 0, 4, 4)
 
 
 @pytest.mark.parametrize("field", ["applied", "dropped", "refused"])

@@ -58,6 +58,11 @@ def bench(
     log(
         f"identity: {identity.same} of {identity.requests} answers as alone, "
         f"{identity.rounding} with rounding, {identity.wrong} of another model"
+        + (
+            f", {identity.unclear} of which nothing tells whose they are"
+            if identity.unclear
+            else ""
+        )
     )
     outcomes = series(remote, settings, lambda outcome: log(_line(outcome, settings.rate)))
     differing = lengths(outcomes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ _QUESTIONS = ("Name a colour.", "What is two plus two?", "Write a line about rai
               "Name a colour and say why it is calm.")  # fmt: skip
 # Rounding differs with the number of answers in a batch: of quantised weights by so much.
 _ROUNDING = 0.1
+# The text, and log-probabilities of its likeliest first tokens; none where the server tells none.
+_Answer = tuple[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,16 @@ class Identity:
         requests: How many were compared.
         same: Answers equal to those of the same model asked alone.
         rounding: Others whose first token's log-probabilities are that model's, to rounding.
-        wrong: The rest: another model answered.
+        wrong: Others that are another model's: by log-probabilities, or where the server tells none
+            by the text.
+        unclear: Others without log-probabilities, whose text is that of no model alone.
     """
 
     requests: int
     same: int
     rounding: int
     wrong: int
+    unclear: int
 
 
 def fields(remote: Remote, model: str) -> list[Check]:
@@ -160,20 +166,27 @@ def identity(remote: Remote, models: Sequence[str], *, requests: int, clients: i
     random.Random(0).shuffle(order)
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda pair: _answer(remote, *pair), order))
-    same = rounding = 0
-    for (model, question), answer in zip(order, answers, strict=True):
-        if answer[0] == alone(model, question)[0]:
-            same += 1
-            continue
-        distances = {
-            name: _largest_difference(answer[1], alone(name, question)[1]) for name in models
-        }
-        nearest = min(distances.values())
-        rounding += distances[model] == nearest and nearest <= _ROUNDING
-    return Identity(requests, same, rounding, requests - same - rounding)
+    kinds = Counter(
+        _judge(answer, model, {name: alone(name, question) for name in models})
+        if answer[0] != alone(model, question)[0]
+        else "same"
+        for (model, question), answer in zip(order, answers, strict=True)
+    )
+    return Identity(requests, kinds["same"], kinds["rounding"], kinds["wrong"], kinds["unclear"])
 
 
-def _answer(remote: Remote, model: str, question: str) -> tuple[str, dict[str, float]]:
+def _judge(answer: _Answer, model: str, alone: Mapping[str, _Answer]) -> str:
+    """What an answer is whose text is not the named model's alone."""
+    text, first = answer
+    if not first or not alone[model][1]:
+        # Nothing that rounding could be told by: the same words are another model's, or nobody's.
+        return "wrong" if any(text == other for other, _ in alone.values()) else "unclear"
+    distances = {name: _largest_difference(first, other) for name, (_, other) in alone.items()}
+    nearest = min(distances.values())
+    return "rounding" if distances[model] == nearest and nearest <= _ROUNDING else "wrong"
+
+
+def _answer(remote: Remote, model: str, question: str) -> _Answer:
     choice = _ask(remote, model, question, logprobs=True, top_logprobs=5)["choices"][0]
     tokens = (choice.get("logprobs") or {}).get("content") or []
     first = {top["token"]: top["logprob"] for top in tokens[0]["top_logprobs"]} if tokens else {}
@@ -187,4 +200,4 @@ def _largest_difference(first: dict[str, float], second: dict[str, float]) -> fl
         if len(shared) < 3:
             return float("inf")
         return max(abs(first[token] - second[token]) for token in shared)
-    return max((abs(first[token] - second[token]) for token in first), default=0.0)
+    return max(abs(first[token] - second[token]) for token in first)
