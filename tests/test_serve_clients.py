@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -225,6 +225,21 @@ def test_another_models_answer_is_told_without_log_probabilities_too() -> None:
     with answering(mixed_up) as url:
         report = identity(Remote(url), ["it", "one", "two"], requests=12, clients=1)
     assert (report.same, report.rounding, report.wrong, report.unclear) == (4, 0, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("popularity", "loads"),
+    [("uniform", {"base": 0, "1 adapter": 1, "2 adapters": 2, "base and adapters": 2}),
+     ("one", {"base": 0, "1 adapter": 1})],
+)  # fmt: skip
+def test_a_load_tells_how_many_adapters_it_asks(
+    popularity: Literal["uniform", "one"], loads: dict[str, int]
+) -> None:
+    """The base is none of them; and where one alone is asked, no load is called one of several."""
+    load = Load(requests=1, clients=1, prompt_words=1, max_tokens=1, popularity=popularity)
+    with answering(immediate) as url:
+        outcomes = series(Remote(url), load)
+    assert {outcome.what: outcome.adapters for outcome in outcomes} == loads
 
 
 @pytest.mark.parametrize("field", ["applied", "dropped", "refused"])

@@ -120,7 +120,8 @@ def bench_serve(
         load: See `lighten.serving.load.Load`.
 
     Returns:
-        What was measured (`loads`), and what was checked (`checks`, `identity`).
+        What was measured (`loads`, and whether their rates are `comparable`), and what was checked
+        (`checks`, `identity`).
 
     Raises:
         UserError: Something the user can mend; the server does not answer.

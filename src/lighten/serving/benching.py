@@ -88,11 +88,10 @@ def bench(
 def picture(outcomes: Sequence[Outcome]) -> str:
     """Throughput against the number of adapters, as an SVG of its own."""
     plotted = [outcome for outcome in outcomes if outcome.what != "base and adapters"]
-    counts = [0 if outcome.what == "base" else outcome.adapters for outcome in plotted]
     counted = all(outcome.tokens is not None for outcome in plotted)
     label = "tokens/s" if counted else "parts of streams/s"
     line = Series(
-        label, [float(n) for n in counts],
+        label, [float(outcome.adapters) for outcome in plotted],
         [outcome.tokens_per_s if counted else outcome.parts_per_s for outcome in plotted],
         markers=True,
     )  # fmt: skip

@@ -37,7 +37,8 @@ class Load:
         rate: Arrivals per second, at random intervals, whatever is answered; None: as clients do.
         prompt_words: Words of a prompt.
         max_tokens: Tokens of an answer.
-        popularity: Which adapter a request names: always the first, all alike, or Zipf's law.
+        popularity: Which adapter a request names: always the first, for which there are no loads
+            of several, all alike, or Zipf's law.
         seed: Of the prompts' words, arrivals and adapters; what a prompt begins with is new in each
             load, so that no cache of prompts answers it.
     """
@@ -70,8 +71,8 @@ class Outcome:
     """What a load met.
 
     Attributes:
-        what: Which models were asked: `base`, `one`, `mixed`, or a number of adapters.
-        adapters: How many different ones.
+        what: Which models were asked: `base`, a number of adapters, or `base and adapters`.
+        adapters: How many different ones requests could name, the base not counted.
         seconds: From the first request to the last answer.
         sent_per_s: The rate that was reached; None: no rate was asked for, or of one request.
         answered: Whole answers.
@@ -137,8 +138,9 @@ class _Result:
 
 
 def run(
-    remote: Remote, what: str, models: Sequence[str], load: Load, *, ignore_eos: bool = False
-) -> Outcome:
+    remote: Remote, what: str, models: Sequence[str], load: Load, *, adapters: int = 0,
+    ignore_eos: bool = False,
+) -> Outcome:  # fmt: skip
     """Send a load and measure.
 
     Args:
@@ -146,6 +148,7 @@ def run(
         what: What the outcome is called.
         models: Who is asked, the most popular first.
         load: How.
+        adapters: How many of them are no base.
         ignore_eos: Whether answers are to go on past their end.
     """
     rng = random.Random(load.seed)
@@ -182,13 +185,15 @@ def run(
         thread.join()
     seconds = time.perf_counter() - began
     gathered = [results.get() for _ in requests]
-    return _outcome(what, models, load, ignore_eos, seconds, gathered)
+    return _outcome(what, adapters, load, ignore_eos, seconds, gathered)
 
 
 def series(
     remote: Remote, load: Load, log: Callable[[Outcome], None] | None = None
 ) -> list[Outcome]:
     """The base, one adapter, and twice as many adapters each time up to all of them, mixed.
+
+    Where popularity is `one`, requests would name the first alone: the base and one adapter.
 
     Raises:
         UserError: The server does not answer.
@@ -199,18 +204,20 @@ def series(
     adapters = [name for name, parent in parents.items() if parent is not None]
     if base is None:
         raise UserError(f"{remote.url} lists no base among its models")
+    if load.popularity == "one":
+        adapters = adapters[:1]
     numbers = [2**power for power in range(len(adapters).bit_length())]
     steps = sorted({*numbers, len(adapters)} - {0})
     outcomes = []
-    planned = [("base", [base])]
-    planned += [(f"{n} adapter{'s' * (n > 1)}", adapters[:n]) for n in steps if n <= len(adapters)]
-    if adapters:
-        planned.append(("base and adapters", [base, *adapters]))
+    planned = [("base", [base], 0)]
+    planned += [(f"{n} adapter{'s' * (n > 1)}", adapters[:n], n) for n in steps]
+    if adapters and load.popularity != "one":
+        planned.append(("base and adapters", [base, *adapters], len(adapters)))
     # Servers that do not know the field refuse or drop it; of the others this is the warm-up.
     probe = _ask(remote, base, "Say yes.", load.max_tokens, ignore_eos=True)
     ignore_eos = isinstance(probe, Streamed) and probe.finish == "length"
-    for what, models in planned:
-        outcomes.append(run(remote, what, models, load, ignore_eos=ignore_eos))
+    for what, models, number in planned:
+        outcomes.append(run(remote, what, models, load, adapters=number, ignore_eos=ignore_eos))
         if log is not None:
             log(outcomes[-1])
     return outcomes
@@ -271,7 +278,7 @@ def _ask(
 
 
 def _outcome(
-    what: str, models: Sequence[str], load: Load, ignore_eos: bool, seconds: float,
+    what: str, adapters: int, load: Load, ignore_eos: bool, seconds: float,
     results: Sequence[_Result],
 ) -> Outcome:  # fmt: skip
     answers = [result.answer for result in results if isinstance(result.answer, Streamed)]
@@ -288,7 +295,7 @@ def _outcome(
     counted = all(answer.counted for answer in answers)
     sent = sorted(result.sent for result in results)
     return Outcome(
-        what, len(models), seconds,
+        what, adapters, seconds,
         (len(sent) - 1) / (sent[-1] - sent[0]) if load.rate is not None and sent[1:] else None,
         len(answers), dict(Counter(r.answer for r in results if isinstance(r.answer, str))),
         sum(answer.tokens for answer in answers) if counted else None,
