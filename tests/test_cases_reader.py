@@ -423,6 +423,9 @@ def test_columns_are_mapped_and_suggested(tmp_path: Path) -> None:
     assert "set dataset_columns: {instruction: question, output: response}" in refused(path)
     path = lines(tmp_path / "d.jsonl", [{"dialogue": [{"role": "user"}], "id": 1}])
     assert "set dataset_columns: {messages: dialogue}" in refused(path)
+    pairs = [{"conversation": [{"human": "a", "assistant": "b"}]}]
+    path = lines(tmp_path / "d.jsonl", 2 * pairs)
+    assert "the entries of conversation have human, assistant; write each" in refused(path)
     path = lines(tmp_path / "d.jsonl", [{"Instruction": "q", "Output": "a"}])
     assert "{instruction: Instruction, output: Output}" in refused(path)
     assert set(fields.COLUMNS) == set(COLUMNS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,10 @@ def test_what_is_a_setting_here_is_not_told_to_be_none() -> None:
         ({"eval_strategy": "no", "eval_dataset": "rows"}, "'no' and eval_dataset contradict"),
         ({"eval_strategy": "no", "eval_steps": 5}, "'no' and eval_steps contradict each other"),
         ({"eval_strategy": "no", "val_size": 0.1}, "both set the same thing"),
+        ({"rope_theta": 1e6}, "rope_theta is not a setting; remove it; the model's own files"),
+        ({"use_dft_loss": True}, "use_dft_loss is not a setting; it is not built, remove it"),
+        ({"layers_to_transform": [1]}, "set lora_target_modules to a regular expression"),
+        ({"test_datasets": ["a"]}, "test_datasets is not a setting; set eval_dataset"),
         ({"sdp_attention": 7}, "sdp_attention: 7 does not do; use true or false"),
     ],
 )  # fmt: skip
@@ -252,9 +257,35 @@ def test_the_command_line_and_the_file_are_seen_together(tmp_path: Path) -> None
         assert getattr(Recipe.from_file(path, overrides), name) == expected
 
 
-def test_a_mistyped_name_of_another_tool_is_recognised(values: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="did you mean dataloader_num_workers"):
-        Recipe.from_values({**values, "dataloader_num_worker": 2})
+def test_a_mistyped_name_is_recognised_where_the_right_one_is_accepted(
+    values: dict[str, Any],
+) -> None:
+    for typed, meant in (
+        ("dataloader_num_worker", "dataloader_num_workers"), ("lora_rnak", "lora_rank"),
+        ("sequence_length", "sequence_len"), ("warmup", "warmup_ratio"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=rf"did you mean {meant}\?"):
+            Recipe.from_values({**values, typed: 2})
+
+
+def test_no_suggestion_leads_into_a_second_error(values: dict[str, Any]) -> None:
+    refused = set(other_tools.NAMES) - other_tools.PASSED_OVER
+    for name in (*(f"{name}s" for name in sorted(refused)), "rope_freq", "badam_mode", "lora"):
+        with pytest.raises(RecipeError) as caught:
+            Recipe.from_values({**values, name: 2})
+        meant = re.search(r"did you mean (\w+)\?", str(caught.value))
+        assert meant is None or meant[1] not in refused, str(caught.value)
+    for name in ("rope_freq", "badam_mode", "lora", "eval_on_starts"):
+        with pytest.raises(RecipeError, match=f"{name} is not a setting; see: lighten schema"):
+            Recipe.from_values({**values, name: 2})
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_pure_bf16_is_told_holds_for_either_method(
+    values: dict[str, Any], method: str
+) -> None:
+    with pytest.raises(RecipeError, match="dtype: bfloat16; weights that learn stay float32 here"):
+        Recipe.from_values({**values, "method": method, "pure_bf16": True})
 
 
 @pytest.mark.parametrize("steps", [0, 3, 0.1])

@@ -106,11 +106,27 @@ def _describe_unknown_shape(row: Mapping[str, Any]) -> str:
     message = f"unknown shape, its columns are {', '.join(names) or 'none'}; "
     if question and answer:
         return f"{message}set dataset_columns: {{instruction: {question}, output: {answer}}}"
-    if chat:
-        return f"{message}set dataset_columns: {{messages: {chat}}}"
+    if chat and (keys := _keys_of_turns(row[chat])) is not None:
+        if {"role", "from"} & set(keys):
+            return f"{message}set dataset_columns: {{messages: {chat}}}"
+        return (
+            f"{message}the entries of {chat} have {', '.join(keys) or 'no keys'}; write each turn "
+            "as {role: user or assistant, content: its text}, in a column messages"
+        )
     if text:
         return f"{message}set dataset_columns: {{text: {text}}} to learn it whole"
     return f"{message}a row needs {SHAPES} (dataset_columns says which column is which)"
+
+
+def _keys_of_turns(value: Any) -> list[str] | None:
+    """The keys of a conversation's first entry; None where a column holds no list of objects."""
+    try:
+        entries = decoded(value, "")
+    except BadRowError:
+        return None
+    if not isinstance(entries, list) or not entries or not isinstance(entries[0], Mapping):
+        return None
+    return [str(key) for key in entries[0]]
 
 
 def _alpaca(values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[Message, ...], bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from lighten.recipe import (
     aliases,
     bits,
     offloading,
-    other_tools,
     places,
     spread,
     start,
+    suggestions,
     swept,
     yaml_lines,
 )
@@ -457,21 +456,7 @@ def _sentence(item: Mapping[str, Any], source: str, lines: Mapping[str, int]) ->
     key: str = item["key"]
     at = f"{source}:{lines[key]}" if key in lines and source != "command line" else source
     if item["type"] == "extra_forbidden":
-        if mend := other_tools.instead(key):
-            return f"{at}: {key} is not a setting; {mend}"
-        pool = [
-            *RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL, *other_tools.NAMES
-        ]  # fmt: skip
-        if "." in key:
-            pool = [
-                *EvaluateOptions.model_fields,
-                *QuantizeOptions.model_fields,
-                *AdapterEntry.model_fields,
-                *Range.model_fields,
-            ]
-        near = difflib.get_close_matches(key.rpartition(".")[2], pool, n=1, cutoff=0.55)
-        mend = f"did you mean {near[0]}?" if near else "see: lighten schema"
-        return f"{at}: {key} is not a setting; {mend}"
+        return f"{at}: {key} is not a setting; {suggestions.mend(key)}"
     if item["type"] == "missing":
         return f"{at}: {key} is missing; add it"
     reason = str(item["msg"]).removeprefix("Value error, ")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # How the work is done, shown or logged: no result depends on them.
-_PASSED_OVER = frozenset((
+PASSED_OVER = frozenset((
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
     "preprocessing_num_workers", "preprocessing_batch_size", "dataset_num_proc",
@@ -57,6 +57,7 @@ _COMPILED_LAYER = "remove it; torch_compile: true compiles a decoder layer"
 _BY_STRATEGY = "remove it; strategy says what ranks hold"
 _NEXT_TOKEN = "remove it; what is trained predicts the next token"
 _NO_BIAS = "remove it; biases are not trained beside LoRA"
+_BY_PATTERN = "set lora_target_modules to a regular expression over the modules' paths"
 _BY_RAY = "remove it; sweep.executor: ray spreads a sweep"
 _OTHER_METHODS = (
     "remove it; examples are what is learnt from, by their columns (messages, prompt and "
@@ -104,7 +105,7 @@ _INSTEAD = {
     "tf32": "remove it; dtype: bfloat16 is the fast format",
     "bf16_full_eval": _IN_DTYPE,
     "fp16_full_eval": _IN_DTYPE,
-    "pure_bf16": "set dtype: bfloat16",
+    "pure_bf16": "set dtype: bfloat16; weights that learn stay float32 here all the same",
     "upcast_layernorm": _NOT_BUILT, "upcast_lmhead_output": _NOT_BUILT,
     "lr_scheduler_kwargs": "remove it; the schedules here take none",
     "cosine_min_lr_ratio": "remove it; a cosine ends at 0 here",
@@ -116,6 +117,10 @@ _INSTEAD = {
     "s2_attention": _NOT_BUILT, "xformers_attention": "set attn_implementation: sdpa",
     "flex_attention": "set attn_implementation: sdpa", "plugins": _NOT_BUILT,
     "router_aux_loss_coef": _NOT_BUILT, "lora_target_parameters": _NOT_BUILT,
+    "rope_theta": _MODEL_SAYS, "use_dft_loss": _NOT_BUILT,
+    "layers_to_transform": _BY_PATTERN, "peft_layers_to_transform": _BY_PATTERN,
+    "layers_pattern": _BY_PATTERN, "peft_layers_pattern": _BY_PATTERN,
+    "test_datasets": "set eval_dataset",
     "unfrozen_parameters": "set method: full with trainable_layers: last_N",
     "use_liger_kernel": _SMALL_LOGITS, "liger_kernel_config": _SMALL_LOGITS,
     "use_unsloth": "remove it; what makes training light is built in",
@@ -170,7 +175,7 @@ _RHYTHMS = {
     "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps",
     "save_strategy": "save_steps", "logging_strategy": "logging_steps",
 }  # fmt: skip
-NAMES = tuple(dict.fromkeys((*_RHYTHMS, *sorted(_PASSED_OVER), *_ALREADY, *_INSTEAD)))
+NAMES = tuple(dict.fromkeys((*_RHYTHMS, *sorted(PASSED_OVER), *_ALREADY, *_INSTEAD)))
 
 
 def instead(name: str) -> str | None:
@@ -181,7 +186,7 @@ def instead(name: str) -> str | None:
 def changes_nothing(name: str, value: Any) -> bool:
     """Whether it may be passed over: it moves no result, or says what is so here anyway."""
     word = str(value).strip().lower()
-    if name in _PASSED_OVER or word in _ALREADY.get(name, ()):
+    if name in PASSED_OVER or word in _ALREADY.get(name, ()):
         return True
     if name in _ALREADY:
         return value is None
