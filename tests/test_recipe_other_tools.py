@@ -192,6 +192,8 @@ def test_what_is_a_setting_here_is_not_told_to_be_none() -> None:
         ({"eval_strategy": "no", "eval_dataset": "rows"}, "'no' and eval_dataset contradict"),
         ({"eval_strategy": "no", "eval_steps": 5}, "'no' and eval_steps contradict each other"),
         ({"eval_strategy": "no", "val_size": 0.1}, "both set the same thing"),
+        ({"adapter": None}, "recipe: adapter is empty, which trains the whole base in Axolotl; set "
+                            "method: full, or adapter: lora"),
         ({"rope_theta": 1e6}, "rope_theta is not a setting; remove it; the model's own files"),
         ({"use_dft_loss": True}, "use_dft_loss is not a setting; it is not built, remove it"),
         ({"layers_to_transform": [1]}, "set lora_target_modules to a regular expression"),
@@ -218,6 +220,7 @@ def test_what_is_not_here_is_told_with_what_to_do(
         {"eval_strategy": None, "metric_for_best_model": None, "data_seed": None},
         {"auto_find_batch_size": False, "shuffle_dataset": False, "lora_bias": False},
         {"cutoff_len": None, "flash_attn": None, "quant_method": None, "datasets": None},
+        {"adapter": None, "method": "lora"},
     ],
 )  # fmt: skip
 def test_what_is_so_here_too_changes_nothing(
@@ -236,6 +239,17 @@ def test_what_axolotl_s_datasets_ask_for_and_is_not_read_is_told(tmp_path: Path)
         )
     assert "datasets: split is not read; remove it" in str(caught.value)
     assert "datasets: roles_to_train is not read; remove it; the assistant's" in str(caught.value)
+
+
+def test_an_axolotl_recipe_without_adapter_trains_the_whole_base_once_that_is_said(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "recipe.yaml").write_text("base_model: m\ndatasets: rows.jsonl\nadapter:\n")
+    assert Recipe.from_file(tmp_path / "recipe.yaml", {"method": "full"}).method == "full"
+    assert Recipe.from_file(tmp_path / "recipe.yaml", {"fine_tune_type": "lora"}).method == "lora"
+    with pytest.raises(RecipeError, match="adapter is empty, which trains the whole base"):
+        Recipe.from_file(tmp_path / "recipe.yaml")
 
 
 def test_the_command_line_and_the_file_are_seen_together(tmp_path: Path) -> None:

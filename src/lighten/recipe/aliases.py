@@ -62,6 +62,9 @@ RENAMED = {
 FROZEN_BELOW = 2
 _BITS = ("quantization_bit", "quant_bits", "quantization")
 _BACKENDS = ("quant_method", "quantization_method")
+# What says which method it is, beside Axolotl's `adapter`.
+_METHODS = ("method", "trainable_layers", *(a for a, name in RENAMED.items() if name == "method"),
+            "finetuning_type", "peft")  # fmt: skip
 # One of a data set's configs: LLaMA-Factory's and ms-swift's, TRL's, of transformers' scripts.
 _SUBSETS = ("subset", "dataset_config", "dataset_config_name")
 # Axolotl's switches.
@@ -118,6 +121,9 @@ def translate(
 
     for key, given in values.items():
         raw = _with_text_paths(given)
+        if key == "adapter" and raw is None and all(everything.get(n) is None for n in _METHODS):
+            problems.append("adapter is empty, which trains the whole base in Axolotl; set method: "
+                            "full, or adapter: lora")  # fmt: skip
         if raw is None and (key in SPECIAL or key in RENAMED):
             continue  # left empty, it asks for nothing
         # Switches of other tools are often quoted.
