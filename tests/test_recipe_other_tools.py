@@ -241,6 +241,40 @@ def test_what_axolotl_s_datasets_ask_for_and_is_not_read_is_told(tmp_path: Path)
     assert "datasets: roles_to_train is not read; remove it; the assistant's" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("entry", "answer"),
+    [
+        ("type: {format: 'Q: {instruction}', field_instruction: q, field_output: output}",
+         "datasets: a type of one's own is not read; remove it, set dataset_columns: "
+         "{instruction: q}, and set chat_template to the prompt's format"),
+        ("type: {system_prompt: Be brief}", "is not read; remove it, and set chat_template to the"),
+        ("type: completion\n    field: body", "max_length is not split here as it is there; "
+                                             "remove it, and set dataset_columns: {text: body}"),
+        ("type: completion", "set dataset_columns: {text: text} to learn each row's text whole"),
+        ("type: input_output", "write rows of segments as input_ids and labels"),
+    ],
+)  # fmt: skip
+def test_formats_of_axolotl_s_that_are_not_here_are_refused(
+    tmp_path: Path, entry: str, answer: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read(AXOLOTL.replace("type: alpaca", entry), tmp_path)
+    assert answer in str(caught.value)
+    assert "datasets: field is not read" not in str(caught.value)
+
+
+def test_a_type_of_axolotl_s_says_no_format_here_and_that_is_told(tmp_path: Path) -> None:
+    told = "prompts are written by the chat template, not in Axolotl's format of that name"
+    for kind, count in (
+        ("alpaca", 1), ("sharegpt", 1), ("chat_template", 0), ("chat_template.argilla", 0),
+        ("", 0),
+    ):  # fmt: skip
+        recipe = read(AXOLOTL.replace("type: alpaca", f"type: {kind}"), tmp_path)
+        notices = [notice for notice in recipe.notices if told in notice]
+        assert len(notices) == count
+        assert all(f"datasets: type: {kind} is passed over" in notice for notice in notices)
+
+
 def test_an_axolotl_recipe_without_adapter_trains_the_whole_base_once_that_is_said(
     tmp_path: Path,
 ) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lighten.paths import limited, several, with_config
-from lighten.recipe import dataset_info, foreign, other_tools
+from lighten.recipe import axolotl_datasets, dataset_info, foreign, other_tools
+from lighten.recipe.axolotl_datasets import SUBSETS
 
 RENAMED = {
     "base_model": "model_name_or_path",
@@ -65,15 +66,13 @@ _BACKENDS = ("quant_method", "quantization_method")
 # What says which method it is, beside Axolotl's `adapter`.
 _METHODS = ("method", "trainable_layers", *(a for a, name in RENAMED.items() if name == "method"),
             "finetuning_type", "peft")  # fmt: skip
-# One of a data set's configs: LLaMA-Factory's and ms-swift's, TRL's, of transformers' scripts.
-_SUBSETS = ("subset", "dataset_config", "dataset_config_name")
 # Axolotl's switches.
 _ATTENTIONS = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa",
                "eager_attention": "eager"}  # fmt: skip
 SPECIAL = (
     "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
     "deepspeed", "fsdp", "fsdp_config", "adapter", "finetuning_type", "freeze_trainable_layers",
-    "train_on_prompt", "additional_target", "max_samples", "dataset_dir", *_SUBSETS,
+    "train_on_prompt", "additional_target", "max_samples", "dataset_dir", *SUBSETS,
     *_ATTENTIONS, *_BITS, *_BACKENDS,
 )  # fmt: skip
 # Of these, what are switches, and how people write one.
@@ -147,9 +146,11 @@ def translate(
             entries = value if isinstance(value, list) else [value]
             paths = [v.get("path") if isinstance(v, Mapping) else v for v in entries]
             if paths and all(isinstance(path, str) for path in paths):
-                named = [_with_subset(entry) for entry in entries]
+                named = [axolotl_datasets.named(entry) for entry in entries]
                 put("datasets", "dataset", named if len(named) > 1 else named[0])
-                problems += [fault for entry in entries for fault in _unread(entry)]
+                for read, unread in map(axolotl_datasets.answers, entries):
+                    notices += [notice for notice in read if notice not in notices]
+                    problems += unread
             else:
                 problems.append("each entry of datasets must have a path; use dataset: FILE")
         elif key == "max_steps" and str(value).strip() == "-1":
@@ -162,7 +163,7 @@ def translate(
                 problems.append(f"max_samples: {value!r} does not do; use a number from 1")
             else:
                 notices.append(f"max_samples is read as the first {value} rows of each data set")
-        elif key in (*_SUBSETS, "dataset_dir"):
+        elif key in (*SUBSETS, "dataset_dir"):
             pass  # what is of the data set; where `dataset_info.json` is
         elif key == "lora_target_linear":
             if value:
@@ -242,7 +243,7 @@ def translate(
             passed_over.append(key)
         elif value is not None or key not in came_from:
             out[key] = value
-    for key in _SUBSETS:
+    for key in SUBSETS:
         if values.get(key) is not None:
             names = ("dataset", *(alias for alias, name in RENAMED.items() if name == "dataset"))
             said = (everything[name] for name in names if everything.get(name) is not None)
@@ -290,29 +291,6 @@ def _data_sets(
     if str(most).isdecimal() and int(str(most)):
         names = [limited(name, int(str(most))) for name in names]
     return names[0] if len(names) == 1 else names, columns, read
-
-
-def _with_subset(entry: Any) -> str:
-    """An entry of Axolotl's `datasets` with the config that its `name` chooses."""
-    if not isinstance(entry, Mapping):
-        return str(entry)
-    chosen = next((entry[k] for k in ("name", *_SUBSETS) if entry.get(k) is not None), None)
-    return str(entry["path"]) if chosen is None else with_config(entry["path"], str(chosen))
-
-
-def _unread(entry: Any) -> list[str]:
-    """A sentence for each key of Axolotl's `datasets` that asks for what is not read."""
-    if not isinstance(entry, Mapping):
-        return []
-    read = ("path", "type", "ds_type", "name", *_SUBSETS)
-    others = {key: entry[key] for key in entry if key not in read}
-    return [
-        f"datasets: {key} is not read; "
-        + (other_tools.instead(key) or "remove it (dataset_columns names columns called otherwise)")
-        for key, value in others.items()
-        if value is not None and not other_tools.changes_nothing(key, value)
-        and (key, value) != ("split", "train")
-    ]  # fmt: skip
 
 
 def _with_text_paths(value: Any) -> Any:
