@@ -237,12 +237,15 @@ ALIASES: list[tuple[dict[str, Any], str, Any]] = [
     [{"adapter": "lora"}, {"quantization": "none"}, {"bf16": "no"}, {"fp16": None},
      {"lora_target_linear": "off"}, {"train_on_inputs": None},
      {"adapter": "lora", "load_in_8bit": True},
-     {"adapter": "qlora", "load_in_4bit": True}, {"flash_attention": False}],
+     {"adapter": "qlora", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+     {"flash_attention": False}],
 )  # fmt: skip
 def test_what_says_nothing_new_changes_nothing(
     values: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    load_settings = {key: value for key, value in changes.items() if key.startswith("load_in")}
+    load_settings = {
+        key: value for key, value in changes.items() if key.startswith(("load_in", "bnb_"))
+    }
     changed = Recipe.from_values({**values, **changes}).completed()
     assert changed == Recipe.from_values({**values, **load_settings}).completed()
 

@@ -242,6 +242,28 @@ def test_what_axolotl_s_datasets_ask_for_and_is_not_read_is_told(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("changes", "double"),
+    [
+        ({"quantization_bit": 4}, True), ({"quant_bits": 4}, True),
+        ({"quantization": "4bit"}, True),
+        ({"adapter": "qlora"}, True), ({"adapter": "qlora", "load_in_4bit": True}, True),
+        ({"load_in_4bit": True}, False), ({"quantization_bit": 8}, False),
+        ({"quantization_bit": 4, "double_quantization": False}, False),
+        ({"use_bnb_nested_quant": False, "adapter": "qlora"}, False),
+    ],
+)  # fmt: skip
+def test_scales_of_4_bits_are_quantised_where_the_setting_s_tool_does_so(
+    values: dict[str, Any], changes: dict[str, Any], double: bool
+) -> None:
+    recipe = Recipe.from_values({**values, **changes})
+    assert recipe.bnb_4bit_use_double_quant is double
+    told = [notice for notice in recipe.notices if "quantises the scales too there" in notice]
+    assert len(told) == double
+    single = Recipe.from_values({**values, **changes}, {"bnb_4bit_use_double_quant": False})
+    assert not single.bnb_4bit_use_double_quant
+
+
+@pytest.mark.parametrize(
     ("entry", "answer"),
     [
         ("type: {format: 'Q: {instruction}', field_instruction: q, field_output: output}",

@@ -62,6 +62,10 @@ RENAMED = {
 # LLaMA-Factory's, for `finetuning_type: freeze`.
 FROZEN_BELOW = 2
 _BITS = ("quantization_bit", "quant_bits", "quantization")
+# Whether the scales of 4 bits are quantised too: so by default with LLaMA-Factory's, ms-swift's and
+# Soup's settings above, and with Axolotl's `adapter: qlora`.
+_DOUBLE = ("bnb_4bit_use_double_quant",
+           *(a for a, name in RENAMED.items() if name == "bnb_4bit_use_double_quant"))  # fmt: skip
 _BACKENDS = ("quant_method", "quantization_method")
 # What says which method it is, beside Axolotl's `adapter`.
 _METHODS = ("method", "trainable_layers", *(a for a, name in RENAMED.items() if name == "method"),
@@ -117,6 +121,14 @@ def translate(
         out[name] = value
         if alias != name:
             notices.append(f"{alias} is called {name} here; read as {name}: {value}")
+
+    def quantise_scales(alias: str, value: Any) -> None:
+        """Quantise the scales too, as the tools do that have such a setting, unless it is said."""
+        said = any(everything.get(name) is not None for name in _DOUBLE)
+        if not said and everything.get("load_in_4bit") is not False:
+            out[_DOUBLE[0]] = True
+            notices.append(f"{alias}: {value} quantises the scales too there, and so it does here: "
+                           f"{_DOUBLE[0]}: true (load_in_4bit alone does not)")  # fmt: skip
 
     for key, given in values.items():
         raw = _with_text_paths(given)
@@ -218,11 +230,14 @@ def translate(
             bits = {"4": "load_in_4bit", "8": "load_in_8bit"}.get(count)
             if bits is not None:
                 put(key, bits, True)
+                if bits == "load_in_4bit":
+                    quantise_scales(key, value)
             elif value not in ("none", False):
                 problems.append(f"{key}: {value!r} does not do; use 4 or 8")
         elif key == "adapter":
             if value == "qlora":
                 put(key, "load_in_4bit", True)
+                quantise_scales(key, value)
             elif value != "lora":
                 problems.append(
                     f"adapter: {value!r} does not do; use lora or qlora, use_dora: true, or "
