@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
+from lighten.models import load_tokenizer
 from lighten.recipe import Recipe, RecipeError, aliases, other_tools
 from lighten.recipe.fields import RecipeFields
+from lighten.training.rows import load_rows
 
 ROWS = '{"prompt": "a", "completion": "b"}\n'
 # TRL 1.16's SFTConfig, ModelConfig and ScriptArguments beside transformers' own.
@@ -239,6 +241,48 @@ def test_what_axolotl_s_datasets_ask_for_and_is_not_read_is_told(tmp_path: Path)
         )
     assert "datasets: split is not read; remove it" in str(caught.value)
     assert "datasets: roles_to_train is not read; remove it; the assistant's" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [{"packing": True}, {"packing": True, "packing_strategy": "bfd"}, {"neat_packing": True},
+     {"sample_packing": "true"}],
+)  # fmt: skip
+def test_packing_says_what_a_step_holds_and_what_would_be_as_in_other_tools(
+    values: dict[str, Any], tiny_folder: Path, packing: dict[str, Any]
+) -> None:
+    values = {**values, "model_name_or_path": str(tiny_folder), "max_length": 64, "val_size": 0,
+              "per_device_train_batch_size": 4}  # fmt: skip
+
+    def notes(recipe: Recipe) -> list[str]:
+        rows = load_rows(recipe, load_tokenizer(str(tiny_folder)))
+        length = len(rows.train.rows[0].input_ids)
+        told = [note for note in rows.notes if note.startswith("packing: ")]
+        assert all(
+            f"4 rows here, of {length} tokens on average; TRL, LLaMA-Factory and Axolotl fill "
+            f"4 blocks of 64 tokens"
+            in note
+            and f"per_device_train_batch_size: {round(4 * 64 / length)} would" in note
+            for note in told
+        )
+        return told
+
+    recipe = Recipe.from_values({**values, **packing})
+    assert len(notes(recipe)) == 1
+    assert len(notes(recipe.changed({"seed": 1}))) == 1
+    assert not any("passed over" in notice for notice in recipe.notices)
+    for other in ({}, {"padding_free": True}, {"packing": "auto"}, {"packing": False}):
+        recipe = Recipe.from_values({**values, **other})
+        assert notes(recipe) == notes(recipe.changed({"seed": 1})) == []
+    assert len(notes(recipe.changed({"packing": True}))) == 1
+
+
+def test_a_strategy_of_packing_is_passed_over_without_packing(values: dict[str, Any]) -> None:
+    for packing in ({}, {"packing": False}):
+        (notice,) = Recipe.from_values({**values, **packing, "packing_strategy": "bfd"}).notices
+        assert notice == "passed over, as they change nothing here: packing_strategy"
+    with pytest.raises(RecipeError, match="packing_strategy: 'wrapped' does not do; remove it: ro"):
+        Recipe.from_values({**values, "packing": True, "packing_strategy": "wrapped"})
 
 
 @pytest.mark.parametrize(

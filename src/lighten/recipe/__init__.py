@@ -59,6 +59,7 @@ class Recipe(RecipeFields):
 
     _notices: list[str] = PrivateAttr(default_factory=list)
     _name: str | None = PrivateAttr(default=None)
+    _packs_blocks: bool = PrivateAttr(default=False)
 
     @property
     def notices(self) -> list[str]:
@@ -72,6 +73,11 @@ class Recipe(RecipeFields):
             return self._name
         model = Path(self.model_name_or_path).name.removesuffix(".gguf")
         return f"{model}-{data_label(self.dataset)}"
+
+    @property
+    def packs_blocks_elsewhere(self) -> bool:
+        """Whether it says `packing`, which fills blocks of `max_length` tokens in other tools."""
+        return self._packs_blocks
 
     @property
     def compute_dtype(self) -> str:
@@ -161,6 +167,9 @@ class Recipe(RecipeFields):
         if problems:
             raise RecipeError("\n".join(problems))
         recipe._notices = [*notices, *override_notices, *recipe._notices]
+        recipe._packs_blocks = recipe.packing is True and not any(
+            said.get("padding_free") for said in (values, overrides or {})
+        )
         return recipe
 
     @property
@@ -214,6 +223,7 @@ class Recipe(RecipeFields):
         recipe = Recipe._build(values, overrides, "recipe", {}, applied_adapter=applied)
         recipe._name = self._name
         recipe._notices = [*self._notices, *recipe._notices]
+        recipe._packs_blocks &= self._packs_blocks or self.packing is not True
         return recipe
 
     def with_evaluate(self, options: Mapping[str, Any]) -> EvaluateOptions:

@@ -67,6 +67,7 @@ _BITS = ("quantization_bit", "quant_bits", "quantization")
 _DOUBLE = ("bnb_4bit_use_double_quant",
            *(a for a, name in RENAMED.items() if name == "bnb_4bit_use_double_quant"))  # fmt: skip
 _BACKENDS = ("quant_method", "quantization_method")
+_PACKING = ("packing", *(a for a, name in RENAMED.items() if name == "packing"))
 # What says which method it is, beside Axolotl's `adapter`.
 _METHODS = ("method", "trainable_layers", *(a for a, name in RENAMED.items() if name == "method"),
             "finetuning_type", "peft")  # fmt: skip
@@ -77,7 +78,7 @@ SPECIAL = (
     "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
     "deepspeed", "fsdp", "fsdp_config", "adapter", "finetuning_type", "freeze_trainable_layers",
     "train_on_prompt", "additional_target", "max_samples", "dataset_dir", *SUBSETS,
-    *_ATTENTIONS, *_BITS, *_BACKENDS,
+    "packing_strategy", *_ATTENTIONS, *_BITS, *_BACKENDS,
 )  # fmt: skip
 # Of these, what are switches, and how people write one.
 _SWITCHES = ("train_on_inputs", "train_on_prompt", "lora_target_linear", "bf16", "fp16",
@@ -170,6 +171,15 @@ def translate(
         elif key in ("train_on_inputs", "train_on_prompt"):
             put(key, "assistant_only_loss", not value)
             put(key, "completion_only_loss", not value)
+        elif key == "packing_strategy":
+            if value != "bfd":
+                problems.append(f"packing_strategy: {value!r} does not do; remove it: rows are "
+                                "packed so that none is cut")  # fmt: skip
+            elif any(str(everything.get(name)).lower() == "true" for name in _PACKING):
+                notices.append("packing_strategy: bfd is so here too in that no row is cut; a step "
+                               "is of rows, not of filled blocks")  # fmt: skip
+            else:
+                passed_over.append(key)
         elif key == "max_samples":
             if not str(value).isdecimal() or int(value) < 1:
                 problems.append(f"max_samples: {value!r} does not do; use a number from 1")

@@ -282,7 +282,7 @@ class RecipeFields(Section):
         "auto",
         "training",
         "rows behind each other without padding, each attending to itself alone; auto: where the "
-        "attention can",
+        "attention can; a batch counts rows either way, not filled blocks",
     )
     group_by_length: bool = _field(True, "training", "bring examples of like length together")
     learning_rate: Rate | list[Rate] = _field(

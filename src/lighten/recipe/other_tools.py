@@ -38,7 +38,6 @@ _ALREADY = {
     "evals_per_epoch": ("1",), "saves_per_epoch": ("1",), "roles_to_train": ("['assistant']",),
     "train_on_eos": ("turn",), "shuffle_dataset": ("true", "false"),
     "truncation_mode": ("keep_start",), "hub_strategy": ("every_save",),
-    "packing_strategy": ("bfd",),
 }  # fmt: skip
 _OFF = ("none", "false", "no", "off", "0", "0.0", "", "[]", "{}")
 _UPLOAD = "remove it; lighten push uploads what lighten export writes"
@@ -144,7 +143,6 @@ _INSTEAD = {
                       "false in the row",
     "train_on_eos": "remove it; an assistant's turn is learnt with its end",
     "truncation_mode": "set truncation_strategy: truncate, drop or raise",
-    "packing_strategy": "set packing: true; rows are packed so that none is cut",
     "eval_packing": _BOTH_PACKED, "eval_sample_packing": _BOTH_PACKED,
     "loss_type": "remove it; the loss is that of the next token",
     "eos_token": _MODEL_SAYS, "pad_token": _MODEL_SAYS, "model_type": _MODEL_SAYS,

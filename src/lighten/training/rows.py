@@ -21,6 +21,7 @@ from lighten.training import held_out_data
 from lighten.training.encoding import Progress, encode_as, lost_sentences, tokenizer_facts
 from lighten.training.held_out_data import held_out_source
 from lighten.training.row_cache import RowCache
+from lighten.wording import counted
 
 
 @dataclass
@@ -145,7 +146,8 @@ def _rows(
     if of_rows is None:  # else no run comes of them
         facts["tokenizer"] = tokenizer_facts(tokenizer)
     longest = limits.longest(recipe.max_length)[1]
-    notes = [*extras["notes"], *lost_sentences(encoded, limits, longest)]
+    notes = [*extras["notes"], *lost_sentences(encoded, limits, longest),
+             *_packing_sentence(recipe, encoded, limits)]  # fmt: skip
     if parts["held_out"] is None and of_rows is None:
         notes += [
             f"{key} has no effect: nothing is held out"
@@ -153,6 +155,24 @@ def _rows(
             if getattr(recipe, key)
         ]
     return Rows(encoded, parts["held_out"], template, facts, longest, notes, cached, of_rows)
+
+
+def _packing_sentence(recipe: Recipe, encoded: Encoded, limits: Limits) -> list[str]:
+    """What a step learns from, where other tools would fill blocks with rows for it."""
+    if not recipe.packs_blocks_elsewhere:
+        return []
+    block, _ = limits.longest(recipe.max_length)
+    mean = encoded.counts.tokens / len(encoded.rows)
+    batch = recipe.per_device_train_batch_size
+    alike = round(batch * block / mean)
+    if alike <= batch:
+        return []
+    return [
+        f"packing: per_device_train_batch_size {batch} is {counted(batch, 'row')} here, of "
+        f"{mean:,.0f} tokens on average; TRL, LLaMA-Factory and Axolotl fill "
+        f"{counted(batch, 'block')} of {block:,} tokens, {block / mean:,.1f} times the tokens "
+        f"of a step, and of max_steps: per_device_train_batch_size: {alike} would be alike"
+    ]
 
 
 def _read_rows(
