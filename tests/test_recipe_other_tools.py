@@ -402,6 +402,36 @@ def test_what_pure_bf16_is_told_holds_for_either_method(
         Recipe.from_values({**values, "method": method, "pure_bf16": True})
 
 
+def test_the_table_of_defaults_has_ours_and_those_of_transformers() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "other-tools.md").read_text(encoding="utf-8")
+    table = page[page.index("| setting | here |") :].split("\n\n")[0].splitlines()[2:]
+    theirs = {field.name: field.default for field in fields(TrainingArguments)}
+    theirs |= {"warmup_ratio": theirs["warmup_steps"], "gradient_checkpointing": True}
+    compared = 0
+    for line in table:
+        name, ours, _, llama_factory, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        name, field = name.strip("`"), RecipeFields.model_fields[name.strip("`")]
+        if ours.startswith("`"):
+            assert float_or_text(ours.split("`")[1]) == float_or_text(field.default), name
+        else:
+            assert field.default is None, name
+        if name in theirs and llama_factory.startswith("`"):  # which has transformers' own
+            value = theirs[name]
+            value = getattr(value, "value", value)
+            assert float_or_text(llama_factory.strip("`")) == float_or_text(value), name
+            compared += 1
+    assert len(table) > 15
+    assert compared > 5
+
+
+def float_or_text(value: Any) -> float | str:
+    """A number however it is written, or a word as YAML writes it."""
+    try:
+        return float(value) if not isinstance(value, bool) else str(value).lower()
+    except ValueError:
+        return str(value)
+
+
 @pytest.mark.parametrize("steps", [0, 3, 0.1])
 def test_steps_of_warm_up_are_a_number_or_a_share(values: dict[str, Any], steps: float) -> None:
     for written in (steps, str(steps)):
