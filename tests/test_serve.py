@@ -434,6 +434,9 @@ def test_bench_serve_measures_and_checks(server: Server, tmp_path: Path) -> None
         assert load["answered"] == 12
         assert load["errors"] == {}
         assert 0 < load["first_token_s"]["p50"] <= load["first_token_s"]["p99"]
+        assert load["ignore_eos"]
+        assert load["tokens_per_answer"] == 4
+    assert report["comparable"]
     assert set(loads["base"]["by_model"]) == {"base"}
     assert json.loads((tmp_path / "bench-serve.json").read_text())["identity"]["wrong"] == 0
     ElementTree.parse(tmp_path / "bench-serve.svg")
