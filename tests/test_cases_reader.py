@@ -208,24 +208,43 @@ def test_calls_of_sharegpt_are_those_of_openai(count: int, tmp_path: Path) -> No
     assert example.messages[1].extra == (("tool_calls", [function] * count),)
 
 
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ANSWERED: list[dict[str, Any]] = [
+    {"prompt": "a", "completion": "b"}, {"messages": TALK}, {"instruction": "a", "output": "b"},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "row",
-    [{"prompt": "a", "completion": "b", "label": False},
-     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-      "kto_tag": False}],
-)  # fmt: skip
+    "mark", [{"label": False}, {"kto_tag": False}, {"kto_tag": "False"}, {"label": "false"}]
+)
+@pytest.mark.parametrize("row", ANSWERED)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_an_answer_that_is_marked_as_a_bad_one_is_not_learnt(
-    row: dict[str, Any], tmp_path: Path
+    row: dict[str, Any], mark: dict[str, Any], suffix: str, tmp_path: Path
 ) -> None:
     assert "is false: its answer is one that is not to be learnt" in refused(
-        lines(tmp_path / "d.jsonl", [row])
+        write_rows(tmp_path / f"d.{suffix}", [{**row, **mark}])
     )
 
 
-@pytest.mark.parametrize("more", [{"label": True}, {"label": 0}, {"label": None}])
-def test_another_label_says_nothing_of_the_answer(more: dict[str, Any], tmp_path: Path) -> None:
-    row = {"prompt": "a", "completion": "b", **more}
-    assert len(data.read(lines(tmp_path / "d.jsonl", [row])).examples) == 1
+def test_a_table_s_word_marks_an_answer_too(tmp_path: Path) -> None:
+    good, bad = ({**ANSWERED[0], "label": label} for label in (True, False))
+    path = write_rows(tmp_path / "d.csv", [good, bad])
+    assert "d.csv:3: label is false" in refused(path)
+    assert len(data.read(path, skip_bad_rows=True).examples) == 1
+
+
+@pytest.mark.parametrize(
+    "more", [{"label": True}, {"label": 0}, {"label": None}, {"label": "0"}, {"label": "falsehood"}]
+)
+@pytest.mark.parametrize("row", ANSWERED)
+def test_another_label_says_nothing_of_the_answer(
+    row: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    assert len(data.read(lines(tmp_path / "d.jsonl", [{**row, **more}])).examples) == 1
+    text = {"text": "a b", "label": False}  # its class
+    assert len(data.read(lines(tmp_path / "t.jsonl", [text])).examples) == 1
 
 
 @pytest.mark.parametrize("column", ["images", "videos", "audios"])

@@ -41,6 +41,8 @@ _ANSWERS = ("response", "answer", "output", "completion", "solution", "target", 
             "assistant", "reply")  # fmt: skip
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _TEXTS = ("text", "content", "document", "body")
+# Columns of which one is in every row that has an answer.
+_ANSWERED = {"messages", "conversations", "output", "completion"}
 # Columns of what stands beside the text where a model sees or hears.
 _MEDIA = ("images", "videos", "audios")
 # Ids beyond any vocabulary would not fit the arrays that hold them.
@@ -70,8 +72,11 @@ def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
     values = without_missing(row)
     if media := [name for name in _MEDIA if values.get(name) not in (None, [], {}, "", "[]")]:
         raise BadRowError(f"holds {media[0]}; only text can be trained here")
-    if bad := [name for name in _marks(values) if values.get(name) is False]:
-        raise BadRowError(f"{bad[0]} is false: its answer is one that is not to be learnt")
+    if bad := [name for name in _marks(values) if _is_false(values.get(name))]:
+        raise BadRowError(
+            f"{bad[0]} is false: its answer is one that is not to be learnt; a column that says "
+            "something else needs another name"
+        )
     if "input_ids" in values:
         return "tokens", _tokens(values, file, line)
     for shape in ("messages", "conversations"):
@@ -92,8 +97,16 @@ def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
 
 
 def _marks(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Columns of KTO's data that say whether an answer is a good one: TRL's and LLaMA-Factory's."""
-    return ("kto_tag", "label") if "completion" in values else ("kto_tag",)
+    """Columns of KTO's data that say whether an answer is a good one: LLaMA-Factory's and TRL's.
+
+    ms-swift has TRL's beside messages. Beside a text alone a label is its class.
+    """
+    return ("kto_tag", "label") if values.keys() & _ANSWERED else ("kto_tag",)
+
+
+def _is_false(value: Any) -> bool:
+    """False itself, or the word, as tables write it; 0 is a class of many."""
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
 
 
 def _describe_unknown_shape(row: Mapping[str, Any]) -> str:
