@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 
 from lighten import data
 from lighten.data import Example, Message
+from lighten.data.thoughts import thought_of, without_thought
 from lighten.errors import UserError
+from lighten.models import load_tokenizer
+from lighten.recipe import Recipe
+from lighten.training.rows import load_rows
 from tests.tiny import tiny_tokenizer
 
 
@@ -152,6 +156,10 @@ def test_a_csv_record_with_stray_cells_or_long_ones_says_so(tmp_path: Path) -> N
         ('{"messages": [{"role": "assistant", "content": "x", "train": "false"}]}',
          "train must be true or false"),
         ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}', "0 or 1"),
+        ('{"messages": [{"role": "assistant", "content": "x", "loss_scale": 2}]}',
+         "message 1: loss_scale must be 0 or 1, not 2"),
+        ('{"messages": [{"role": "assistant", "content": "x", "train": true, "loss": "no"}]}',
+         "loss must be true or false"),
     ],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_broken_rows(tmp_path: Path, row: str, why: str) -> None:
@@ -166,6 +174,56 @@ def test_a_message_of_no_weight_is_not_trained(tmp_path: Path) -> None:
              {"role": "assistant", "content": "y", "weight": 1}]  # fmt: skip
     (example,) = data.read(write(tmp_path / "d.jsonl", [{"messages": turns}])).examples
     assert [m.train for m in example.messages] == [False, True]
+
+
+@pytest.mark.parametrize("key", ["train", "loss", "training", "loss_scale"])
+def test_a_message_is_learnt_as_keys_of_other_tools_say(key: str, tmp_path: Path) -> None:
+    no, yes = (0, 1) if key == "loss_scale" else (False, True)
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x", key: no},
+             {"from": "human", "value": "q"}, {"from": "gpt", "value": "y", key: yes}]  # fmt: skip
+    dataset = data.read(write(tmp_path / "d.jsonl", [{"conversations": turns}]))
+    assert [m.train for m in dataset.examples[0].messages] == [None, False, None, True]
+    assert dataset.findings == []
+    report = data.check(dataset, tiny_tokenizer(), max_length=64, template="t")
+    assert "".join(token for token, learnt in report.sample if learnt) == "y<|im_end|>"
+
+
+def test_the_thought_of_harmony_is_a_thought(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"},
+             {"role": "assistant", "content": "yes", "thinking": "I reckon so"}]  # fmt: skip
+    (example,) = data.read(write(tmp_path / "d.jsonl", [{"messages": turns}])).examples
+    answer = example.messages[1]
+    assert thought_of(answer) == "I reckon so"
+    # Under the name that the templates of gpt-oss read, and under that of all others.
+    assert answer.for_template() == {
+        "role": "assistant", "content": "yes", "thinking": "I reckon so",
+        "reasoning_content": "I reckon so",
+    }  # fmt: skip
+    assert without_thought(answer) == Message("assistant", "yes")
+
+
+def test_keys_of_messages_that_nothing_reads_are_told_once_a_file(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    def row(number: int, **more: Any) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": str(number), "id": number, **more}
+        return {"messages": [{"role": "user", "content": f"q {number}"}, answer]}
+
+    rows = [row(0), row(1, citations=["a"]), row(2, channel="final", notes=""), row(3)]
+    dataset = data.read(write(tmp_path / "train.jsonl", rows))
+    (sentence,) = dataset.findings
+    assert "train.jsonl:2: messages have keys that are not read: channel, citations;" in sentence
+    report = data.check(dataset, tiny_tokenizer(), max_length=64, template="t")
+    assert sentence in report.problems
+    write(tmp_path / "valid.jsonl", [row(4, citations=[1]), row(5, channel="analysis")])
+    both = data.read([str(tmp_path / f"{name}.jsonl") for name in ("train", "valid")])
+    assert "channel, citations, and so in 1 other file;" in both.findings[0]
+    assert len(both.findings) == 1
+    recipe = Recipe.from_values(
+        {"model_name_or_path": str(tiny_folder), "dataset": str(tmp_path), "max_length": 32}
+    )
+    notes = load_rows(recipe, load_tokenizer(str(tiny_folder))).notes
+    assert len([note for note in notes if "citations" in note]) == 2
 
 
 def test_a_file_that_is_not_there_not_text_or_empty_says_so(tmp_path: Path) -> None:

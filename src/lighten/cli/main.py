@@ -420,7 +420,9 @@ def data_check(
     if as_json:
         print_json(summary.to_dict())
     else:
-        held_out_notes = data.left_out("held-out", held_out) if held_out is not None else []
+        held_out_notes = []
+        if held_out is not None:
+            held_out_notes = [*data.left_out("held-out", held_out), *held_out.findings]
         _print_check(summary.to_dict(), held_out_notes)
 
 

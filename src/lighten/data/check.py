@@ -34,7 +34,7 @@ class CheckReport:
         lengths: Tokens per row: min, median, mean, p95, max.
         histogram: Rows by length, `(upper end, rows)`; the last has no end.
         counts: What encoding at `max_length` keeps and loses.
-        problems: A sentence per kind of loss.
+        problems: What reading passed over, and a sentence per kind of loss.
         duplicates: Rows whose prompt stood before.
         overlap: Rows whose prompt stands in the evaluation data too, None without any.
         sample: `(token, supervised)` of one row.
@@ -111,7 +111,10 @@ def check(
         },
         histogram=_histogram(lengths),
         counts=asdict(shortened.counts),
-        problems=[problem for problem in shortened.problems if not problem.startswith(LEFT_OUT)],
+        problems=[
+            *dataset.findings,
+            *(problem for problem in shortened.problems if not problem.startswith(LEFT_OUT)),
+        ],
         duplicates=sum(count - 1 for count in keys.values()),
         overlap=overlap,
         sample=_tokens(encoded, min(sample, len(encoded.rows) - 1), tokenizer),

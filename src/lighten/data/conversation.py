@@ -26,7 +26,7 @@ from lighten.data.spans import (
     tokenizer_name,
 )
 from lighten.data.special import special_tokens
-from lighten.data.thoughts import raw_answer, thought_of, without_thought
+from lighten.data.thoughts import THOUGHT_KEYS, raw_answer, thought_of, without_thought
 from lighten.data.tools import call_names
 from lighten.errors import UserError
 
@@ -244,7 +244,7 @@ class Renderer:
                 messages[at] = without_thought(messages[at])
             return replace(example, messages=tuple(messages)), text, answers
         for at in cut:
-            extra = tuple(entry for entry in messages[at].extra if entry[0] != "reasoning_content")
+            extra = tuple(entry for entry in messages[at].extra if entry[0] not in THOUGHT_KEYS)
             messages[at] = replace(messages[at], content=raw_answer(messages[at]), extra=extra)
         placeholders = [
             replace(message, content=_placeholder(at)) if at in cut else message
@@ -265,8 +265,7 @@ class Renderer:
         """Whether the template shows the thought of an answer that is not to be learnt."""
         message, thought = example.messages[place], thought_of(example.messages[place])
         extra = tuple(
-            (key, mark(place) if key == "reasoning_content" else value)
-            for key, value in message.extra
+            (key, mark(place) if key in THOUGHT_KEYS else value) for key, value in message.extra
         )
         marked = list(example.messages)
         marked[place] = replace(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lighten.data.examples import Example
 from lighten.data.files import Content
 from lighten.data.formats import rows_of
+from lighten.data.read_findings import ReadFindings
 from lighten.data.shapes import SHAPES, example_of, renamed
 from lighten.data.sources import sources, with_split
 from lighten.data.storage import ExampleStore
@@ -50,6 +51,7 @@ class Dataset:
         format: The shape that most rows have.
         name: The files read, or the folders of the shards, for people.
         sha256: Of the bytes of all files, in order.
+        findings: What reading passed over, a sentence each.
     """
 
     examples: Sequence[Example]
@@ -57,6 +59,7 @@ class Dataset:
     format: str
     name: str
     sha256: str
+    findings: list[str] = field(default_factory=list)
 
 
 def read(
@@ -88,6 +91,7 @@ def read(
     columns = columns or {}
     examples = ExampleStore()
     bad: list[BadRow] = []
+    findings, unread = ReadFindings(), set[str]()
     shapes: dict[str, int] = {}
     missing_columns, present_columns = set(columns.values()), dict[str, None]()
     location = ", ".join(source.name for source in all_sources)
@@ -108,10 +112,13 @@ def read(
                     missing_columns -= row.keys()
                     present_columns.update(dict.fromkeys(map(str, row)))
                     row = renamed(row, columns)
-                shape, example = example_of(row, name, line)
+                unread.clear()
+                shape, example = example_of(row, name, line, unread)
             except BadRowError as error:
                 bad.append(BadRow(name, line, str(error)))
                 continue
+            if unread:
+                findings.add_unread(name, line, unread)
             shapes[shape] = shapes.get(shape, 0) + 1
             examples.append(example)
     content.require_unchanged()
@@ -126,7 +133,10 @@ def read(
     if not examples:
         sentences = "".join(f"\n{sentence}" for sentence in _sentences(bad))
         raise UserError(f"{location} holds no example; it needs rows of {SHAPES}{sentences}")
-    return Dataset(examples, bad, max(shapes, key=lambda s: shapes[s]), location, content.sha256)
+    return Dataset(
+        examples, bad, max(shapes, key=lambda s: shapes[s]), location, content.sha256,
+        findings.sentences(),
+    )  # fmt: skip
 
 
 def left_out(purpose: str, dataset: Dataset) -> list[str]:

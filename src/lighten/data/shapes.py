@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lighten.data.examples import Example, Message
-from lighten.data.tools import tool_calls_of, tools_of, written_calls
+from lighten.data.messages import messages_of
+from lighten.data.tools import tools_of
 from lighten.data.values import (
     BadRowError,
-    check_nested,
     decoded,
     is_missing,
     optional_text,
@@ -22,11 +22,6 @@ from lighten.data.values import (
 )
 
 SHAPES = "instruction/output, messages, conversations, prompt/completion, text, or input_ids/labels"
-_CALL = "function_call"  # ShareGPT's role of an answer that calls tools, as JSON
-_ROLES = {"human": "user", "gpt": "assistant", "bard": "assistant", "model": "assistant",
-          "chatgpt": "assistant", _CALL: "assistant", "observation": "tool",
-          "function": "tool"}  # fmt: skip
-KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 # Which shape each column belongs to; the others (system, tools) go with several.
 _SHAPE_OF = {
     **dict.fromkeys(("instruction", "input", "output", "history"), "alpaca"),
@@ -61,8 +56,14 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     return remaining | {name: row[column] for name, column in columns.items() if column in row}
 
 
-def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
+def example_of(row: Any, file: str, line: int, unread: set[str]) -> tuple[str, Example]:
     """Shape and example of a row.
+
+    Args:
+        row: The row.
+        file: Where it stood.
+        line: Its line there.
+        unread: Receives the keys of messages that hold something and that nothing reads.
 
     Raises:
         BadRowError: The row is broken.
@@ -81,13 +82,15 @@ def example_of(row: Any, file: str, line: int) -> tuple[str, Example]:
         return "tokens", _tokens(values, file, line)
     for shape in ("messages", "conversations"):
         if shape in values:
-            messages = _after_system(values, _messages(decoded(values[shape], shape), shape))
+            messages = _after_system(
+                values, messages_of(decoded(values[shape], shape), shape, unread)
+            )
             return shape, Example(file, line, messages, tools=tools_of(values))
     if "instruction" in row or "output" in row:
         messages, single = _alpaca(values, row)
         return "alpaca", Example(file, line, messages, single_turn=single, tools=tools_of(values))
     if "prompt" in row and "completion" in row:
-        return "prompt-completion", _prompt_completion(row, file, line)
+        return "prompt-completion", _prompt_completion(row, file, line, unread)
     if "text" in row:
         text = text_of(row["text"], "text")
         if not text.strip():
@@ -170,14 +173,16 @@ def _alpaca(values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[Me
     return tuple(messages), not history
 
 
-def _prompt_completion(row: Mapping[str, Any], file: str, line: int) -> Example:
+def _prompt_completion(row: Mapping[str, Any], file: str, line: int, unread: set[str]) -> Example:
     sides = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = row[key]
         is_chat = isinstance(value, list) and any(
             isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in value
         )
-        sides.append(_messages(value, key) if is_chat else (Message(role, text_of(value, key)),))
+        sides.append(
+            messages_of(value, key, unread) if is_chat else (Message(role, text_of(value, key)),)
+        )
     prompt, completion = sides
     if isinstance(row["prompt"], list):
         prompt = tuple(Message(m.role, m.content, False, m.extra) for m in prompt)
@@ -191,55 +196,6 @@ def _after_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tupl
     if not system or messages[0].role == "system":
         return messages
     return (Message("system", system), *messages)
-
-
-def _messages(value: Any, name: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise BadRowError(f"{name} must be a list of at least one message")
-    return tuple(_message(raw, f"{name}: message {place}") for place, raw in enumerate(value, 1))
-
-
-def _message(raw: Any, name: str) -> Message:
-    if not isinstance(raw, Mapping):
-        raise BadRowError(f"{name} must be an object")
-    role = raw.get("role")
-    if is_missing(role):
-        role = raw.get("from")
-    calls_alone = role == _CALL
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in KNOWN_ROLES:
-        raise BadRowError(f"{name} has the role {role!r}, not one of {', '.join(KNOWN_ROLES)}")
-    content = raw.get("content")
-    if is_missing(content):
-        content = raw.get("value")
-    if calls_alone and (written := written_calls(content)) is not None:
-        raw, content = {**raw, "tool_calls": written}, None
-    if len(raw) == 2 and isinstance(content, str):  # most messages: nothing else to look at
-        return Message(role, text_of(content, name))
-    extra = [
-        (key, raw[key])
-        for key in ("tool_call_id", "name", "reasoning_content")
-        if not is_missing(raw.get(key))
-    ]
-    calls = tool_calls_of(raw, name)
-    if calls:
-        extra.insert(0, ("tool_calls", calls))
-        content = "" if is_missing(content) else content
-    if extra:
-        check_nested([value for _, value in extra], name)
-    return Message(role, text_of(content, name), _trained(raw, name), tuple(extra))
-
-
-def _trained(raw: Mapping[str, Any], name: str) -> bool | None:
-    """What `train: false` or `weight: 0` say of a message."""
-    train, weight = raw.get("train"), raw.get("weight")
-    if is_missing(train) and is_missing(weight):
-        return None
-    if not is_missing(train) and not isinstance(train, bool):
-        raise BadRowError(f"{name}: train must be true or false, not {train!r}")
-    if not is_missing(weight) and weight not in (0, 1):
-        raise BadRowError(f"{name}: weight must be 0 or 1, not {weight!r}")
-    return bool(weight) if is_missing(train) else bool(train)
 
 
 def _tokens(values: Mapping[str, Any], file: str, line: int) -> Example:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from lighten.data.examples import Message
 from lighten.data.spans import EMPTY_THOUGHT
 
+# Keys of a message that hold its thought.
+THOUGHT_KEYS = ("reasoning_content", "thinking")
 # A thought with what stands around it, as models of several families write it.
 _THOUGHT = re.compile(
     r"\s*(?:<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\])\s*", re.DOTALL
@@ -38,7 +40,7 @@ def without_thought(message: Message) -> Message:
     """A message without its thought."""
     if not thought_of(message):
         return message
-    extra = tuple(entry for entry in message.extra if entry[0] != "reasoning_content")
+    extra = tuple(entry for entry in message.extra if entry[0] not in THOUGHT_KEYS)
     if _THOUGHT.match(message.content):  # and those between its words
         content = _THOUGHT.sub("\n\n", message.content).strip()
     else:

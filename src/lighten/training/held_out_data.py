@@ -141,7 +141,8 @@ def separate(
     prompts = None if trained is None else data.shared_prompts(trained, dataset.examples)
     return HeldOutData(
         dataset.examples, dataset.name, bad_rows=len(dataset.bad_rows),
-        notes=data.left_out("held-out", dataset), trained_prompts=prompts, sha256=dataset.sha256,
+        notes=[*data.left_out("held-out", dataset), *dataset.findings], trained_prompts=prompts,
+        sha256=dataset.sha256,
     )  # fmt: skip
 
 

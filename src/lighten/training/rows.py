@@ -110,7 +110,7 @@ def sample_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int) 
         train, _ = held_out_data.split_off(recipe, dataset)
     sample = train[:: max(1, len(train) // count)]
     encoded = encode_as(recipe, sample, tokenizer, limits)
-    extras = {"facts": {}, "notes": data.left_out("training", dataset)}
+    extras = {"facts": {}, "notes": [*data.left_out("training", dataset), *dataset.findings]}
     parts = {"train": encoded, "held_out": None}
     of_rows = round(len(train) * len(encoded.rows) / len(sample))
     return _rows(recipe, limits, tokenizer, template, parts, extras, cached=False, of_rows=of_rows)
@@ -226,7 +226,8 @@ def _read_rows(
         "nothing_held_out": why_none if test is None else None,
         "answers": data.learnt_answers(encoded.findings).to_dict(),
     }
-    return encoded, held_out, facts, [*data.left_out("training", dataset), *notes]
+    notes = [*data.left_out("training", dataset), *dataset.findings, *notes]
+    return encoded, held_out, facts, notes
 
 
 def data_sha256(recipe: Recipe) -> str:
