@@ -226,6 +226,69 @@ def test_keys_of_messages_that_nothing_reads_are_told_once_a_file(
     assert len([note for note in notes if "citations" in note]) == 2
 
 
+TALK = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
+        {"from": "human", "value": "c"}]  # fmt: skip
+GOOD, POOR = {"from": "gpt", "value": "good"}, {"from": "gpt", "value": "poor"}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"conversations": TALK, "chosen": GOOD, "rejected": POOR},
+         {"prompt": "conversations", "completion": "chosen"}, ["a", "b", "c", "good"]),
+        ({"conversations": json.dumps(TALK), "chosen": json.dumps([GOOD]), "rejected": "poor"},
+         {"prompt": "conversations", "completion": "chosen"}, ["a", "b", "c", "good"]),
+        ({"instruction": "a", "input": "c", "output": "b", "chosen": "good", "rejected": "poor"},
+         {"instruction": "instruction", "output": "chosen"}, ["a\nc", "good"]),
+        ({"instruction": "a", "input": "", "chosen": "good", "rejected": "poor"},
+         {"instruction": "instruction", "output": "chosen"}, ["a", "good"]),
+        ({"prompt": "a", "chosen": "good", "rejected": "poor"},
+         {"prompt": "prompt", "completion": "chosen"}, ["a", "good"]),
+        ({"prompt": "a", "chosen": [TALK[0], GOOD], "rejected": [TALK[0], POOR]},
+         {"messages": "chosen"}, ["a", "good"]),
+    ],
+)  # fmt: skip
+def test_of_preferences_the_chosen_answers_are_learnt_only_where_that_is_said(
+    row: dict[str, Any], columns: dict[str, str], expected: list[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "d.jsonl", [row])
+    with pytest.raises(UserError, match="has a chosen and a rejected answer") as error:
+        data.read(path)
+    described = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    assert f"dataset_columns: {{{described}}} to learn the chosen ones" in str(error.value)
+    dataset = data.read(path, columns=columns)
+    assert [m.content for m in dataset.examples[0].messages] == expected
+    report = data.check(dataset, tiny_tokenizer(), max_length=128, template="t")
+    assert "".join(token for token, learnt in report.sample if learnt).count("good") == 1
+    if expected[1] == "b":
+        assert dataset.examples[0].messages[1].train is False
+
+
+def test_a_conversation_that_ends_with_the_chosen_answer_is_read(tmp_path: Path) -> None:
+    whole = [*TALK, GOOD]
+    rows = [
+        {"conversations": whole, "chosen": whole, "rejected": [*TALK, POOR]},
+        {"instruction": "a", "output": "good", "chosen": "good ", "rejected": "poor"},
+    ]
+    assert len(data.read(write(tmp_path / "d.jsonl", rows)).examples) == 2
+
+
+def test_a_prompt_of_messages_may_be_json_text(tmp_path: Path) -> None:
+    prompt, completion = [{"role": "user", "content": "a"}], [{"from": "gpt", "value": "b"}]
+    listed = '[{"role": "PERSON", "text": "Ada"}]'
+    rows = [{"prompt": json.dumps(prompt), "completion": json.dumps(completion)},
+            {"prompt": prompt, "completion": completion[0]},
+            {"prompt": "a", "completion": listed}]  # fmt: skip
+    examples = data.read(write(tmp_path / "d.jsonl", rows)).examples
+    assert [roles_and_texts(example) for example in examples] == [
+        [("user", "a"), ("assistant", "b")], [("user", "a"), ("assistant", "b")],
+        [("user", "a"), ("assistant", listed)],  # an answer that is JSON
+    ]  # fmt: skip
+    path = write(tmp_path / "d.jsonl", [{"prompt": str(prompt), "completion": "b"}])
+    with pytest.raises(UserError, match=r"prompt is text, but not JSON; it looks like Python"):
+        data.read(path)
+
+
 def test_a_file_that_is_not_there_not_text_or_empty_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         data.read(str(tmp_path / "no.jsonl"))

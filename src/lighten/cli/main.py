@@ -420,7 +420,7 @@ def data_check(
     if as_json:
         print_json(summary.to_dict())
     else:
-        held_out_notes = []
+        held_out_notes: list[str] = []
         if held_out is not None:
             held_out_notes = [*data.left_out("held-out", held_out), *held_out.findings]
         _print_check(summary.to_dict(), held_out_notes)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from lighten.data.examples import Message
 from lighten.data.tools import tool_calls_of, written_calls
-from lighten.data.values import BadRowError, check_nested, is_missing, text_of
+from lighten.data.values import BadRowError, check_nested, decoded, is_missing, text_of
 
 _CALL = "function_call"  # ShareGPT's role of an answer that calls tools, as JSON
 _ROLES = {"human": "user", "gpt": "assistant", "bard": "assistant", "model": "assistant",
@@ -18,12 +19,60 @@ KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 _SWITCHES, _WEIGHTS = ("train", "loss", "training"), ("weight", "loss_scale")
 _KEPT = ("tool_call_id", "name", "reasoning_content", "thinking")
 _READ = {"role", "from", "content", "value", "tool_calls", _CALL, *_SWITCHES, *_WEIGHTS, *_KEPT}
+_WORDS = {"content", "value", "tool_calls", _CALL}
 # Who wrote a message when and where, and what was counted of it: nothing to learn or to leave out.
 _ABOUT = {"id", "uuid", "message_id", "parent_id", "index", "turn", "timestamp", "created",
           "created_at", "date", "model", "source", "language", "lang", "author", "user_id",
           "metadata", "tokens", "token_count", "openai_id", "turn_identifier", "country",
           "hashed_ip", "header", "state", "toxic", "redacted", "temperature", "top_p",
           "token_counter"}  # fmt: skip
+# A list of messages as Python writes it, not JSON: what pandas puts into a CSV's cell.
+_REPR = re.compile(r"\s*\[\{'(?:role|from|content|value)': ")
+
+
+def chat_in(value: Any, name: str) -> list[Any] | None:
+    """The messages that a value is: a list of them, JSON text of such a list, or one alone.
+
+    None: it is something else. Text is a list of messages where each has a role and words: an
+    answer may be JSON, too.
+
+    Raises:
+        BadRowError: It is such a list as Python writes it, not JSON.
+    """
+    if isinstance(value, Mapping):
+        return [value] if "role" in value or "from" in value else None
+    if isinstance(value, list):
+        is_chat = any(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
+        return value if is_chat else None
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return None
+    if _REPR.match(value):
+        decoded(value, name)  # which says what is wrong
+    try:
+        messages = decoded(value, name)
+    except BadRowError:
+        return None
+    if isinstance(messages, list) and all(
+        isinstance(m, Mapping) and {"role", "from"} & m.keys() and _WORDS & m.keys()
+        for m in messages
+    ):
+        return messages
+    return None
+
+
+def answer_in(value: Any, name: str) -> str | None:
+    """The answer that a value is or ends with: text, or a message of the assistant's; else None.
+
+    Raises:
+        BadRowError: It is a list of messages as Python writes it, not JSON.
+    """
+    chat = chat_in(value, name)
+    if chat is None:
+        return value.strip() if isinstance(value, str) else None
+    last: Mapping[str, Any] = chat[-1] if isinstance(chat[-1], Mapping) else {}
+    role, words = last.get("role", last.get("from")), last.get("content", last.get("value"))
+    is_answer = isinstance(role, str) and _ROLES.get(role, role) == "assistant"
+    return words.strip() if is_answer and isinstance(words, str) else None
 
 
 def messages_of(value: Any, name: str, unread: set[str]) -> tuple[Message, ...]:
@@ -79,7 +128,7 @@ def _message(raw: Any, name: str, unread: set[str]) -> Message:
 
 def _trained(raw: Mapping[str, Any], name: str) -> bool | None:
     """What `train: false`, `weight: 0` and their like say of a message; the first that is there."""
-    said = None
+    said: bool | None = None
     for key in (*_SWITCHES, *_WEIGHTS):
         value = raw.get(key)
         if is_missing(value):

@@ -7,10 +7,11 @@ ShareGPT (`conversations`), prompt-completion, `text`, and ready tokens (`input_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lighten.data.examples import Example, Message
-from lighten.data.messages import messages_of
+from lighten.data.messages import answer_in, chat_in, messages_of
 from lighten.data.tools import tools_of
 from lighten.data.values import (
     BadRowError,
@@ -38,6 +39,9 @@ _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "ch
 _TEXTS = ("text", "content", "document", "body")
 # Columns of which one is in every row that has an answer.
 _ANSWERED = {"messages", "conversations", "output", "completion"}
+# Where the answer of a row stands, by the column of what is asked.
+_ANSWER_OF = {"messages": "messages", "conversations": "conversations", "instruction": "output",
+              "prompt": "completion"}  # fmt: skip
 # Columns of what stands beside the text where a model sees or hears.
 _MEDIA = ("images", "videos", "audios")
 # Ids beyond any vocabulary would not fit the arrays that hold them.
@@ -80,6 +84,8 @@ def example_of(row: Any, file: str, line: int, unread: set[str]) -> tuple[str, E
         )
     if "input_ids" in values:
         return "tokens", _tokens(values, file, line)
+    if "chosen" in values and "rejected" in values:
+        _require_chosen(values)
     for shape in ("messages", "conversations"):
         if shape in values:
             messages = _after_system(
@@ -110,6 +116,27 @@ def _marks(values: Mapping[str, Any]) -> tuple[str, ...]:
 def _is_false(value: Any) -> bool:
     """False itself, or the word, as tables write it; 0 is a class of many."""
     return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+
+
+def _require_chosen(values: Mapping[str, Any]) -> None:
+    """Refuse a row of preferences, unless what would be learnt of it is its chosen answer."""
+    chosen = answer_in(values["chosen"], "chosen")
+    for question, answer in _ANSWER_OF.items():
+        if question not in values:
+            continue
+        if chosen is not None and answer_in(values.get(answer), answer) == chosen:
+            return
+        chat = chat_in(values["chosen"], "chosen")
+        if chat and answer_in(chat[:1], "chosen") is None:  # it begins with what was asked
+            columns = "messages: chosen"
+        elif question == "instruction":
+            columns = "instruction: instruction, output: chosen"
+        else:
+            columns = f"prompt: {question}, completion: chosen"
+        raise BadRowError(
+            "has a chosen and a rejected answer, and preferences are not built; set "
+            f"dataset_columns: {{{columns}}} to learn the chosen ones"
+        )
 
 
 def _describe_unknown_shape(row: Mapping[str, Any]) -> str:
@@ -174,19 +201,16 @@ def _alpaca(values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[Me
 
 
 def _prompt_completion(row: Mapping[str, Any], file: str, line: int, unread: set[str]) -> Example:
-    sides = []
+    sides: list[tuple[Message, ...]] = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
-        value = row[key]
-        is_chat = isinstance(value, list) and any(
-            isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in value
-        )
+        chat = chat_in(row[key], key)
         sides.append(
-            messages_of(value, key, unread) if is_chat else (Message(role, text_of(value, key)),)
+            (Message(role, text_of(row[key], key)),)
+            if chat is None
+            else messages_of(chat, key, unread)
         )
-    prompt, completion = sides
-    if isinstance(row["prompt"], list):
-        prompt = tuple(Message(m.role, m.content, False, m.extra) for m in prompt)
-    messages = _after_system(row, prompt + completion)
+    prompt = tuple(replace(m, train=False) if m.role == "assistant" else m for m in sides[0])
+    messages = _after_system(row, prompt + sides[1])
     return Example(file, line, messages, single_turn=True, tools=tools_of(row))
 
 
