@@ -364,6 +364,19 @@ def test_a_system_column_stands_before_a_prompt_that_has_none(
     assert example.single_turn
 
 
+def test_letters_written_in_parts_are_told_and_kept(tmp_path: Path) -> None:
+    decomposed = unicodedata.normalize("NFD", "한국어 답")
+    rows = [{"prompt": "한국어", "completion": "café"}, {"prompt": "q", "completion": decomposed},
+            {"text": unicodedata.normalize("NFD", "é")}, {"text": "5 \u2126"}]  # fmt: skip
+    dataset = data.read(write(tmp_path / "d.jsonl", rows))
+    assert dataset.examples[1].reference == decomposed
+    (sentence,) = data.check(dataset, tiny_tokenizer(), max_length=99, template="t").problems
+    assert sentence.startswith("2 of 4 rows write letters in parts")
+    assert "d.jsonl:2: that takes more tokens" in sentence
+    assert 'unicodedata.normalize("NFC", text)' in sentence
+    assert data.read(write(tmp_path / "d.jsonl", [rows[0], rows[3]])).findings == []
+
+
 def test_a_prompt_is_the_same_however_its_hangul_is_composed(tmp_path: Path) -> None:
     rows = [{"prompt": unicodedata.normalize(form, "한국어 질문"), "completion": "답"}
             for form in ("NFC", "NFD")]  # fmt: skip

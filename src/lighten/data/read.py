@@ -120,6 +120,7 @@ def read(
             if unread:
                 findings.add_unread(name, line, unread)
             shapes[shape] = shapes.get(shape, 0) + 1
+            findings.look_at(example)
             examples.append(example)
     content.require_unchanged()
     if missing_columns and present_columns:
@@ -135,7 +136,7 @@ def read(
         raise UserError(f"{location} holds no example; it needs rows of {SHAPES}{sentences}")
     return Dataset(
         examples, bad, max(shapes, key=lambda s: shapes[s]), location, content.sha256,
-        findings.sentences(),
+        findings.sentences(len(examples)),
     )  # fmt: skip
 
 
