@@ -377,6 +377,31 @@ def test_letters_written_in_parts_are_told_and_kept(tmp_path: Path) -> None:
     assert data.read(write(tmp_path / "d.jsonl", [rows[0], rows[3]])).findings == []
 
 
+QUOTED = '"안녕" 이라고 말해\t"네\n'
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_quote_that_begins_a_cell_between_tabs_may_be_text(end: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.tsv"
+    text = "prompt\tcompletion\n안녕\t네\n\n" + QUOTED
+    path.write_text("\ufeff" + text, encoding="utf-8", newline=end)
+    dataset = data.read(str(path))
+    assert [roles_and_texts(example) for example in dataset.examples] == [
+        [("user", "안녕"), ("assistant", "네")],
+        [("user", '"안녕" 이라고 말해'), ("assistant", '"네')],
+    ]  # fmt: skip
+    assert [example.line for example in dataset.examples] == [2, 4]
+    assert len(dataset.findings) == 1
+    assert "d.tsv is read with its quotes as they stand" in dataset.findings[0]
+    whole = 'prompt\tcompletion\n"a\tb"\t"say ""yes"""\n'
+    path.write_text(whole)
+    assert roles_and_texts(data.read(str(path)).examples[0])[1][1] == 'say "yes"'
+    for broken in (text + "one cell\n", whole + QUOTED, '"prompt"\tcompletion\n' + QUOTED):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="is not valid CSV"):
+            data.read(str(path), skip_bad_rows=True)
+
+
 def test_a_prompt_is_the_same_however_its_hangul_is_composed(tmp_path: Path) -> None:
     rows = [{"prompt": unicodedata.normalize(form, "한국어 질문"), "completion": "답"}
             for form in ("NFC", "NFD")]  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.data.json_rows import json_rows
+from lighten.data.read_findings import ReadFindings
 from lighten.data.values import BadRowError
 from lighten.errors import UserError, missing_extra
 from lighten.wording import first_line
@@ -29,12 +30,15 @@ _RETURN = "\udc0d"
 _ARROW_ROWS = 1024
 
 
-def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[int, Any]]:
+def rows_of(
+    file: Path, columns: Collection[str], findings: ReadFindings
+) -> Iterator[tuple[int, Any]]:
     """Line (a row's number in Parquet) and value of each row; a broken one is a `BadRowError`.
 
     Args:
         file: What to read.
         columns: Columns that the recipe names, which tell a CSV's separator.
+        findings: Receives a table whose quotes are read as they stand.
 
     Raises:
         UserError: The file as a whole cannot be read.
@@ -50,7 +54,7 @@ def rows_of(file: Path, columns: Collection[str] = ()) -> Iterator[tuple[int, An
                 raise UserError(f"{file} is UTF-16 or UTF-32 text; save the file as UTF-8")
             stream.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             if suffix in (".csv", ".tsv"):
-                yield from _csv(stream, file, set(columns))
+                yield from _csv(stream, file, set(columns), findings)
             else:
                 yield from json_rows(stream, file)
     except UnicodeDecodeError as error:
@@ -72,7 +76,9 @@ def _undecodable(file: Path) -> str:
     return str(file)
 
 
-def _csv(stream: io.BufferedReader, file: Path, columns: set[str]) -> Iterator[tuple[int, Any]]:
+def _csv(
+    stream: io.BufferedReader, file: Path, columns: set[str], findings: ReadFindings
+) -> Iterator[tuple[int, Any]]:
     """Records with the line each begins on; a cell may hold any amount of text."""
     csv.field_size_limit(2**31 - 1)
     # newline="" leaves line ends inside cells as they are.
@@ -82,9 +88,14 @@ def _csv(stream: io.BufferedReader, file: Path, columns: set[str]) -> Iterator[t
     text.seek(place)
     separator = _separator(header_line, columns, file.suffix.lower() == ".tsv")
     unix = header_line.endswith("\n") and not header_line.endswith("\r\n")
-    lines = _without_returns(text) if unix else iter(text)
+    quoting = csv.QUOTE_MINIMAL
+    if separator == "\t":
+        if _has_literal_quotes(text, place, unix):
+            quoting = csv.QUOTE_NONE
+            findings.literal_quotes.append(str(file))
+        text.seek(place)
     # Not strict, a quote that is not closed takes the rows after it into its cell without a word.
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    reader = csv.reader(_lines(text, unix), delimiter=separator, strict=True, quoting=quoting)
     line = 1
     try:
         header = next((record for record in reader if record), None)
@@ -104,6 +115,33 @@ def _csv(stream: io.BufferedReader, file: Path, columns: set[str]) -> Iterator[t
             f"{file}:{line} is not valid CSV: {error}; a cell that begins with a quote ends with "
             "one, and one inside of it is written twice"
         ) from error
+
+
+def _has_literal_quotes(text: io.TextIOWrapper, place: int, unix: bool) -> bool:
+    """Whether a table of tabs is whole only where its quotes are text; many programs quote none.
+
+    It is not: strictly read it is valid, its header has quotes, or lines differ in their cells.
+    """
+    try:
+        for _ in csv.reader(_lines(text, unix), delimiter="\t", strict=True):
+            pass
+        return False
+    except csv.Error:
+        text.seek(place)
+    try:
+        records = csv.reader(_lines(text, unix), delimiter="\t", quoting=csv.QUOTE_NONE)
+        counts, header = set[int](), list[str]()
+        for record in filter(None, records):
+            header = header or record
+            counts.add(len(record))
+    except csv.Error:
+        return False
+    return len(counts) == 1 and not any('"' in name for name in header)
+
+
+def _lines(text: io.TextIOWrapper, unix: bool) -> Iterator[str]:
+    """Lines as the file ends its first one."""
+    return _without_returns(text) if unix else iter(text)
 
 
 def _record(record: list[str], names: list[str], separator: str) -> Any:

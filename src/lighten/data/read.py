@@ -102,7 +102,7 @@ def read(
                 "before it; say how many of each, as in data.jsonl#500"
             )
         most = _smaller(limit, None if source.rows is None else len(examples) + source.rows)
-        for name, line, row in _numbered(source.files, columns):
+        for name, line, row in _numbered(source.files, columns, findings):
             if most is not None and len(examples) >= most:
                 break
             try:
@@ -186,8 +186,10 @@ def _smaller(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _numbered(files: Sequence[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, int, Any]]:
+def _numbered(
+    files: Sequence[Path], columns: Mapping[str, str], findings: ReadFindings
+) -> Iterator[tuple[str, int, Any]]:
     for file in files:
         name = str(file)
-        for line, row in rows_of(file, columns.values()):
+        for line, row in rows_of(file, columns.values(), findings):
             yield name, line, row

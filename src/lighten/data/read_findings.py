@@ -1,4 +1,4 @@
-"""What reading passed over in the files, told once."""
+"""What reading passed over in the files or took otherwise, told once."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class ReadFindings:
         first_unread: Where the first of them stands, by file.
         decomposed: Rows with letters that are written in parts.
         first_decomposed: The first of them.
+        literal_quotes: Tables whose quotes are read as they stand.
     """
 
     unread_keys: dict[str, set[str]] = field(default_factory=dict)
     first_unread: dict[str, int] = field(default_factory=dict)
     decomposed: int = 0
     first_decomposed: str = ""
+    literal_quotes: list[str] = field(default_factory=list)
 
     def add_unread(self, file: str, line: int, keys: Iterable[str]) -> None:
         """Keep that messages of a row have keys that nothing reads."""
@@ -52,7 +54,12 @@ class ReadFindings:
         Args:
             rows: How many were read.
         """
-        sentences = self._about_keys()
+        sentences = [
+            f"{file} is read with its quotes as they stand: one begins a cell and does not end it, "
+            "and between tabs every line has as many cells as there are columns"
+            for file in self.literal_quotes
+        ]
+        sentences += self._about_keys()
         if self.decomposed:
             sentences.append(
                 f"{self.decomposed:,} of {counted(rows, 'row')} "
