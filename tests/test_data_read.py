@@ -276,7 +276,7 @@ def test_a_conversation_that_ends_with_the_chosen_answer_is_read(tmp_path: Path)
 def test_a_prompt_of_messages_may_be_json_text(tmp_path: Path) -> None:
     prompt, completion = [{"role": "user", "content": "a"}], [{"from": "gpt", "value": "b"}]
     listed = '[{"role": "PERSON", "text": "Ada"}]'
-    rows = [{"prompt": json.dumps(prompt), "completion": json.dumps(completion)},
+    rows = [{"prompt": json.dumps(prompt), "completion": json.dumps(completion, indent=2)},
             {"prompt": prompt, "completion": completion[0]},
             {"prompt": "a", "completion": listed}]  # fmt: skip
     examples = data.read(write(tmp_path / "d.jsonl", rows)).examples

@@ -26,6 +26,7 @@ _ABOUT = {"id", "uuid", "message_id", "parent_id", "index", "turn", "timestamp",
           "metadata", "tokens", "token_count", "openai_id", "turn_identifier", "country",
           "hashed_ip", "header", "state", "toxic", "redacted", "temperature", "top_p",
           "token_counter"}  # fmt: skip
+_LISTED = re.compile(r"\s*\[\s*\{")
 # A list of messages as Python writes it, not JSON: what pandas puts into a CSV's cell.
 _REPR = re.compile(r"\s*\[\{'(?:role|from|content|value)': ")
 
@@ -44,7 +45,7 @@ def chat_in(value: Any, name: str) -> list[Any] | None:
     if isinstance(value, list):
         is_chat = any(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
         return value if is_chat else None
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+    if not isinstance(value, str) or not _LISTED.match(value):
         return None
     if _REPR.match(value):
         decoded(value, name)  # which says what is wrong
