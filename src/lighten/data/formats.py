@@ -88,14 +88,15 @@ def _csv(
     text.seek(place)
     separator = _separator(header_line, columns, file.suffix.lower() == ".tsv")
     unix = header_line.endswith("\n") and not header_line.endswith("\r\n")
-    quoting = csv.QUOTE_MINIMAL
-    if separator == "\t":
-        if _has_literal_quotes(text, place, unix):
-            quoting = csv.QUOTE_NONE
-            findings.literal_quotes.append(str(file))
-        text.seek(place)
+    literal = separator == "\t" and _has_literal_quotes(text, place, unix)
+    text.seek(place)
+    if literal:
+        findings.literal_quotes.append(str(file))
     # Not strict, a quote that is not closed takes the rows after it into its cell without a word.
-    reader = csv.reader(_lines(text, unix), delimiter=separator, strict=True, quoting=quoting)
+    reader = csv.reader(
+        _lines(text, unix), delimiter=separator, strict=True,
+        quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL,
+    )  # fmt: skip
     line = 1
     try:
         header = next((record for record in reader if record), None)

@@ -72,8 +72,8 @@ class ReadFindings:
 
     def _about_keys(self) -> list[str]:
         files_of: dict[tuple[str, ...], list[str]] = {}
-        for file, keys in self.unread_keys.items():
-            files_of.setdefault(tuple(sorted(keys)), []).append(file)
+        for file, unread in self.unread_keys.items():
+            files_of.setdefault(tuple(sorted(unread)), []).append(file)
         sentences = []
         for keys, files in files_of.items():
             more_keys = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
