@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lighten.adapters import AdapterSpec, Cohort, attach
+from lighten.adapters import AdapterSpec, Cohort, attach, ops
 from lighten.data.batches import Item, MicroBatch, collate, layout
 from lighten.engine.adapter_optimizer import AdapterOptimizer, AdapterOptimizerSettings
 from lighten.engine.checkpointing import checkpoint_layers
@@ -369,7 +369,11 @@ def two_in_float16(a: float = 2.0**8, b: float = 2.0**8) -> tuple[Cohort, LossSc
     return cohort_of(*specs, dtype=torch.float16), scaler
 
 
-def test_one_adapters_overflow_in_float16_leaves_the_other_as_it_learns_alone() -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_one_adapters_overflow_in_float16_leaves_the_other_as_it_learns_alone(
+    merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "launches_cost", lambda _: merged)  # as on a GPU
     cohort, scaler = two_in_float16(a=2.0**40)
     before = {k: v.clone() for k, v in cohort.parameters("a").items()}
     report, members = one_step(cohort, UNEVEN, 3, scaler=scaler)
@@ -396,8 +400,12 @@ def test_adapters_of_unlike_factors_have_their_true_gradients() -> None:
     assert {name: members[name].progress.steps for name in "ab"} == {"a": 1, "b": 1}
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("order", ["ab", "ba"])
-def test_a_diverged_adapter_in_float16_is_named_before_any_has_moved(order: str) -> None:
+def test_a_diverged_adapter_in_float16_is_named_before_any_has_moved(
+    order: str, merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "launches_cost", lambda _: merged)  # as on a GPU
     specs = {"a": random_spec("a", 4, seed=1), "b": random_spec("b", 8, seed=2)}
     cohort = cohort_of(*(specs[name] for name in order), dtype=torch.float16)
     with torch.no_grad():
