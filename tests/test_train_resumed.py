@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -177,6 +178,64 @@ def test_trap39_a_torn_checkpoint_is_passed_over_and_said(
     assert "going on after step 6" in output
     assert losses(resumed) == expected[0]
     assert same_tensors(weights(resumed), expected[1])
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad sector, or a file server that lost it."""
+    folder = train(settings, max_steps=4).folder / "checkpoints"
+    checksum = checkpoints._checksum
+
+    def failing(path: Path) -> str:
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return checksum(path)
+
+    monkeypatch.setattr(checkpoints, "_checksum", failing)
+    newest, (sentence,) = checkpoints.newest_complete(folder)
+    assert newest == folder / "checkpoint-2"
+    assert "cannot be read: Input/output error" in sentence
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_stays(settings: dict[str, Any]) -> None:
+    """It is no torn one: a run from the first step on would delete it."""
+    run = train(settings, max_steps=2)
+    (checkpoint,) = checkpoints.listing(run.folder / "checkpoints")
+    state = json.loads((checkpoint / checkpoints.STATE).read_text())
+    name = next(iter(state["members"]))
+    newer_state = {**state, "kind_of_clock": 1}
+    newer_member = {
+        **state, "members": {**state["members"], name: {**state["members"][name], "age": 1}}
+    }  # fmt: skip
+    run.update(status="interrupted")
+    for written, key in ((newer_state, "kind_of_clock"), (newer_member, "age")):
+        (checkpoint / checkpoints.STATE).write_text(json.dumps(written))
+        with pytest.raises(UserError, match=f"another version of lighten: .*'{key}'"):
+            train(settings, max_steps=2, resume=True)
+        assert checkpoint.is_dir()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = tmp_path / "another disk"
+    for folder in (elsewhere, *(tmp_path / "run" / f"checkpoint-{step}" for step in (2, 3, 4))):
+        folder.mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-1").symlink_to(elsewhere)
+    delete = shutil.rmtree
+
+    def failing(path: Path) -> None:
+        if path.name == "checkpoint-2":  # another program has a file of it open, over NFS
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        delete(path)
+
+    monkeypatch.setattr(shutil, "rmtree", failing)
+    checkpoints.prune(tmp_path / "run", 1, [], tmp_path / "run" / "checkpoint-4")
+    left = [path.name for path in checkpoints.listing(tmp_path / "run")]
+    assert left == ["checkpoint-2", "checkpoint-4"]
+    assert elsewhere.is_dir()
+    assert "checkpoint-2 could not be deleted (Directory not empty) and stays" in caplog.text
 
 
 def test_torn_checkpoints_take_no_place_of_whole_ones(

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lighten.errors import UserError
 from lighten.parallel.offloaded import stores
 from lighten.runs import write_bytes, write_json
 
+log = logging.getLogger(__name__)
 STATE, OPTIMIZER = "trainer_state.json", "optimizer"
 
 
@@ -148,7 +150,11 @@ def weights_of(checkpoint: Path, trained: Trained, name: str) -> Path:
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all whole, and a sentence per newer one that is not."""
+    """The newest checkpoint whose files are all whole, and a sentence per newer one that is not.
+
+    Raises:
+        UserError: The newest one is another version's, which this one does not read.
+    """
     broken: list[str] = []
     for checkpoint in reversed(listing(folder)):
         fault = _fault(checkpoint)
@@ -203,12 +209,29 @@ def restore_weights(checkpoint: Path, trained: Trained, name: str) -> None:
 
 
 def read_state(checkpoint: Path) -> TrainerState:
-    """The `trainer_state.json` of a checkpoint."""
+    """The `trainer_state.json` of a checkpoint.
+
+    Raises:
+        UserError: Another version of lighten wrote it, with more in it.
+    """
     raw = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    _require_known(checkpoint, TrainerState, raw)
+    for values in raw["members"].values():
+        _require_known(checkpoint, AdapterOptimizerProgress, values)
     raw["members"] = {
         name: AdapterOptimizerProgress(**values) for name, values in raw["members"].items()
     }
     return TrainerState(**raw)
+
+
+def _require_known(checkpoint: Path, kind: type[Any], values: Mapping[str, Any]) -> None:
+    unknown = values.keys() - {each.name for each in fields(kind)}
+    if unknown:
+        raise UserError(
+            f"{checkpoint} was written by another version of lighten: {STATE} says "
+            f"{min(unknown)!r}, which this version does not know; go on with that version, or "
+            "choose another --output_dir to begin anew"
+        )
 
 
 def prune(folder: Path, limit: int | None, keep: Sequence[int | None], newest: Path) -> None:
@@ -224,26 +247,40 @@ def prune(folder: Path, limit: int | None, keep: Sequence[int | None], newest: P
     checkpoints = listing(folder)
     whole = checkpoints.index(newest) + 1
     for torn in checkpoints[whole:]:
-        shutil.rmtree(torn)
+        _delete(torn)
     checkpoints = checkpoints[:whole]
     if limit is None:
         return
     protected = {f"checkpoint-{step}" for step in keep if step is not None}
     for checkpoint in checkpoints[: max(0, len(checkpoints) - limit)]:
         if checkpoint.name not in protected:
-            shutil.rmtree(checkpoint)
+            _delete(checkpoint)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete one, or say why not: a file that is open elsewhere, or another user's, ends no run."""
+    try:
+        checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
+    except OSError as error:
+        log.warning("%s could not be deleted (%s) and stays", checkpoint, error.strerror or error)
 
 
 def _fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         state = read_state(checkpoint)
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"{STATE} is missing or cut off"
     for name, digest in state.files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if _checksum(path) != digest:
+        try:
+            changed = _checksum(path) != digest
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+        if changed:
             return f"{name} has changed or was cut off"
     return None

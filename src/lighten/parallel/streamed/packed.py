@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lighten.errors import DiskFull
 from lighten.machine.disk import require_cache_room
 from lighten.machine.hardware import cache_folder
 from lighten.models import quantized
@@ -62,7 +64,11 @@ def quantised(
         with whole_folder(copy) as partial:
             for place, layer in enumerate(layers):
                 tensors = packed_layer(layer, shards, storage, compute)
-                save_file(tensors, partial / f"layer-{place:05d}.safetensors")
+                try:
+                    save_file(tensors, partial / f"layer-{place:05d}.safetensors")
+                except SafetensorError as error:  # how its files tell of a full disk
+                    raise DiskFull(f"{copy} could not be written ({error}); free space there, or "
+                                   "set LIGHTEN_CACHE to another folder") from error  # fmt: skip
             (partial / _DONE).touch()
     return Shards(sorted(copy.glob("*.safetensors")))
 
