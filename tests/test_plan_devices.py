@@ -134,9 +134,13 @@ def test_names_are_taken_as_people_write_them() -> None:
         "NVIDIA GeForce RTX 4090 Laptop GPU": "rtx4090-laptop", "AMD Instinct MI300X": "mi300x",
         "m1-16gb": "apple-16gb", "M4 Pro 24GB": "apple-24gb", "m3-max-64gb": "apple-64gb",
         "apple-32": "apple-32gb", "t4-16gb": "t4", "h200-141gb": "h200", "rtx3060-12gb": "rtx3060",
+        "T4 16GB": "t4", "H100 80GB": "h100", "RTX 3060 12GB": "rtx3060", "rtx 4060 8gb": "rtx4060",
+        "l4 24gb": "l4", "4090 24gb": "rtx4090", "T4 16 GB": "t4", "A100 80 GB": "a100-80",
     }  # fmt: skip
     assert {spelling: named(spelling).name for spelling in names} == names
     assert {name: named(name).name for name in DEVICES} == {name: name for name in DEVICES}
+    labels = {device.label: name for name, device in DEVICES.items()}
+    assert {label: named(label).name for label in labels} == labels
 
 
 @pytest.mark.parametrize(
@@ -144,11 +148,14 @@ def test_names_are_taken_as_people_write_them() -> None:
     [
         ("rtx4091", "did you mean rtx4090"),
         ("apple-20gb", "did you mean apple-"),
-        ("rtx4090-48gb", "not known"),
+        ("rtx 4090 48gb", "did you mean rtx4090"),
         ("tpu-v5", "not known"),
         ("rtx4060ti", "rtx4060ti-8gb or rtx4060ti-16gb"),
         ("m2", "apple-16gb"),
         ("rtx", "not known"),
+        ("40", "not known"),
+        ("rtx40", "not known"),
+        ("4080gb", "not known"),
         ("4060 (x", "not known"),
     ],
 )
@@ -169,7 +176,8 @@ def test_the_driver_s_names_lead_to_the_listed_cards() -> None:
         "NVIDIA GeForce RTX 4070 Ti SUPER": "rtx4070tisuper",
         "NVIDIA GeForce RTX 4070 Laptop GPU": "rtx4070-laptop",
         "NVIDIA GeForce RTX 5070 Ti Laptop GPU": "rtx5070ti-laptop",
-        "NVIDIA GeForce RTX 4090 D": None, "AMD Instinct MI300X": "mi300x",
+        "NVIDIA GeForce RTX 4090 D": None, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+        "AMD Instinct MI300X": "mi300x",
     }  # fmt: skip
     listed = {driver_name: devices._listed_by_driver(driver_name, 0) for driver_name in names}
     assert {driver_name: device and device.name for driver_name, device in listed.items()} == names

@@ -22,7 +22,8 @@ def named(name: str | None = None) -> Device:
     Raises:
         UserError: No such device.
     """
-    query = (name or "this").lower().replace("_", "-").replace(" ", "")
+    query = re.sub(r"[\s_]+", "-", (name or "this").strip().lower())
+    query = re.sub(r"(\d)-gb?$", r"\1gb", query)
     if query in ("this", "here", "auto"):
         return here(choose_device().value)
     if query == "cpu":
@@ -31,7 +32,8 @@ def named(name: str | None = None) -> Device:
         return here("cuda")
     if (device := _listed(query)) is not None:
         return device
-    near = difflib.get_close_matches(_plain(query), [*_BY_PLAIN], n=1, cutoff=0.5)
+    card = re.sub(r"-\d+gb$", "", query)
+    near = difflib.get_close_matches(_plain(card), [*_BY_PLAIN], n=1, cutoff=0.5)
     mend = f"did you mean {_BY_PLAIN[near[0]].name}? " if near else ""
     raise UserError(
         f"device: {name!r} is not known; {mend}lighten plan --help lists the known ones"
@@ -41,6 +43,7 @@ def named(name: str | None = None) -> Device:
 def _plain(name: str) -> str:
     """A name as it is compared: without hyphens, maker and family."""
     short = re.sub(r"^(nvidia|amd|geforce|instinct|tesla|rtx|-)+", "", name)
+    short = short.replace("-silicon-with", "")
     return re.sub(r"gpu$", "", short.replace("-", ""))
 
 
@@ -56,9 +59,13 @@ def _listed(name: str) -> Device | None:
         UserError: Its name leaves open how much memory it has.
     """
     plain = _plain(name)
-    for alias in (plain, plain.removesuffix("gb"), f"{plain}gb", f"{plain}80"):
-        if alias in _BY_PLAIN:
-            return _BY_PLAIN[alias]
+    if plain in _BY_PLAIN:
+        return _BY_PLAIN[plain]
+    for alias in (plain.removesuffix("gb"), f"{plain}gb", f"{plain}80"):
+        device = _BY_PLAIN.get(alias)
+        # Where the last digits are a memory: 40 is no RTX 4080.
+        if device is not None and re.search(r"-\d+(gb)?$", device.name):
+            return device
     if chip := _APPLE_CHIP.fullmatch(plain):
         if chip[1] is None:
             raise UserError(f"device: of {name} only the memory counts; name it: apple-16gb, …")
@@ -71,7 +78,7 @@ def _listed(name: str) -> Device | None:
     if plain and sizes:
         choices = " or ".join(device.name for device in sizes)
         raise UserError(f"device: {name} is sold with more than one memory; say {choices}")
-    # With its memory behind its name, where there is but one: `t4-16gb`.
+    # With its memory behind its name, where there is but one: `T4 16GB`.
     if sized := re.fullmatch(r"(.+)-(\d+)gb?", name):
         card = _BY_PLAIN.get(_plain(sized[1]))
         if card and 0.88 < (card.memory_bytes or 0) / (int(sized[2]) * 1e9) < 1.08:
@@ -116,9 +123,12 @@ def here(device: str) -> Device:
 def _listed_by_driver(driver_name: str, memory_bytes: int) -> Device | None:
     """The listed device that a driver names; of two that it calls the same, the nearer in memory.
 
-    Whole words, and no relative of the card: an L40S is no L4, a 3060 Ti no 3060.
+    Whole words, and no relative of the card: an L40S is no L4, a 3060 Ti no 3060. A slice of a
+    card (MIG) has part of its rates alone, and which part is not known.
     """
     lowered = driver_name.lower()
+    if re.search(r"\bmig\b", lowered):
+        return None
     candidates = [
         device for device in DEVICES.values()
         if any(re.search(rf"\b{re.escape(words)}\b(?! (ti|super|laptop|d)\b)", lowered)
