@@ -132,6 +132,23 @@ def test_hybrid_sharding_stays_inside_a_node() -> None:
     assert volume.across == pytest.approx(2 * (16e9 / 8) * 3 / 4)  # 4 nodes, a shard of 1/8
 
 
+def test_hybrid_sharding_gathers_a_base_with_adapters_over_the_link_inside_of_a_node() -> None:
+    """No rank shards adapters, so that nothing goes `across`: their gradients cross nodes whole."""
+    h100 = DEVICES["h100"]
+    assert h100.peer_link is not None
+    assert h100.node_link is not None
+    states = States(16 * GB, 0.1 * GB, 0.1 * GB, 0.2 * GB, adapters=0.1 * GB)
+    volume = volume_per_rank(states, "fsdp_hybrid", 16, ranks_per_node=8, layers=32)
+    assert volume.across == 0.0
+    assert link_seconds(volume, h100, 2, hybrid=True) == pytest.approx(
+        volume.gather / h100.peer_link + volume.reduce / h100.node_link
+    )
+    whole = Volume(8 * GB, 4 * GB, across=2 * GB)
+    assert link_seconds(whole, h100, 2, hybrid=True) == pytest.approx(
+        12 * GB / h100.peer_link + 2 * GB / h100.node_link
+    )
+
+
 def test_offload_moves_what_it_says() -> None:
     per_rank = states_per_rank(mixed(8e9), "zero2", 8)
     remaining, host, link = offloaded(per_rank, ("optimizer",))

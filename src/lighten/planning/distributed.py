@@ -271,18 +271,27 @@ def gathered_bytes(states: States, layers: int, offload: tuple[str, ...], kind: 
     return gathered * (2 if learns else 1) + states.frozen - states.spread[0]
 
 
-def link_seconds(volume: Volume, device: Device, nodes: int) -> float | None:
+def link_seconds(
+    volume: Volume, device: Device, nodes: int, *, hybrid: bool = False
+) -> float | None:
     """Seconds that each rank's links are busy per step; None where they are not known.
 
     A ring that crosses nodes runs at the slower of the two links. To and from main memory one rank
     has its own PCIe link.
+
+    Args:
+        volume: What it sends.
+        device: Whose links.
+        nodes: Machines.
+        hybrid: Weights are gathered inside of a node. Gradients are summed there, and then
+            `across`; of adapters, which no rank shards, over all ranks at once.
     """
     if device.peer_link is None or device.node_link is None or device.host_link is None:
         return None
     ring = device.peer_link if nodes == 1 else min(device.peer_link, device.node_link)
-    inside = device.peer_link if volume.across else ring
     return (
-        (volume.gather + volume.reduce) / inside
+        volume.gather / (device.peer_link if hybrid else ring)
+        + volume.reduce / (device.peer_link if hybrid and volume.across else ring)
         + volume.across / device.node_link
         + volume.host / device.host_link
     )
@@ -349,7 +358,7 @@ def spread(
         min(abs(plan.memory.expected - bound), MOST_DOUBT * peak)
         for bound in (plan.memory.low, plan.memory.high)
     )
-    busy = link_seconds(volume, device, nodes)
+    busy = link_seconds(volume, device, nodes, hybrid=strategy == "fsdp_hybrid")
     step = None
     if busy is not None and plan.time is not None and not on_disk:
         step = (max(plan.time.seconds, busy), plan.time.seconds + busy)
