@@ -15,7 +15,7 @@ from lighten import api
 from lighten.errors import UserError
 from lighten.machine.devices import DEVICES, Device
 from lighten.planning import predict, search
-from lighten.planning.result import Plan
+from lighten.planning.result import MOST_TOKENS, Plan
 from lighten.recipe import Recipe
 from tests.test_plan_changes import formula
 
@@ -243,3 +243,31 @@ def test_what_might_fit_is_not_called_too_large(tiny_folder: Path) -> None:
         (sized,) = search.largest([("tiny", 1)], lambda _: recipe, planner, fixed=fixed)
         assert sized.fits is fits
         assert ("might fit" in sized.why) == (fits is None)
+
+
+def test_qlora_is_planned_where_lora_fits_whole_with_checkpointing_alone(tiny_folder: Path) -> None:
+    """Recomputing may cost more than 4 bits do: 920 MiB hold LoRA's 910 with it, not its 1002."""
+    recipe = make_recipe(tiny_folder, max_length=512, tokens_per_microbatch=None)
+    for capacity_mib, qlora_is_planned in ((920, True), (1100, False)):
+        tried = search.fastest(recipe, formula(capacity_mib, [])).tried
+        candidates = [c for c in tried if c.settings.get("load_in_4bit")]
+        assert candidates
+        assert all((c.plan is not None) == qlora_is_planned for c in candidates)
+
+
+def test_a_step_too_large_to_be_traced_at_once_is_planned_in_smaller_micro_batches(
+    tiny_folder: Path,
+) -> None:
+    by_hand = formula(10**6, [])
+
+    def planner(recipe: Recipe) -> Plan:
+        if recipe.per_device_train_batch_size * recipe.max_length > MOST_TOKENS:
+            raise UserError("more than is planned")
+        return by_hand(recipe)
+
+    recipe = make_recipe(tiny_folder, max_length=2**14, per_device_train_batch_size=1024,
+                         tokens_per_microbatch=None)  # fmt: skip
+    best = search.fastest(recipe, planner).best
+    assert best is not None
+    assert best.settings["per_device_train_batch_size"] == MOST_TOKENS // 2**14 == 512
+    assert best.settings["gradient_accumulation_steps"] == 2

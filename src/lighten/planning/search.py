@@ -137,7 +137,7 @@ def _at_one_length(
 ) -> list[Candidate]:
     """Every method with and without memory savers, until each fits or cannot."""
     tried: list[Candidate] = []
-    whole_step = False  # an adapter method fits with a whole step in one micro-batch
+    whole_step = False  # LoRA fits with a whole step in one micro-batch and no memory saver
     for name, settings in METHODS.items():
         if not _allowed(recipe, settings, fixed) or (name == "full" and cohort > 1):
             continue
@@ -155,7 +155,8 @@ def _at_one_length(
             tried.append(candidate)
             plan = candidate.plan
             if plan is not None and plan.fits() and plan.shape.micro_batches == 1:
-                whole_step |= name == "LoRA"
+                # With checkpointing it might be slower than QLoRA without.
+                whole_step |= name == "LoRA" and not saver
                 break  # what saves memory from here on only costs time
     return tried
 
@@ -205,7 +206,9 @@ def largest_micro_batch(
 ) -> Candidate:
     """The recipe with the most rows per micro-batch that fit, and as many per step as before."""
     per_step = rows_per_step(recipe)
-    sizes = [size for size in range(1, per_step + 1) if per_step % size == 0]
+    # Micro-batches of more tokens are not traced; one of a single row says why not even that is.
+    most_rows = max(1, min(per_step, MOST_TOKENS // recipe.max_length))
+    sizes = [size for size in range(1, most_rows + 1) if per_step % size == 0]
     plans: dict[int, tuple[dict[str, Any], Plan]] = {}
 
     def planned(size: int) -> Plan:
