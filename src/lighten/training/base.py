@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lighten import models
 from lighten.adapters.whole import make_float32
-from lighten.machine.hardware import choose_dtype
+from lighten.machine.hardware import Choice, choose_dtype
 from lighten.models import gguf
 from lighten.models.attention_setting import set_attention
 from lighten.models.load import locate
 from lighten.models.trainable import refuse_rounded_activations, require_gradients
 from lighten.models.vocabulary import grow
+from lighten.parallel.ranks import gather
 from lighten.parallel.streamed.build import without_weights
 from lighten.parallel.streamed.shards import Shards
 from lighten.recipe import Recipe
@@ -30,6 +32,7 @@ def load_base(
     learns: bool = False,
     layers_later: bool = False,
     ranks: int = 1,
+    dtype: Choice | None = None,
 ) -> models.Base:
     """The recipe's base with its new tokens, as training, evaluation and chat all see it.
 
@@ -42,19 +45,17 @@ def load_base(
             memory: whoever spreads them over ranks makes them float32 (`adapters.whole`) and moves
             them to its device, and the rest too.
         ranks: How many processes train it together.
+        dtype: What all of them compute in (`agreed_dtype`); None: what the recipe means here.
 
     Raises:
         UserError: The base cannot be had.
     """
-    full = learns and recipe.method == "full" and recipe.last_layers is None
+    full = learns and _learns_whole(recipe)
     if learns:
         require_trainable(recipe)
-    target = "float32" if full else recipe.compute_dtype
-    chosen = choose_dtype(recipe.dtype if full else target, device)
-    first = target
-    if layers_later:
-        target = choose_dtype(target, device).value
-        first = _first_format(recipe, target)
+    chosen = dtype or choose_dtype(recipe.dtype if full else recipe.compute_dtype, device)
+    target = "float32" if full else chosen.value
+    first = _first_format(recipe, target) if layers_later else target
     base = models.load(
         recipe.model_name_or_path,
         revision=recipe.revision,
@@ -78,6 +79,35 @@ def load_base(
         base.attention = set_attention(base.model, recipe.attn_implementation, device)
     add_tokens(base.model, base.tokenizer, recipe.added_tokens)
     return base
+
+
+def agreed_dtype(recipe: Recipe, accelerator: Accelerator) -> Choice:
+    """The format of the products, one for all ranks, with the reason.
+
+    To `auto` each has an answer of its own hardware, and a sum of gradients in several formats,
+    with the factors of float16 losses in some of them, is nobody's. What the oldest of them
+    computes in, all can.
+
+    Args:
+        recipe: What is trained.
+        accelerator: The ranks.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    requested = recipe.dtype if _learns_whole(recipe) else recipe.compute_dtype
+    chosen = choose_dtype(requested, str(accelerator.device))
+    choices = gather(accelerator, chosen)
+    if all(choice.value == chosen.value for choice in choices):
+        return chosen
+    rank = next(rank for rank, choice in enumerate(choices) if choice.value != "bfloat16")
+    return Choice(
+        choices[rank].value, f"all ranks compute in one format; rank {rank}: {choices[rank].reason}"
+    )
+
+
+def _learns_whole(recipe: Recipe) -> bool:
+    return recipe.method == "full" and recipe.last_layers is None
 
 
 def _first_format(recipe: Recipe, target: str) -> str:

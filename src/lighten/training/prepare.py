@@ -25,6 +25,7 @@ from lighten.engine.schedule import warmup_length
 from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.machine.hardware import Choice
+from lighten.parallel import ranks
 from lighten.parallel.choose import choose
 from lighten.parallel.offloaded.stores import Store
 from lighten.parallel.strategies import Strategy
@@ -241,7 +242,8 @@ def _micro_batches(
     reasons["micro-batch"] = Choice(f"{most_tokens} tokens" if most_tokens else "rows", reason)
     reasons["workers"] = count = _choose_workers(recipe, trained, strategy, accelerator, lengths)
     tokens = lengths.tokens_of(lengths.examples_per_step // accelerator.num_processes)
-    passes = choose_passes(base, tokens, most_tokens, int(count.value))
+    # Ranks with other numbers of cores choose otherwise, and each pass's end is a collective.
+    passes = ranks.of_main(accelerator, choose_passes(base, tokens, most_tokens, int(count.value)))
     if strategy.in_step:
         passes = Choice("together", "a layer is gathered once for all adapters")
     if len(trained.names) > 1:

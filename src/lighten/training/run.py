@@ -26,7 +26,7 @@ from lighten.paths import exists
 from lighten.recipe import Recipe, spread
 from lighten.runs import PLAN, RECIPE, Run, now, write_json
 from lighten.training import checkpoints, offloaded, quantization_aware, streaming, trackers
-from lighten.training.base import load_base, require_trainable, tokenizer_of
+from lighten.training.base import agreed_dtype, load_base, require_trainable, tokenizer_of
 from lighten.training.checkpoints import TrainerState
 from lighten.training.export import export, take_part
 from lighten.training.loop import Loop, Pruner
@@ -213,6 +213,7 @@ def _train(
     base = load_base(
         recipe, str(accelerator.device), learns=True,
         layers_later=layers_later(recipe, accelerator), ranks=accelerator.num_processes,
+        dtype=agreed_dtype(recipe, accelerator),
     )  # fmt: skip
     require_same_on_ranks(accelerator, base, rows)
     # The rows may have been encoded with a tokenizer of their own; this one is saved.

@@ -1,0 +1,76 @@
+"""Two ranks of which each is on a machine of its own kind: they train one thing alike."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lighten
+from lighten.machine import hardware
+from lighten.runs import Run
+from tests import processes
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(tiny_folder), "dataset": str(chat_file),
+        "output_dir": str(tmp_path / "run"), "lora_r": [2, 4], "per_device_train_batch_size": 2,
+        "max_steps": 2, "val_size": 0,
+    }  # fmt: skip
+
+
+def train_on_a_processor_of_another_age(ports: str, file: str) -> None:
+    """In a rank: the first one's processor has bfloat16, the other's has not."""
+    older = frozenset({"avx2"})
+    newer = older | {"avx512_bf16"}
+    first = os.environ["RANK"] == "0"
+    hardware.processor_flags = lambda: newer if first else older
+    for settings, _ in processes.runs_of_rank(ports, file):
+        lighten.train(progress=False, **settings)
+
+
+def test_ranks_of_two_ages_compute_in_what_both_have(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    runs = [settings, {**settings, "output_dir": f"{settings['output_dir']}-whole",
+                       "method": "full"}]  # fmt: skip
+    del runs[1]["lora_r"]
+    started = processes.start_ranks(
+        train_on_a_processor_of_another_age, runs, tmp_path / "runs.json"
+    )
+    processes.wait_for(started)
+    for run in runs:
+        choices = Run(run["output_dir"]).info()["choices"]
+        dtype = next(choice for choice in choices if choice["what"] == "dtype")
+        assert dtype["value"] == "float32"
+        assert "rank 1: the processor has no bfloat16" in dtype["reason"]
+
+
+def train_with_other_numbers_of_cores(ports: str, file: str) -> None:
+    """In a rank: the first one has one core, the other two."""
+    for settings, _ in processes.runs_of_rank(ports, file):
+        torch.set_num_threads(1 + int(os.environ["RANK"]))
+        lighten.train(progress=False, **settings)
+
+
+def test_ranks_with_other_numbers_of_cores_cut_steps_for_the_same_collectives(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """One's workers fill micro-batches with an adapter's rows, the other's do not."""
+    settings |= {"per_device_train_batch_size": 16, "dtype": "float32"}
+    started = processes.start_ranks(
+        train_with_other_numbers_of_cores, [settings], tmp_path / "runs.json"
+    )
+    processes.wait_for(started)
+    run = Run(settings["output_dir"])
+    choices = {choice["what"]: choice["value"] for choice in run.info()["choices"]}
+    assert (choices["workers"], choices["passes"]) == ("1", "apart")
+    one = {**settings, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}
+    alone = lighten.train(progress=False, **one)
+    for line, expected in zip(run.metrics(), alone.metrics(), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
