@@ -310,6 +310,13 @@ def test_a_launcher_is_recognised_by_its_environment() -> None:
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         del srun[name]
     assert launch.recognise(srun) == Launch("srun", 4, 7, 0, 2)  # its script may set WORLD_SIZE
+    ports = []
+    for job, step in (("77", "1"), ("78", "0"), ("78", "0")):
+        of_job = {name: value for name, value in srun.items() if name != "MASTER_PORT"}
+        of_job |= {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}
+        launch.recognise(of_job)
+        ports.append(of_job["MASTER_PORT"])
+    assert ports[0] != ports[1] == ports[2]  # two jobs on one node
     one_gpu_each = {"SLURM_LOCALID": "1", "SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0"}
     del srun["RANK"]
     seen_alone = srun | one_gpu_each

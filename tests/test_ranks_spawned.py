@@ -160,6 +160,36 @@ def test_a_rank_killed_before_they_meet_ends_one_that_waits_for_it(
     assert not waited.exists()
 
 
+STOPPED = """#!/bin/sh
+end() {
+    [ "$RANK" = 0 ] || exit 143
+    echo '{"kind": "KIND", "message": "the disk is full"}' > $LIGHTEN_ERROR_FILE
+    exit 2
+}
+trap end TERM
+touch READY.$RANK
+while ! [ -e READY.0 -a -e READY.1 ]; do sleep 0.05; done
+[ "$RANK" = 1 ] && kill -TERM $PPID
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    ("DiskFull", "stopped by SIGTERM; the disk is full"),
+    (spawn.LOST, "stopped by SIGTERM"),
+    ("Interrupted", "the disk is full"),
+])  # fmt: skip
+def test_a_stop_by_which_no_state_is_saved_tells_why(
+    kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "rank"
+    program.write_text(STOPPED.replace("KIND", kind).replace("READY", str(tmp_path / "ready")))
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    ended = spawn.run(["train"], 2, device="cpu", shown=False)
+    assert ended == spawn.Ended(message, signal.SIGTERM)
+
+
 @pytest.mark.slow
 def test_a_stop_is_passed_on_and_a_killed_launcher_leaves_no_orphan(
     settings: dict[str, Any],

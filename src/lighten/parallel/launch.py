@@ -243,8 +243,8 @@ def _from_slurm(variables: MutableMapping[str, str]) -> Launch | None:
         place = 0
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "")
     variables.setdefault("MASTER_ADDR", first_host(nodes))
-    job = _number(variables, "SLURM_JOB_ID", 0) + _number(variables, "SLURM_STEP_ID", 0)
-    variables.setdefault("MASTER_PORT", str(PORTS[job % len(PORTS)]))
+    job = f"{variables.get('SLURM_JOB_ID', '')}.{variables.get('SLURM_STEP_ID', '')}"
+    variables.setdefault("MASTER_PORT", str(_port_of(job)))
     rank = _number(variables, "SLURM_PROCID", 0)
     return Launch("srun", rank, world_size, place, local, own_gpu=own_gpu)
 
@@ -262,13 +262,17 @@ def _from_mpi(variables: MutableMapping[str, str]) -> Launch | None:
             )
         variables.setdefault("MASTER_ADDR", "127.0.0.1")
         job = next((variables[name] for name in _MPI_JOBS if name in variables), "")
-        port = PORTS[zlib.crc32(job.encode()) % len(PORTS)]
-        variables.setdefault("MASTER_PORT", str(port))
+        variables.setdefault("MASTER_PORT", str(_port_of(job)))
         return Launch(
             "mpirun", _number(variables, rank, 0), world_size, _number(variables, local_rank, 0),
             local,
         )  # fmt: skip
     return None
+
+
+def _port_of(job: str) -> int:
+    """The port where a job's ranks meet, all of which know its name: seldom another job's."""
+    return PORTS[zlib.crc32(job.encode()) % len(PORTS)]
 
 
 def first_host(nodes: str) -> str:

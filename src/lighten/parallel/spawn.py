@@ -168,13 +168,24 @@ class _Ranks:
     def _first_failure(self, codes: Sequence[int | None]) -> Ended:
         """Which rank's end was the cause of the others'."""
         records = [self._error_record(rank) for rank in range(self._count)]
-        if self._stopped is not None:
-            message = next(
-                (record["message"] for record in records if record.get("kind") == "Interrupted"),
-                f"stopped by {self._stopped.name}",
-            )
-            return Ended(message, self._stopped)
         failed = [rank for rank, code in enumerate(codes) if code]
+        if self._stopped is None:
+            return self._cause(failed, codes, records)
+        for record in records:
+            if record.get("kind") == "Interrupted":
+                return Ended(str(record["message"]), self._stopped)
+        # No rank has saved its state: where the signal is not the reason, why not.
+        failed = [
+            rank for rank in failed
+            if not _is_stop(codes[rank] or 0) and records[rank].get("kind") != LOST
+        ]  # fmt: skip
+        why = f"; {self._cause(failed, codes, records).message}" if failed else ""
+        return Ended(f"stopped by {self._stopped.name}{why}", self._stopped)
+
+    def _cause(
+        self, failed: Sequence[int], codes: Sequence[int | None],
+        records: Sequence[Mapping[str, Any]],
+    ) -> Ended:  # fmt: skip
         rank = min(failed, key=lambda rank: (_innocence(codes[rank] or 0, records[rank]), rank))
         code, name = codes[rank] or 1, f"rank {rank} of {self._count}"
         if code < 0:
@@ -209,6 +220,11 @@ def _innocence(code: int, word: Mapping[str, Any]) -> int:
     if code < 0:
         return 0
     return 2 if word.get("kind") == LOST else 1
+
+
+def _is_stop(code: int) -> bool:
+    """Whether a process with this exit code ended as one does that is told to stop."""
+    return any(code in (-number, 128 + number) for number in stops.STOPS)
 
 
 def _signal_name(number: int) -> str:
