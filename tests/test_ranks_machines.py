@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 import lighten
 from lighten.machine import hardware
+from lighten.parallel import launch, meeting, ranks
 from lighten.runs import Run
 from tests import processes
 
@@ -74,3 +77,37 @@ def test_ranks_with_other_numbers_of_cores_cut_steps_for_the_same_collectives(
     alone = lighten.train(progress=False, **one)
     for line, expected in zip(run.metrics(), alone.metrics(), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def come_late_to_the_meeting(ports: str, file: str) -> None:
+    """In a rank: the first one is there, and meets the other after all patience of collectives."""
+    meeting.PATIENCE = timedelta(seconds=4)
+    open_file = Path(f"{file}.open")
+    for settings, _ in processes.runs_of_rank(ports, file):
+        place = launch.recognise()
+        while not (place.main or open_file.exists()):
+            time.sleep(0.05)
+        with meeting.opened(place):
+            if place.main:
+                open_file.touch()
+                time.sleep(settings["late_s"])
+                if settings["ends"]:
+                    os._exit(0)
+            elif settings["ends"]:
+                with pytest.raises(ranks.PeerLost, match="another rank has ended"):
+                    ranks.connect(place, "cpu", "recipe")
+                continue
+            assert ranks.connect(place, "cpu", "recipe").num_processes == 2
+
+
+@pytest.mark.parametrize(("late_s", "ends"), [(6, False), (1, True)])
+def test_ranks_wait_for_the_first_one_while_it_is_there(
+    late_s: int, ends: bool, tmp_path: Path
+) -> None:
+    """It may read and encode data for hours."""
+    began = time.monotonic()
+    runs = [{"late_s": late_s, "ends": ends}]
+    processes.wait_for(
+        processes.start_ranks(come_late_to_the_meeting, runs, tmp_path / "runs.json")
+    )
+    assert time.monotonic() - began < 60

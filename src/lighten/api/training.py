@@ -11,7 +11,7 @@ from lighten import path_checks
 from lighten.api.recipes import RecipeLike, recipe_of
 from lighten.api.results import Progress, evaluate, report
 from lighten.errors import NoHeldOut, UserError
-from lighten.parallel import launch
+from lighten.parallel import launch, meeting
 from lighten.parallel.foreign import MEND
 from lighten.parallel.launch import Launch
 from lighten.quantization.verbs import quantize
@@ -71,7 +71,7 @@ def train(
         )  # fmt: skip
     from lighten.training.run import train as run_training
 
-    with launch.one_process_on(processes, gpus):
+    with launch.one_process_on(processes, gpus), meeting.opened(place):
         # A finished run is seen by the first rank, and perhaps by no other: they agree on it.
         if done is not None or not planned or os.environ.get("LIGHTEN_PLAN") == "off":
             return run_training(chosen, resume=resume, progress=progress)

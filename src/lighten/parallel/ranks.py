@@ -8,7 +8,6 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,14 +18,12 @@ from torch import Tensor
 
 from lighten.errors import UserError
 from lighten.machine.stops import STOPS
+from lighten.parallel import meeting
 from lighten.parallel.foreign import set_aside
 from lighten.parallel.launch import Launch
 from lighten.wording import counted, first_line
 
 Value = TypeVar("Value")
-# While the first rank plans, encodes or saves, the others wait for it: as long as gloo waits by
-# itself. NCCL would give up after ten minutes, in the midst of a large model's checkpoint.
-PATIENCE = timedelta(minutes=30)
 _BOTH = "cuda:nccl,cpu:gloo"  # as accelerate has it for FSDP with weights in main memory
 # What gloo says of a rank that is gone, in a plain RuntimeError.
 _NETWORK = re.compile(r"gloo|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
@@ -53,7 +50,8 @@ def connect(
 
     Raises:
         UserError: This rank has no device, is alone against the launcher's word, or has another
-            recipe than the first; or the port where they meet is another program's.
+            recipe than the first; not all have come; or the port where they meet is another
+            program's.
         PeerLost: A rank has ended meanwhile.
     """
     if device != "cpu" and launch.world_size > 1:
@@ -64,22 +62,15 @@ def connect(
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
     _forget_run_before(torch.device(device))
     backend = _BOTH if offloads and device != "cpu" and launch.world_size > 1 else None
-    meeting = InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)
+    group = InitProcessGroupKwargs(backend=backend, timeout=meeting.PATIENCE)
     threads = torch.get_num_threads()
-    try:
-        with lost_peers(launch.rank, launch.world_size), set_aside(os.environ):
-            if gathers and launch.world_size == 1:
-                _meet_oneself()
-            _meet_again(launch, "gloo" if device == "cpu" else backend or "nccl")
-            accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[meeting], **options)
-    except PeerLost as error:
-        if "EADDRINUSE" not in str(error.__cause__):
-            raise
-        raise UserError(
-            f"port {os.environ.get('MASTER_PORT')} of this machine, where rank {launch.rank} waits "
-            "for the others, is another program's; start again"
-            + ("" if launch.launcher == "lighten" else " with MASTER_PORT set to another one")
-        ) from error
+    with lost_peers(launch.rank, launch.world_size), set_aside(os.environ):
+        if gathers and launch.world_size == 1:
+            _meet_oneself()
+        # A process that has trained alone before is refused below.
+        if launch.world_size > 1 and not PartialState._shared_state:
+            _meet_others(launch, "gloo" if device == "cpu" else backend or "nccl")
+        accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[group], **options)
     # accelerate shares out the cores of the host, whatever a container or SLURM leaves of them.
     torch.set_num_threads(threads)
     if accelerator.device.type == "cpu":
@@ -129,24 +120,13 @@ def _meet_oneself() -> None:
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
 
-def _meet_again(launch: Launch, backend: str) -> None:
-    """Meet under another name where torchrun has started the ranks once more.
-
-    Its store is the one of before (PyTorch 2.13), in which gloo would find ranks that have ended.
-    """
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if count == "0" or not kept or launch.world_size == 1:
-        return
+def _meet_others(launch: Launch, backend: str) -> None:
+    """A group of all ranks; accelerate takes what is there."""
     if torch.distributed.is_initialized():
         return
-    from torch._C._distributed_c10d import PrefixStore, TCPStore  # not of every build
-
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(*place, is_master=False, timeout=PATIENCE)
     torch.distributed.init_process_group(
-        backend, rank=launch.rank, world_size=launch.world_size,
-        store=PrefixStore(f"restart-{count}", store), timeout=PATIENCE,
+        backend, rank=launch.rank, world_size=launch.world_size, store=meeting.meet(launch),
+        timeout=meeting.PATIENCE,
     )  # fmt: skip
 
 
