@@ -14,8 +14,10 @@ import torch
 import lighten
 from lighten.machine import hardware
 from lighten.parallel import launch, meeting, ranks
+from lighten.parallel.spawn import free_port
 from lighten.runs import Run
 from tests import processes
+from tests.cut_runs import cut_short, losses
 
 
 @pytest.fixture
@@ -111,3 +113,30 @@ def test_ranks_wait_for_the_first_one_while_it_is_there(
         processes.start_ranks(come_late_to_the_meeting, runs, tmp_path / "runs.json")
     )
     assert time.monotonic() - began < 60
+
+
+def test_ranks_that_some_of_torchrun_s_agents_have_started_again_go_on(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each agent counts its own restarts; the store has the ranks of before."""
+    port = free_port()
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    settings |= {"dtype": "float32", "max_steps": 4, "save_steps": 2, "lora_r": 2}
+    for folder, counts in (("whole", "00"), ("cut", "01")):
+        settings["output_dir"] = str(tmp_path / folder)
+        words = [f"{key}={value}" for key, value in settings.items()]
+        started = [
+            processes.start(
+                "train", *words, LIGHTEN_DEVICE="cpu", WORLD_SIZE="2", RANK=str(rank),
+                LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+                TORCHELASTIC_RESTART_COUNT=count,
+            )
+            for rank, count in enumerate(counts)
+        ]  # fmt: skip
+        processes.wait_for(started)
+        if folder == "whole":
+            cut_short(Run(settings["output_dir"]), tmp_path / "cut")
+    assert "torchrun has started this again: going on" in started[0].communicate()[0]
+    assert losses(Run(tmp_path / "cut")) == losses(Run(tmp_path / "whole"))
+    del store

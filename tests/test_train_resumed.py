@@ -318,6 +318,40 @@ def test_what_a_launcher_starts_again_goes_on(
     assert (tmp_path / "cut-1" / "run.json").is_file()
 
 
+def test_a_job_that_is_started_again_keeps_what_it_has_finished_and_goes_on_with_what_failed(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"max_steps": 4}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    whole = train(settings)
+    failed = cut_short(whole, tmp_path / "cut")
+    failed.update(status="failed")
+    settings["output_dir"] = str(failed.folder)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for _ in range(2):  # the second time nothing is left to train
+        assert losses(train(settings)) == losses(whole)
+    assert not (tmp_path / "cut-1").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    train(settings)
+    assert (tmp_path / "cut-1" / "run.json").is_file()
+
+
+@pytest.mark.parametrize("job", ["a", "none"])
+def test_torchrun_goes_on_with_its_run_where_its_count_here_is_0(
+    job: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its agents counts for itself, and not the starts for machines that come or go."""
+    settings |= {"max_steps": 4}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    whole = train(settings)
+    settings["output_dir"] = str(cut_short(whole, tmp_path / "cut").folder)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b")
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        train(settings)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    assert losses(train(settings)) == losses(whole)
+
+
 def test_what_changes_no_result_may_change_where_a_run_goes_on(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

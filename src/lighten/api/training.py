@@ -17,6 +17,7 @@ from lighten.parallel.launch import Launch
 from lighten.quantization.verbs import quantize
 from lighten.recipe import Recipe, aliases, spread
 from lighten.runs import Run
+from lighten.training import restarting
 
 if TYPE_CHECKING:
     from lighten.evaluation.result import Evaluation
@@ -57,10 +58,17 @@ def train(
     count = launch.rank_count(place, processes=processes, gpus=gpus)
     chosen = _as_configured(recipe_of(recipe, **overrides), place)
     spread.require_ranks(chosen, max(count, place.world_size))
-    if not resume and (restarted := launch.restarted_by()) and Run.goes_on(chosen.run_folder):
-        chosen.notices.append(f"{restarted} has started this again: going on with the run")
+    # Of several ranks the first decides it once they have met: others may know of a restart.
+    again = None
+    if not resume and place.main:
+        again = restarting.goes_on(chosen, launch.restarted_by())
+    if again is not None and place.world_size == 1:
+        chosen.notices.append(restarting.note(again))
         resume = True
-    done = path_checks.finished(chosen, resume=resume, announce=progress and place.main)
+    done = None
+    going_on = resume or again is not None
+    if going_on or not (launch.is_elastic(place) and Run.goes_on(chosen.run_folder)):
+        done = path_checks.finished(chosen, resume=going_on, announce=progress and place.main)
     if done is not None and place.world_size == 1:
         return done
     if count > 1:
@@ -74,11 +82,13 @@ def train(
     with launch.one_process_on(processes, gpus), meeting.opened(place):
         # A finished run is seen by the first rank, and perhaps by no other: they agree on it.
         if done is not None or not planned or os.environ.get("LIGHTEN_PLAN") == "off":
-            return run_training(chosen, resume=resume, progress=progress)
+            return run_training(chosen, resume=resume, restarts=True, progress=progress)
         from lighten.planning.preflight import plan_first, remember
 
         prediction = plan_first(chosen, force=force, progress=progress)
-        done = run_training(chosen, resume=resume, progress=progress, prediction=prediction)
+        done = run_training(
+            chosen, resume=resume, restarts=True, progress=progress, prediction=prediction
+        )
         # Ranks share the cores of a machine: their times say nothing of one process's.
         remember(done, uninterrupted=not resume and place.world_size == 1)
         return done

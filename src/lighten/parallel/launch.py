@@ -28,6 +28,8 @@ PORTS = range(20_000, 30_000)  # below those that systems give to connections
 _MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 # Counts of those that start a command again: `torchrun --max-restarts`, `sbatch --requeue`.
 _RESTARTS = {"TORCHELASTIC_RESTART_COUNT": "torchrun", "SLURM_RESTART_COUNT": "SLURM"}
+# What names a job of theirs, the same whenever it is started again.
+_JOBS = {"TORCHELASTIC_RUN_ID": "torchrun", "SLURM_JOB_ID": "SLURM"}
 # How `mpirun` tells of the ranks: Open MPI's, and Hydra, which is MPICH's and Intel's.
 _MPI = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -131,6 +133,32 @@ def require_alone(what: str, command: str) -> None:
 def restarted_by() -> str | None:
     """What has started this command a second time, after its processes or its machine had ended."""
     return next((name for count, name in _RESTARTS.items() if _number(os.environ, count, 0)), None)
+
+
+def is_elastic(place: Launch) -> bool:
+    """Whether torchrun has started several ranks, and starts them again where one has ended.
+
+    On some machines it may have started them again while its count is 0 on this one.
+    """
+    return place.world_size > 1 and "TORCHELASTIC_RESTART_COUNT" in os.environ
+
+
+def jobs() -> dict[str, str]:
+    """The job that this process belongs to, by the name of the launcher that may start it again."""
+    named = {launcher: os.environ.get(variable, "") for variable, launcher in _JOBS.items()}
+    if named["torchrun"] == "none":  # as it is without --rdzv-id
+        named["torchrun"] = _parent()
+    return {launcher: job for launcher, job in named.items() if job}
+
+
+def _parent() -> str:
+    import psutil
+
+    try:
+        parent = psutil.Process(os.getppid())
+        return f"process {parent.pid} since {parent.create_time():.0f}"
+    except psutil.Error:  # outside of this container
+        return ""
 
 
 def rank_count(place: Launch, *, processes: int | None, gpus: int | None) -> int:

@@ -35,6 +35,7 @@ from lighten.training.out_of_memory import OutOfMemory, clear_frames
 from lighten.training.prediction import Prediction, compare
 from lighten.training.prepare import layers_later, prepare
 from lighten.training.progress import TrainingProgress
+from lighten.training.restarting import agreed as agreed_restart
 from lighten.training.resuming import (
     require_folder_on_ranks,
     require_same_inputs,
@@ -52,6 +53,7 @@ def train(
     recipe: Recipe,
     *,
     resume: bool = False,
+    restarts: bool = False,
     progress: bool = True,
     prediction: Prediction | None = None,
     pruner: Pruner | None = None,
@@ -61,6 +63,7 @@ def train(
     Args:
         recipe: What to train.
         resume: Go on from the newest whole checkpoint of the recipe's run folder.
+        restarts: Do so too where a launcher has started several ranks, or some of them, again.
         progress: Show what happens on standard error.
         prediction: What was planned.
         pruner: May take adapters out before the end.
@@ -90,6 +93,8 @@ def train(
         log_with=list(recipe.report_to) or None,
         project_config=trackers.places(recipe.run_folder),
     )
+    if restarts and not resume and place.world_size > 1:
+        resume = agreed_restart(recipe, accelerator)
     if resume and ranks.of_main(accelerator, place.main and _is_finished(recipe)):
         accelerator.end_training()
         return Run(recipe.run_folder, begun_elsewhere=True)
@@ -189,6 +194,7 @@ def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
             started=(run.info().get("started") if resume else None) or now(),
             commit=commit, tree_clean=clean,
             machine=hardware.machine().to_dict(), versions=hardware.versions(),
+            jobs=launch.jobs(),
         )  # fmt: skip
         ranks.wait(accelerator)
         return run
