@@ -5,6 +5,7 @@ Dimensions: B prompts side by side, T tokens of each.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,17 +61,18 @@ def answer_peak(
     number = serving.BYTES_PER_WEIGHT[dtype]
     path = locate(model, revision=revision, weights=False)[1]
     weights: float = loaded_bytes(shape, number, weight_files(path))
-    caches, cached = caches_of(config), prompt_tokens + new_tokens
+    caches, cached = caches_of(shape), prompt_tokens + new_tokens
     cached_rows, read = rows, rows * prompt_tokens
     if slots is not None:
         # All slots have as much room, whatever a layer's window. Where it grew, what was there
         # before has left holes that nothing so large fits. Prompts are read in pieces.
-        caches = [serving.LayerCache(layer.numbers) for layer in caches]
+        caches = [replace(layer, window=None) for layer in caches]
         cached, cached_rows = _slot_tokens(prompt_tokens, cached), slots
         read = min(read, PREFILL_TOKENS)
         if device == "cpu":
             weights += _packed_head_bytes(shape, model, dtype, number, revision)
     cache = serving.kv_cache_bytes(caches, cached, cached_rows, number_bytes=number)
+    cache += serving.state_bytes(caches, cached_rows, number_bytes=number)
     widest = max(moments(config, rows, read / rows, number, attention).values())
     process = _process_bytes(model, revision) if device == "cpu" else 0
     if device == "cpu" and slots is None:
@@ -158,8 +160,8 @@ def moments(
         number: Bytes of one number.
         attention: transformers' name of the kernel: `eager` keeps all scores.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    wide = getattr(config, "intermediate_size", None) or 4 * hidden
+    hidden, heads = config.hidden_size, serving.widest(config, "num_attention_heads") or 0
+    wide = serving.widest(config, "intermediate_size") or 4 * hidden
     read = rows * tokens
     # A gated MLP: what goes around it, its input, gate, up and their product.
     layer = read * (2 * hidden + 3 * wide) * number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lighten.models.load import locate, weight_files
 from lighten.models.stored import loaded_bytes
 from lighten.planning import serving
 from lighten.planning.serving import Serving
+from lighten.wording import counted
 
 # Weights of the sample that the rate of quantising is measured on: a matrix of some MiB.
 SAMPLE = (2048, 2048)
@@ -63,10 +64,12 @@ class Sizes:
     Attributes:
         linear: (in, out) of its linear layers without the head.
         rest: How many all others have.
+        experts: How many of both are of experts of which a token passes through some.
     """
 
     linear: list[tuple[int, int]]
     rest: int
+    experts: int = 0
 
     @property
     def linear_numbers(self) -> int:
@@ -123,9 +126,9 @@ def serve(
     shape = skeleton(model, revision=revision)
     config = shape.config.get_text_config()
     sizes = sizes_of(shape)
-    caches = caches_of(config)
+    caches = caches_of(shape)
     if not windows:
-        caches = [serving.LayerCache(layer.numbers) for layer in caches]
+        caches = [replace(layer, window=None) for layer in caches]
     number = serving.BYTES_PER_WEIGHT[compute]
     if weight_bytes is None and storage is None:
         _, path = locate(model, revision=revision, weights=False)
@@ -139,27 +142,44 @@ def serve(
         "adapters": adapter_bytes,
         "workspace": serving.workspace_bytes(
             config.hidden_size,
-            getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            serving.widest(config, "intermediate_size") or 4 * config.hidden_size,
             config.vocab_size,
             concurrency,
             number_bytes=number,
         ),
     }  # fmt: skip
     cache = serving.kv_cache_bytes(caches, context, concurrency, number_bytes=cache_bytes)
+    states = serving.state_bytes(caches, concurrency, number_bytes=number)
     per_sequence = serving.kv_cache_bytes(caches, context, 1, number_bytes=cache_bytes)
+    per_sequence += serving.state_bytes(caches, 1, number_bytes=number)
     capacity = device.memory_bytes
     if capacity is not None and device.kind == "cuda":
         capacity = int(capacity * serving.SHARE)
-    most = None
-    if capacity is not None and per_sequence:
+    most, unknown = None, sum(not layer.state_known for layer in caches)
+    if capacity is not None and per_sequence and not unknown:
         most = max(0, (capacity - sum(fixed.values())) // per_sequence)
     rate = None
     if device.bandwidth:
-        read = fixed["base weights"] + fixed["adapters"] + cache
-        rate = concurrency * device.bandwidth / read
+        read = fixed["base weights"] * _share_read(config, sizes, concurrency)
+        read += fixed["adapters"] * min(1.0, concurrency / max(1, adapters))
+        rate = concurrency * device.bandwidth / (read + cache + states)
+    what = f"the state of {counted(unknown, 'layer')}: of {config.model_type} it is not known"
     return Serving(
-        model, device.name, {**fixed, "KV cache": cache}, capacity, concurrency, context, most, rate
-    )
+        model, device.name, {**fixed, "KV cache": cache, "recurrent states": states}, capacity,
+        concurrency, context, most, rate, (what,) if unknown else (),
+    )  # fmt: skip
+
+
+def _share_read(config: Any, sizes: Sizes, sequences: int) -> float:
+    """Share of the weights that a step reads: all of them but experts that no sequence chose."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((n for name in names if (n := serving.widest(config, name))), None)
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+    chosen = next((n for name in names if (n := serving.widest(config, name))), None)
+    if experts is None or chosen is None:
+        return 1.0
+    share = sizes.experts / (sizes.linear_numbers + sizes.rest)
+    return 1.0 - share * (1.0 - serving.share_read(experts, chosen, sequences))
 
 
 def quantize(
@@ -216,11 +236,44 @@ def _require_known(storage: object, known: Collection[str]) -> None:
         raise UserError(f"--storage {storage}: it is not known; use {', '.join(known)}")
 
 
-def caches_of(config: Any) -> list[serving.LayerCache]:
-    """What each layer of a text model caches, by its configuration."""
-    # Some say their layers' kinds by a property alone.
-    kinds = getattr(config, "layer_types", None)
-    return serving.layer_caches({**config.to_dict(), "layer_types": kinds})
+def caches_of(shape: PreTrainedModel) -> list[serving.LayerCache]:
+    """What each layer of a base keeps of a sequence.
+
+    What grows with the tokens is told by the configuration, and a state by the sizes of the layer:
+    there are many names for them in configurations, and few in layers.
+
+    Args:
+        shape: A base, whose weights may be on the meta device.
+
+    Raises:
+        UserError: Its configuration does not say how many layers it has.
+    """
+    config = shape.config.get_text_config()
+    caches = serving.layer_caches(config)
+    kinds = getattr(config, "layer_types", None) or [None] * len(caches)
+    for module in shape.modules():
+        place = getattr(module, "layer_idx", None)
+        convolution = next((c for c in module.children() if isinstance(c, nn.Conv1d)), None)
+        if not isinstance(place, int) or convolution is None or place >= len(caches):
+            continue
+        if caches[place].state_known:
+            continue
+        recurrent = 0 if kinds[place] == "conv" else _recurrent_numbers(module)
+        if recurrent is not None:
+            caches[place] = replace(
+                caches[place], convolution=convolution.weight.numel(), recurrent=recurrent,
+                state_known=True,
+            )  # fmt: skip
+    return caches
+
+
+def _recurrent_numbers(layer: Any) -> int | None:
+    """Numbers of a layer's state that runs over the tokens; None: it is not known."""
+    if hasattr(layer, "ssm_state_size"):  # Mamba 1 and 2: a vector for each channel
+        return int(layer.intermediate_size * layer.ssm_state_size)
+    if hasattr(layer, "head_k_dim"):  # the gated delta rule: a matrix for each head
+        return int(layer.num_v_heads * layer.head_k_dim * layer.head_v_dim)
+    return None
 
 
 def sizes_of(shape: PreTrainedModel) -> Sizes:
@@ -233,7 +286,8 @@ def sizes_of(shape: PreTrainedModel) -> Sizes:
             in_out = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
             linear.append((int(in_out[0]), int(in_out[1])))
     total = sum(parameter.numel() for parameter in shape.parameters())
-    return Sizes(linear, total - sum(inside * outside for inside, outside in linear))
+    experts = sum(p.numel() for name, p in shape.named_parameters() if ".experts." in name)
+    return Sizes(linear, total - sum(inside * outside for inside, outside in linear), experts)
 
 
 def _file_bytes(shape: PreTrainedModel, model: str, revision: str | None) -> int:

@@ -1,4 +1,4 @@
-"""Memory of a base that serves with many adapters: weights, adapters and the KV cache.
+"""Memory of a base that serves with many adapters: weights, adapters, KV cache and states.
 
 Small pure functions of the configuration. Left out: what an engine compiles and records (vLLM's
 CUDA graphs take 1 to 2 GiB more), speculative models, prefixes that sequences share, and the
@@ -7,9 +7,11 @@ fragments of the last block beyond the half block on average that paging costs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from lighten.errors import UserError
 
 # Tokens per block of a paged KV cache, vLLM's default (Kwon et al., arXiv 2309.06180).
 BLOCK_TOKENS = 16
@@ -24,21 +26,32 @@ BYTES_PER_WEIGHT = {
     "nf4 double": 0.5 + 1 / 64 + 4 / (64 * 256),
 }  # fmt: skip
 
-# Kinds of layers, as transformers calls them, that keep nothing of each token: a state at most.
-KEEP_NOTHING = {"linear_attention", "conv", "mamba", "moe", "mlp"}
+# Kinds of layers, as transformers calls them, that keep nothing that grows with the tokens.
+WITHOUT_CACHE = {"linear_attention", "conv", "mamba", "moe", "mlp"}
+# Of all kinds those that keep a state whose size does not depend on the tokens.
+WITH_STATE = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
+WINDOWED = {"sliding_attention", "hybrid_sliding", "reference_sliding_attention"}
+# transformers keeps recurrent states in float32, whatever the format of the weights.
+RECURRENT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer keeps of each token.
+    """What one layer keeps of a sequence.
 
     Attributes:
         numbers: Keys and values of one token, all heads.
         window: Tokens kept at most; None: all of them.
+        convolution: Numbers of the last inputs of a convolution, in the cache's format.
+        recurrent: Numbers of a state that runs over the tokens, in float32.
+        state_known: Whether these two are all that it keeps beside keys and values.
     """
 
     numbers: int
     window: int | None = None
+    convolution: int = 0
+    recurrent: int = 0
+    state_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,8 +66,10 @@ class Serving:
         concurrency: Sequences at once.
         context: Tokens of each.
         most_sequences: As many of them would fit.
-        tokens_per_s: At best, when all sequences are answered: each step reads all weights and
-            caches once. None where the bandwidth is not known.
+        tokens_per_s: At best, when all sequences are answered: each step reads caches and weights
+            once, of experts and adapters those that so many sequences use. None where the
+            bandwidth is not known.
+        left_out: What else it needs, of which the size is not known.
     """
 
     model: str
@@ -65,6 +80,7 @@ class Serving:
     context: int
     most_sequences: int | None
     tokens_per_s: float | None
+    left_out: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -80,49 +96,126 @@ class Serving:
         return {**asdict(self), "total": self.total, "fits": self.fits()}
 
 
-def layer_caches(config: Mapping[str, Any]) -> list[LayerCache]:
-    """What each layer of an architecture caches, from its configuration.
+def layer_caches(config: Any) -> list[LayerCache]:
+    """What each layer of an architecture caches of a token, from its configuration.
 
-    Knows grouped and multi-query attention, sliding windows of all or some layers, layers without
-    a cache that grows (convolutions, linear attention, Mamba) or of their own (Gemma 3n's last
-    ones), and DeepSeek's latent attention (arXiv 2405.04434, section 2.1: the compressed vector and
-    one rotary key per token, for all heads).
+    Knows grouped and multi-query attention, layers with heads of their own (Gemma 4's global ones),
+    sliding windows of all or some layers, layers without a cache that grows (convolutions, linear
+    attention, Mamba) or of their own (Gemma 3n's last ones), and DeepSeek's latent attention
+    (arXiv 2405.04434, section 2.1: the compressed vector and one rotary key per token, for all
+    heads).
 
     Args:
         config: The text model's configuration, as transformers completes it.
+
+    Raises:
+        UserError: It does not say how many layers there are.
     """
-    layers = int(_first(config, "num_hidden_layers", "n_layer"))
-    kinds, windows = _kinds(config, layers)
-    if KEEP_NOTHING.issuperset(kinds):
-        return [LayerCache(0)] * layers
-    heads = int(_first(config, "num_attention_heads", "n_head"))
-    hidden = int(_first(config, "hidden_size", "n_embd"))
-    if config.get("kv_lora_rank"):
-        numbers = int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
-    else:
-        groups = 1 if config.get("multi_query") else config.get("num_key_value_heads") or heads
-        numbers = 2 * int(groups) * int(config.get("head_dim") or hidden // heads)
-    keep = layers - int(config.get("num_kv_shared_layers") or 0)
+    configs = layer_configs(config)
+    kinds = list(getattr(config, "layer_types", None) or [None] * len(configs))
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None:
+        shared = int(getattr(config, "num_kv_shared_layers", None) or 0)
+        modes = [None] * (len(configs) - shared) + ["reuse"] * shared
     return [
-        LayerCache(numbers if place < keep and kind not in KEEP_NOTHING else 0, window)
-        for place, (kind, window) in enumerate(zip(kinds, windows, strict=True))
+        _layer_cache(layer, kind, reads_others=mode == "reuse")
+        for layer, kind, mode in zip(configs, kinds, modes, strict=True)
     ]
 
 
-def _kinds(config: Mapping[str, Any], layers: int) -> tuple[list[str], list[int | None]]:
-    """Each layer's kind and window."""
-    window = config.get("sliding_window")
-    chunk = config.get("attention_chunk_size")
-    kinds = list(config.get("layer_types") or [])
-    if not kinds:
-        everywhere = bool(window) and config.get("use_sliding_window", True)
-        kinds = ["sliding_attention" if everywhere else "full_attention"] * layers
-    windows = {"sliding_attention": window, "chunked_attention": chunk}
-    return kinds, [windows.get(kind) for kind in kinds]
+def layer_configs(config: Any) -> list[Any]:
+    """Each layer's configuration: one for all of them, unless they differ in more than their kind.
+
+    Raises:
+        UserError: It does not say how many layers there are.
+    """
+    # Read as an attribute: it may be another's name, or a property, and in no dictionary.
+    layers = getattr(config, "num_hidden_layers", None)
+    if layers is None:
+        kind = getattr(config, "model_type", "this architecture")
+        raise UserError(f"{kind}: its configuration does not say how many layers it has")
+    if getattr(config, "is_heterogeneous", False):
+        return [config.per_layer_config[place] for place in range(layers)]
+    return [config] * int(layers)
 
 
-def _first(config: Mapping[str, Any], *names: str) -> Any:
-    return next(config[name] for name in names if config.get(name) is not None)
+def widest(config: Any, name: str) -> int | None:
+    """The largest of a setting's values over all layers; None where no layer has it."""
+    values = [getattr(layer, name, None) for layer in layer_configs(config)]
+    listed = [value if isinstance(value, list | tuple) else [value] for value in values]
+    return max((int(number) for numbers in listed for number in numbers if number), default=None)
+
+
+def _layer_cache(config: Any, kind: str | None, *, reads_others: bool) -> LayerCache:
+    """What one layer caches of a token.
+
+    Args:
+        config: The layer's.
+        kind: As transformers calls it; None: the same for all layers.
+        reads_others: It has no keys and values of its own.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    if kind is None and heads is None:  # RWKV and xLSTM
+        kind = "linear_attention"
+    window = getattr(config, "sliding_window", None)
+    if kind == "chunked_attention":
+        window = config.attention_chunk_size
+    elif kind not in WINDOWED and (kind or not getattr(config, "use_sliding_window", True)):
+        window = None
+    cached = kind not in WITHOUT_CACHE and not reads_others
+    return LayerCache(
+        token_numbers(config) if cached else 0, window or None, state_known=kind not in WITH_STATE
+    )
+
+
+def token_numbers(config: Any) -> int:
+    """Numbers of a token's keys and values in a layer with attention, by the layer's config."""
+    if rank := getattr(config, "kv_lora_rank", None):
+        return int(rank) + int(config.qk_rope_head_dim)
+    heads = int(config.num_attention_heads)
+    keys = getattr(config, "head_dim", None) or config.hidden_size // heads
+    values = getattr(config, "v_head_dim", None) or keys
+    return key_heads(config) * (int(keys) + int(values))
+
+
+def key_heads(config: Any) -> int:
+    """Heads of keys and values of a layer with attention, by the layer's configuration."""
+    # Falcon passes over `multi_query` in its newer architecture, where it is true all the same.
+    newer = getattr(config, "new_decoder_architecture", None)
+    if getattr(config, "multi_query", None) and not newer:
+        return 1
+    attention = getattr(config, "attn_config", None)  # DBRX
+    if (grouped := getattr(attention, "kv_n_heads", None)) is not None:
+        return int(grouped)
+    for name in ("num_kv_heads", "num_key_value_heads"):
+        if (grouped := getattr(config, name, None)) is not None:
+            return int(grouped)
+    return int(config.num_attention_heads)
+
+
+def state_bytes(layers: Sequence[LayerCache], sequences: int, *, number_bytes: float = 2.0) -> int:
+    """Bytes of what the layers keep of so many sequences, whatever their length.
+
+    Args:
+        layers: What each layer keeps.
+        sequences: At once.
+        number_bytes: Of one number of the model's format.
+    """
+    each = sum(
+        layer.convolution * number_bytes + layer.recurrent * RECURRENT_BYTES for layer in layers
+    )
+    return round(sequences * each)
+
+
+def share_read(experts: int, chosen: int, sequences: int) -> float:
+    """Share of the experts that a step of so many sequences reads, were each as likely as others.
+
+    Args:
+        experts: Of a layer.
+        chosen: By each token.
+        sequences: At once, each with one token.
+    """
+    return 1.0 - (1.0 - min(1.0, chosen / experts)) ** sequences
 
 
 def kv_cache_bytes(

@@ -283,7 +283,7 @@ def serving_rows(serving: Serving) -> list[list[str]]:
         rows.append(
             ["tokens per second at best", f"{serving.tokens_per_s:,.0f}", "by the bandwidth"]
         )
-    return rows
+    return rows + [["left out", "–", what] for what in serving.left_out]
 
 
 def quantizing_rows(quantizing: Quantizing) -> list[list[str]]:
