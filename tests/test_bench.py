@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import lighten
 from lighten import api
@@ -400,6 +401,79 @@ def test_a_second_command_keeps_the_other_parts_of_a_run(
     assert parts == ["size", "size", "attention"]
     path.write_text(json.dumps({**second, "adapter_sha256": "of others"}))
     assert running._earlier_records(path, second, {"size"}) == []
+
+
+def test_a_part_that_fails_loses_no_other(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has what came before it while it runs, and what comes after it in the end."""
+    path = tmp_path / "bench.json"
+    seen: list[str] = []
+
+    def fail(self: running.Bench) -> Any:
+        seen.extend(record["part"] for record in json.loads(path.read_text())["records"])
+        yield {"part": "attention", "name": "first"}
+        raise RuntimeError("of a library\nand more")
+
+    monkeypatch.setattr(running.Bench, "attention", fail)
+    monkeypatch.setattr(
+        running.Bench, "max_batch", lambda self: iter([{"part": "max-batch", "name": "rows"}])
+    )
+    result = api.bench(str(tiny_folder), ["size", "attention", "max-batch"], output=path)
+    assert seen == ["size"]
+    assert [(record["part"], record.get("why")) for record in result["records"]] == [
+        ("size", None), ("attention", None), ("attention", "RuntimeError: of a library"),
+        ("max-batch", None),
+    ]  # fmt: skip
+    assert json.loads(path.read_text())["records"] == result["records"]
+
+
+def test_a_command_of_which_no_part_can_be_measured_fails(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: running.Bench) -> Any:
+        raise UserError("no such data")
+
+    monkeypatch.setattr(running.Bench, "size", fail)
+    with pytest.raises(UserError, match="no such data"):
+        api.bench(str(tiny_folder), ["size"], output=tmp_path / "bench.json")
+    assert not (tmp_path / "bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "expected"),
+    [
+        ("gemma4_text", {"head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
+                         "attention_k_eq_v": True, "layer_types": ["sliding_attention",
+                                                                   "full_attention"]}, (4, 1, 16)),
+        ("mamba", {}, None),
+    ],
+)  # fmt: skip
+def test_attention_is_measured_in_the_shape_of_layers_with_heads_of_their_own(
+    arch: str, settings: dict[str, Any], expected: tuple[int, int, int] | None, tmp_path: Path,
+    tiny_folder: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    jobs: list[tuple[int, int, int]] = []
+
+    def child(module: str, settings: dict[str, Any], **limits: Any) -> Outcome:
+        jobs.append((settings["heads"], settings["key_heads"], settings["features"]))
+        return Outcome()
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    if arch != "mamba":
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    AutoConfig.for_model(arch, **sizes, **settings).save_pretrained(tmp_path)
+    monkeypatch.setattr(running, "in_child", child)
+    recipe = lighten.Recipe.from_values(
+        {"model_name_or_path": str(tmp_path), "dataset": str(chat_file)}, {}
+    )
+    benchmark = running.Bench(
+        open_source(str(tiny_folder)), recipe, running.Settings(lengths=(8,)), lambda _: None
+    )
+    records = list(benchmark.attention())
+    assert set(jobs) == (set() if expected is None else {expected})
+    if expected is None:
+        assert [record["why"] for record in records] == ["its layers do not attend"]
 
 
 def test_mistakes_are_told(tiny_folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lighten.errors import UserError
 from lighten.jobs import MODELS, in_child
 from lighten.machine import devices, hardware
 from lighten.models.load import checksum, weight_files
-from lighten.planning import predict
+from lighten.planning import predict, serving
 from lighten.planning.answers import answer_peak
 from lighten.planning.build import config_of
 from lighten.recipe import Recipe
@@ -166,15 +166,20 @@ class Bench:
     def attention(self) -> Iterator[dict[str, Any]]:
         """Attention of one layer of the model's shape."""
         text = config_of(self.recipe)[0].get_text_config()
-        heads = int(text.num_attention_heads)
-        features = getattr(text, "head_dim", None) or text.hidden_size // heads
+        # Of layers with heads of their own the last one: it attends to all tokens.
+        layer = serving.layer_configs(text)[-1]
+        heads = int(getattr(layer, "num_attention_heads", None) or 0)
+        if not heads:
+            yield {"part": "attention", "name": text.model_type, "why": "its layers do not attend"}
+            return
+        features = getattr(layer, "head_dim", None) or layer.hidden_size // heads
         for training in (False, True):
             for kind in attention.KINDS:
                 phase = "training step" if training else "forward"
                 self.log(f"attention: {kind}, {phase}")
                 job: dict[str, Any] = {
                     "kind": kind, "heads": heads, "features": int(features),
-                    "key_heads": int(getattr(text, "num_key_value_heads", None) or heads),
+                    "key_heads": serving.key_heads(layer),
                     "lengths": self.settings.lengths, "device": self.device.kind,
                     "dtype": hardware.choose_dtype("auto", self.device.kind).value,
                     "training": training, "budget_s": self.settings.seconds,
@@ -335,7 +340,8 @@ def bench(
     """Measure a model or a run here; see `lighten.benchmarking`.
 
     In a run's `bench.json` the other parts of earlier commands stay, if they are of the same
-    weights, machine and versions.
+    weights, machine and versions. The file is written after each part; one that fails has a record
+    of why, and the others are measured all the same.
 
     Args:
         target: A model, or a run.
@@ -348,6 +354,7 @@ def bench(
 
     Raises:
         UserError: Something the user can mend.
+        Exception: What the first part failed with, where none could be measured.
     """
     effective = settings or Settings()
     effective.check()
@@ -360,11 +367,8 @@ def bench(
         raise UserError(f"--output {path} is a folder; name a file in it, such as {path / FILE}")
     base = source.base
     benchmark = Bench(source, recipe(base), effective, log or (lambda _: None))
-    records: list[dict[str, Any]] = []
-    for part in parts or PARTS:
-        benchmark.log(part)
-        records += getattr(benchmark, part.replace("-", "_"))()
     commit, clean = hardware.commit()
+    records: list[dict[str, Any]] = []
     result = {
         "version": VERSION, "created": now(), "target": target, "base": base,
         "base_sha256": checksum(weight_files(source.base_folder)), "adapter": benchmark._adapter,
@@ -373,14 +377,38 @@ def bench(
         "commit": commit, "tree_clean": clean, "device": benchmark.device.label,
         "settings": {**asdict(effective), "memory_bytes": benchmark.limit}, "records": records,
     }  # fmt: skip
-    if output is None and path is not None:
-        kept = _earlier_records(path, result, {record["part"] for record in records})
-        result["earlier_parts"] = list(dict.fromkeys(record["part"] for record in kept))
-        result["records"] = [*records, *kept]
+    into_run = output is None and path is not None
+    earlier = _earlier_records(path, result, set()) if into_run and path is not None else []
+    failures: list[Exception] = []
+    for part in parts or PARTS:
+        benchmark.log(part)
+        try:
+            for record in getattr(benchmark, part.replace("-", "_"))():
+                records.append(record)  # those before a failure stay
+        except Exception as error:  # of any library: what was measured must not be lost with it
+            failures.append(error)
+            records.append({"part": part, "name": part, "why": _reason(error)})
+        if len(failures) == len(records):
+            continue
+        if into_run:
+            measured = {record["part"] for record in records}
+            kept = [record for record in earlier if record["part"] not in measured]
+            result["earlier_parts"] = list(dict.fromkeys(record["part"] for record in kept))
+            result["records"] = [*records, *kept]
+        if path is not None:
+            whole_files.write_json(path, result)
+    if failures and len(failures) == len(records):
+        raise failures[0]
     if path is not None:
-        whole_files.write_json(path, result)
         result["path"] = str(path)
     return result
+
+
+def _reason(error: Exception) -> str:
+    """Why a part ended, in a line: a fault that is not the user's with its kind."""
+    if isinstance(error, UserError):
+        return first_line(error)
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _adapter_checksum(adapter: Path | None) -> str | None:
