@@ -529,3 +529,42 @@ def test_a_plan_says_which_gpus_were_never_compared(
 
     plan = plan_recipe(recipe_of(folder_of(tmp_path)), named(device))
     assert any("of GPUs h100 has been compared" in line for line in plan.outside) is warned
+
+
+@pytest.mark.parametrize(("optim", "state"), [("adamw_8bit", 2), ("lion_32bit", 4)])
+def test_state_of_paged_optimisers_is_in_main_memory_in_a_plan_for_a_gpu(
+    optim: str, state: int, tmp_path: Path
+) -> None:
+    """All of large tensors'; on a processor there is nothing to page, and nothing changes."""
+    pytest.importorskip("bitsandbytes")
+    folder = folder_of(tmp_path, hidden_size=512, intermediate_size=1024)
+    usual, paged = (
+        plan_recipe(recipe_of(folder, method="full", learning_rate=1e-5, optim=name), Card(2**34))
+        for name in (optim, f"paged_{optim}")
+    )
+    moved = paged.host_bytes - usual.host_bytes
+    parameters = sum(p.numel() for p in models.skeleton(str(folder)).parameters())
+    assert moved == pytest.approx(state * parameters, rel=0.05)
+    assert paged.memory.low < usual.memory.low
+    parts = {part.name: part.bytes for part in paged.memory.parts}
+    assert parts["optimiser"] < 0.05 * moved
+    assert any(f"paged_{optim} keeps" in note for note in paged.notes)
+    assert not any("keeps" in note for note in usual.notes)
+    assert paged.disk_bytes == usual.disk_bytes
+
+
+def test_a_checkpoint_has_8_bits_of_state_where_the_optimiser_has(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = folder_of(tmp_path)
+    dense, eight, lion, paged = (
+        plan_recipe(
+            recipe_of(folder, optim=name, save_total_limit=1, lora_r=64), Card(2**34)
+        ).disk_bytes
+        for name in ("adamw_torch", "adamw_8bit", "lion_32bit", "paged_lion_32bit")
+    )
+    # Two checkpoints and the result: of each number 4 bytes, and two states, or one.
+    assert dense / eight == pytest.approx(
+        (2 * 12 + 4) / (2 * (4 + 2 * (1 + 4 / 256)) + 4), rel=0.01
+    )
+    assert dense / lion == pytest.approx((2 * 12 + 4) / (2 * 8 + 4), rel=0.01)
+    assert paged == lion

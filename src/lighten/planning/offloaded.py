@@ -11,6 +11,8 @@ from lighten.planning.storage_tracker import OUTSIDE, Block, Event, Timeline
 from lighten.recipe import Recipe
 
 STEP = "optimiser step"
+# bitsandbytes pages the state of tensors of so many numbers or more (`get_state_buffer`).
+PAGED_NUMBERS = 100_000
 # What is left out of the trace, or comes into its result afterwards.
 UNTRACED = {"torch_compile": False, "activation_offload": False, "offload_optimizer": "none",
             "offload_params": "none"}  # fmt: skip
@@ -149,3 +151,22 @@ def without_state(timeline: Timeline) -> Timeline:
     if held is not None:
         events.append(Event(held, False, held.run, OUTSIDE))
     return replace(timeline, events=events)
+
+
+def without_paged_state(timeline: Timeline, optimizer: str) -> tuple[Timeline, int]:
+    """The timeline without state that a paged optimiser keeps in managed memory, and its bytes.
+
+    The driver moves it to main memory where the device's is short, and PyTorch's allocator does not
+    know of it. The trace, which computes on a processor, has it among the device's.
+
+    Args:
+        timeline: With it.
+        optimizer: By transformers' name.
+    """
+    least = PAGED_NUMBERS * (1 if optimizer.endswith("8bit") else 4)
+    paged = {
+        event.block for event in timeline.events
+        if event.block.part == "optimiser" and event.block.bytes >= least
+    }  # fmt: skip
+    events = [event for event in timeline.events if event.block not in paged]
+    return replace(timeline, events=events), sum(block.bytes for block in paged)

@@ -33,7 +33,10 @@ HOST_OF_CUDA_BYTES = 3 * 2**30
 TESTED, TESTED_GPUS = ("llama", "gemma3_text"), ("h100",)
 TESTED_TOKENS = 2048
 FILE_COPIES = 3  # of an adapter, while safetensors makes the bytes of its file (0.8)
-STATE_TENSORS = {"sgd": 0, "adafactor": 1, "lion_8bit": 1, "lion_32bit": 1}
+STATE_TENSORS = {"sgd": 0, "adafactor": 1, "lion_8bit": 1, "lion_32bit": 1, "paged_lion_8bit": 1,
+                 "paged_lion_32bit": 1}  # fmt: skip
+# Of one number of them: 8 bits, and a float32 per 256 for their scale.
+STATE_BYTES_8 = 1 + 4 / 256
 
 
 class Device(Timed, Protocol):
@@ -101,6 +104,9 @@ def plan_recipe(
     host_bytes, disk_bytes = offloaded.bytes_elsewhere(
         recipe, device.kind, states, _pinned(traced)
     )  # fmt: skip
+    optimizer, paged = traced.setup.choices["optimizer"].value, 0
+    if device.kind == "cuda" and optimizer.startswith("paged_"):
+        timeline, paged = offloaded.without_paged_state(timeline, optimizer)
     workers = workers_of(traced)
     arena = device.is_here and allocator.has_arena()
     time = time_of(traced, device)
@@ -130,7 +136,12 @@ def plan_recipe(
             timeline, capability=getattr(device, "capability", None), margin=margin
         )
         waits = feed.base_bytes if recipe.offload_base == "cpu" else 0
-        host = HOST_OF_CUDA_BYTES + traced.weights + waits + host_bytes
+        host = HOST_OF_CUDA_BYTES + traced.weights + waits + host_bytes + paged
+    if paged:
+        notes += (
+            f"{optimizer} keeps {size(paged)} of state where the GPU has room, and in main memory "
+            "where it has not: it is counted there, and the time to move it is not in a step's",
+        )
     if recipe.save_total_limit is None:
         each = size(_checkpoint(traced))
         notes += (f"save_total_limit: null keeps every checkpoint, {each} each; disk counts two",)
@@ -210,8 +221,10 @@ def _written(traced: Traced, recipe: Recipe) -> int:
 
 
 def _checkpoint(traced: Traced) -> int:
-    """Bytes of one checkpoint."""
-    return _numbers(traced) * 4 * (1 + _states(traced))
+    """Bytes of one checkpoint: what learns in float32, and the optimiser's state of it."""
+    optimizer = traced.setup.choices["optimizer"].value
+    each = STATE_BYTES_8 if optimizer.endswith("8bit") else 4
+    return int(_numbers(traced) * (4 + each * STATE_TENSORS.get(optimizer, 2)))
 
 
 def _numbers(traced: Traced) -> int:
@@ -231,11 +244,6 @@ def _verified(traced: Traced, *, whole_base: bool) -> int:
         return max(size, FILE_COPIES * 4 * max(sum(p.numel() for p in a) for a in adapters))
     numbers = [p.numel() for m in traced.setup.adapters for p in m.parameters.values()]
     return min(size, 4 * max(numbers))
-
-
-def _states(traced: Traced) -> int:
-    """Tensors that the optimiser keeps of each parameter."""
-    return STATE_TENSORS.get(traced.setup.choices["optimizer"].value, 2)
 
 
 def _choices(traced: Traced, dtype: Choice, loading: memory.Loading) -> dict[str, str]:
