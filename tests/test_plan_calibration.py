@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +93,18 @@ def test_pairs_without_a_figure_do_not_count() -> None:
     corrected = calibration.corrected(a_plan(), "here")
     assert corrected.time == a_plan().time
     assert corrected.memory.expected > a_plan().memory.expected
+
+
+def test_pairs_of_runs_that_end_at_once_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reads before the other has written, unless it has to wait for it."""
+    read = calibration.pairs
+
+    def slowly() -> list[dict[str, Any]]:
+        before = read()
+        time.sleep(0.02)
+        return before
+
+    monkeypatch.setattr(calibration, "pairs", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: calibration.add(pair(1.0, 1.0, model=f"m{n}")), range(8)))
+    assert {entry["model"] for entry in read()} == {f"m{n}" for n in range(8)}

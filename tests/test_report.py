@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lighten
-from lighten.reporting import charts, text
+from lighten.reporting import charts, comparison, text
 from lighten.reporting.page import page
 from tests.report_fixture import write_run
 
@@ -142,6 +142,18 @@ def test_a_long_curve_is_thinned_to_its_means() -> None:
         title="t", x_label="x", y_label="y",
     )  # fmt: skip
     assert text.count(" L") == charts.MOST_POINTS - 1
+
+
+def test_a_run_that_is_given_twice_has_two_names_and_each_curve_its_own_run(tmp_path: Path) -> None:
+    first, second = (write_run(tmp_path / name) for name in ("one", "two"))
+    folder = str(first.folder)
+    assert comparison.run_names([first, second]) == ["one", "two"]
+    names = comparison.run_names([first, first, second])
+    assert names == [f"{folder} (1)", f"{folder} (2)", "two"]
+    entries = comparison.compare([first, first, second]).entries
+    assert list(dict.fromkeys(entry.run for entry in entries)) == names
+    html = page([first, first, second])
+    assert all(name in html for name in names)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from lighten.folders import is_run as is_run
 from lighten.paths import data_sets, exists, expanded, name_of, split_limit
 from lighten.recipe import Recipe, aliases, places, yaml_lines
 from lighten.whole_files import FileContent as FileContent
+from lighten.whole_files import alone_in as alone_in
 from lighten.whole_files import append_line as append_line
 from lighten.whole_files import finite as finite
 from lighten.whole_files import read_lines as read_lines

@@ -121,7 +121,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(parent):
+        with alone_in(parent):
             _remove_unfinished(parent)
             place = tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-", suffix=".partial")
             held = _hold(Path(place.name))
@@ -153,7 +153,7 @@ def remove_unfinished(parent: Path) -> None:
     Who fills one holds a lock of the system's on it, which ends with the process.
     """
     if parent.is_dir():
-        with _alone_in(parent):
+        with alone_in(parent):
             _remove_unfinished(parent)
 
 
@@ -172,7 +172,7 @@ def _begin(partial: Path, final: Path) -> int | None:
     """
     waiting = False
     while True:
-        with _alone_in(partial.parent):
+        with alone_in(partial.parent):
             _remove_unfinished(partial.parent)
             if not _is_held(partial):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -185,10 +185,11 @@ def _begin(partial: Path, final: Path) -> int | None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else begins or removes unfinished folders under this one meanwhile.
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else begins or removes unfinished folders under this one meanwhile, or adds to a file.
 
-    Between making a folder and locking it another process would take it for abandoned.
+    The folder need not be there. Between making a folder and locking it another process would take
+    it for abandoned.
     """
     descriptor: int | None = None
     # The folder itself may be one that its process holds already.

@@ -51,6 +51,8 @@ def pairs() -> list[dict[str, Any]]:
 def add(pair: Mapping[str, Any]) -> None:
     """Add a pair and let the oldest go where there are too many.
 
+    Of runs that end at once one adds after the other, so that no pair is lost.
+
     Args:
         pair: `when`, `device` (which machine), `model`, `weights_bytes`, `method`, `memory` and
             `step_seconds`, the last two each a mapping of `predicted` and `measured`, or None.
@@ -58,7 +60,8 @@ def add(pair: Mapping[str, Any]) -> None:
     Raises:
         UserError: The file cannot be written.
     """
-    runs.write_json(path(), {"version": 1, "pairs": [*pairs(), dict(pair)][-MOST_PAIRS:]})
+    with runs.alone_in(path().parent):
+        runs.write_json(path(), {"version": 1, "pairs": [*pairs(), dict(pair)][-MOST_PAIRS:]})
 
 
 def corrected(

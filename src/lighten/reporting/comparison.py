@@ -136,7 +136,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     Args:
         runs: Two or more; the same one twice is called by its place too.
     """
-    names = _names(runs)
+    names = run_names(runs)
     differs = _differences(runs)
     entries: list[Entry] = []
     bases: dict[tuple[Any, ...], Entry] = {}
@@ -199,12 +199,19 @@ def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     ]
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
-    """The runs' names; the folder's whole path where two share a name."""
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """The runs' names, no two alike.
+
+    The folder's whole path where two share a name, and the place where they share that too.
+    """
     names = [run.name for run in runs]
-    return [
+    names = [
         name if names.count(name) == 1 else str(run.folder)
         for run, name in zip(runs, names, strict=True)
+    ]
+    return [
+        name if names.count(name) == 1 else f"{name} ({place})"
+        for place, name in enumerate(names, 1)
     ]
 
 

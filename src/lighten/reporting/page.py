@@ -287,7 +287,7 @@ def _sizes(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     """What the template shows of several runs side by side."""
     compared = comparison.compare(runs)
-    names = list(dict.fromkeys(entry.run for entry in compared.entries))
+    names = comparison.run_names(runs)
     return {
         "sentences": compared.sentences,
         "columns": [column.label for column in compared.columns],
@@ -306,7 +306,7 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
             for place, entry in enumerate(compared.entries)
         ],
         "loss": loss_chart(
-            [(name, _watched(run)) for name, run in zip(names, runs, strict=False)], named=True
+            [(name, _watched(run)) for name, run in zip(names, runs, strict=True)], named=True
         ),
     }
 
