@@ -15,6 +15,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import IO, Any, overload
 
 import numpy as np
@@ -25,6 +26,7 @@ from lighten.data.examples import Example, Message
 IN_MEMORY_BYTES = 4 * 2**20
 # Arrays are gone through in pieces of this size.
 PIECE_BYTES = 4 * 2**20
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,21 @@ def chosen(examples: Sequence[Example], places: Iterable[int]) -> Sequence[Examp
     if isinstance(examples, ExampleStore | _Chosen):
         return _Chosen(examples, places if isinstance(places, range) else list(places))
     return [examples[place] for place in places]
+
+
+def spread_evenly(most: int, count: int) -> Sequence[int]:
+    """Places of up to `most` of `count` rows, spread over all of them, in order; always the same.
+
+    Each is one of an equal stretch of the rows. Where in its stretch differs from one to the next,
+    by the golden ratio: a fixed stride would take rows of one kind where kinds take turns.
+    """
+    if most >= count:
+        return range(count)
+    starts = [number * count // most for number in range(most)]
+    return [
+        start + int((end - start) * (number * _GOLDEN % 1.0))
+        for number, (start, end) in enumerate(pairwise([*starts, count]))
+    ]
 
 
 class EncodedRows(Sequence[Row]):

@@ -89,7 +89,7 @@ def evaluate_run(
     del base  # another may be opened in its place
     encoding = None if progress is None else functools.partial(progress, "encoding")
     encoded_data = held_out_data.encoded(
-        recipe, raw_data, tokenizer, limits, settings.max_examples, encoding
+        recipe, raw_data, tokenizer, limits, settings.max_examples, encoding, "max_examples"
     )
     answered, unasked = askable(encoded_data.examples, recipe, tokenizer)
     general = None
@@ -121,7 +121,7 @@ def evaluate_run(
     evaluation.dataset = {
         "path": encoded_data.name,
         "rows": len(encoded_data.examples),
-        "examples_sha256": _digest(encoded_data.examples),
+        "examples_sha256": digest_of_examples(encoded_data.examples),
         "answered": len(answered),
         "left_out": encoded_data.left_out + encoded_data.bad_rows,
         "shared_prompts": encoded_data.shared,
@@ -191,7 +191,7 @@ def _judge_of(settings: EvaluateOptions) -> Judge | None:
     return Judge(settings.judge, settings.judge_model, settings.judge_max_tokens)
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def digest_of_examples(examples: Sequence[Example]) -> str:
     """Of what the examples say: figures on others are no comparison, however many tokens agree."""
     keys = "\n".join(example.content_key for example in examples)
     return hashlib.sha256(keys.encode()).hexdigest()

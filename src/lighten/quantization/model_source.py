@@ -13,6 +13,7 @@ import numpy as np
 
 from lighten import data, models
 from lighten.artifacts import open_source
+from lighten.data.storage import chosen, spread_evenly
 from lighten.errors import NoHeldOut, UserError
 from lighten.evaluation.evaluation import askable, held_out_examples
 from lighten.models.load import load_tokenizer
@@ -25,6 +26,8 @@ from lighten.quantization.targets import dynamic_group_size
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training import held_out_data
+
+MOST_ROWS = 200  # that are looked at for the tokens that are measured on
 
 
 @dataclass
@@ -156,6 +159,15 @@ class HeldOutSet:
     notes: list[str]
 
 
+def _within(rows: list[EvaluationRow], tokens: int) -> list[EvaluationRow]:
+    """As many rows as have so many tokens together, one at least, spread evenly over all."""
+    for most in range(len(rows), 1, -1):
+        some = [rows[place] for place in spread_evenly(most, len(rows))]
+        if sum(len(row.ids) for row in some) <= tokens:
+            return some
+    return rows[:1]
+
+
 def evaluation_of(source: ModelSource, tokens: int, questions: int) -> HeldOutSet | None:
     """Held-out rows up to so many tokens; None where nothing is held out.
 
@@ -168,29 +180,27 @@ def evaluation_of(source: ModelSource, tokens: int, questions: int) -> HeldOutSe
     limits = models.limits(str(source.folder))
     try:
         examples = held_out_examples(recipe, source.trained_on)
-        held_out = held_out_data.encoded(recipe, examples, source.tokenizer, limits, 200)
+        held_out = held_out_data.encoded(recipe, examples, source.tokenizer, limits, MOST_ROWS)
     except NoHeldOut:
         return None
     assert held_out.rows is not None
-    rows: list[EvaluationRow] = []
-    total = 0
-    for row in held_out.rows.rows:
-        ids = [int(token) for token in row.input_ids]
-        if rows and total + len(ids) > tokens:
-            break
-        marks = [bool(on) for on in row.supervised]
-        if any(marks[1:]):
-            rows.append(EvaluationRow(ids, marks))
-            total += len(ids)
+    rows = _within([
+        EvaluationRow([int(token) for token in row.input_ids], marks)
+        for row in held_out.rows.rows
+        if any((marks := [bool(on) for on in row.supervised])[1:])
+    ], tokens)  # fmt: skip
     handling = data.Handling(recipe.system_role, recipe.thinking)
-    answerable, skip_notes = askable(held_out.examples[:questions], recipe, source.tokenizer)
+    asked = chosen(held_out.examples, spread_evenly(questions, len(held_out.examples)))
+    answerable, skip_notes = askable(asked, recipe, source.tokenizer)
     pairs = [data.prompt_of(example, source.tokenizer, handling) for example in answerable]
     digest = hashlib.sha256(np.asarray([t for row in rows for t in row.ids], "<i4").tobytes())
     notes = [*held_out.sentences(), *skip_notes]
-    if len(rows) < len(held_out.rows.rows):
+    count = len(examples.examples) - held_out.left_out
+    if len(rows) < count:
+        total = sum(len(row.ids) for row in rows)
         notes.append(
-            f"{len(rows)} of {len(held_out.rows.rows)} held-out rows, {total} tokens, are measured "
-            "on (--tokens)"
+            f"{len(rows)} of {count} held-out rows, {total} tokens, are measured on, spread evenly "
+            "over them (--tokens)"
         )
     task = task_metrics(recipe, source.tokenizer, declared_ends(source.folder), source.run)
     return HeldOutSet(

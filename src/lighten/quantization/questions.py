@@ -9,6 +9,7 @@ from typing import Any
 from lighten import data, models
 from lighten.artifacts import Artefact
 from lighten.data.special import visible
+from lighten.data.storage import chosen, spread_evenly
 from lighten.errors import UserError
 from lighten.evaluation import forgetting, registry
 from lighten.evaluation.bootstrap import Resamples
@@ -195,7 +196,8 @@ def _held_out(artefact: Artefact, run: Run, tokenizer: Any, count: int) -> Quest
     except UserError:
         return None  # gone or changed since: the artefact can be checked all the same
     data.choose_template(tokenizer, recipe.chat_template)
-    examples, _ = askable(held_out.examples[:count], recipe, tokenizer)
+    some = chosen(held_out.examples, spread_evenly(count, len(held_out.examples)))
+    examples, _ = askable(some, recipe, tokenizer)
     pairs = [data.prompt_of(example, tokenizer, handling) for example in examples]
     if not pairs:
         return None

@@ -22,11 +22,11 @@ from lighten.recipe import (
     swept,
     yaml_lines,
 )
+from lighten.recipe.evaluating import EvaluateOptions
 from lighten.recipe.fields import (
     AdapterEntry,
     AdapterFields,
     AdapterOptions,
-    EvaluateOptions,
     QuantizeOptions,
     RecipeFields,
     lora_settings,

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable
 
 from lighten.recipe import aliases, other_tools
-from lighten.recipe.fields import AdapterEntry, EvaluateOptions, QuantizeOptions, RecipeFields
+from lighten.recipe.evaluating import EvaluateOptions
+from lighten.recipe.fields import AdapterEntry, QuantizeOptions, RecipeFields
 from lighten.recipe.sweeping import Range
 
 # How alike a mistyped name is to what was meant (difflib's ratio). Other tools' names share that

@@ -6,6 +6,7 @@ examples where the data has some, so that what is reported did not choose.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -20,7 +21,13 @@ from lighten.cpu import allocator
 from lighten.data import Example
 from lighten.evaluation import metrics
 from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
-from lighten.evaluation.evaluation import Progress, askable, held_out_examples, measure
+from lighten.evaluation.evaluation import (
+    Progress,
+    askable,
+    digest_of_examples,
+    held_out_examples,
+    measure,
+)
 from lighten.evaluation.partial_results import PartialResults
 from lighten.evaluation.registry import OF_ANSWERS, scorer
 from lighten.evaluation.run_models import Models
@@ -51,6 +58,7 @@ class Measurement:
         seconds: How long measuring it took.
         notes: What is to be said wherever the figures are shown.
         model: The base that it is or was trained on.
+        examples_sha256: Of what the choosing and the telling examples say.
     """
 
     name: str
@@ -63,6 +71,7 @@ class Measurement:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     model: str = ""
+    examples_sha256: str = ""
 
     def write(self, folder: Path) -> None:
         """Keep it in the sweep's folder."""
@@ -70,11 +79,14 @@ class Measurement:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> Measurement | None:
-        """What was kept of an arm, or None."""
+        """What was kept of an arm, or None: it is not measured, or was on nobody knows what."""
         path = _path(folder, name)
         if not path.is_file():
             return None
-        measurement = cls(**json.loads(path.read_text(encoding="utf-8")))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if "examples_sha256" not in stored:  # of when the first rows of a file were taken
+            return None
+        measurement = cls(**stored)
         # JSON has null for what is not a number.
         measurement.nll = [math.nan if value is None else value for value in measurement.nll]
         return measurement
@@ -143,11 +155,15 @@ def measure_run(
         base = models.open(None).base
         tokenizer, limits = base.tokenizer, limits_of(base.model)
         del base  # another may be opened in its place
-        choosing = encoded(run_recipe, choosing, tokenizer, limits, settings.max_examples)
+        encode = functools.partial(
+            encoded, run_recipe, tokenizer=tokenizer, limits=limits, most=settings.max_examples,
+            setting="evaluate.max_examples",
+        )  # fmt: skip
+        choosing = encode(choosing)
         notes = choosing.sentences()
         answered: Sequence[Example] = []
         if texts:
-            telling = encoded(run_recipe, telling, tokenizer, limits, settings.max_examples)
+            telling = encode(telling)
             answered, unasked = askable(telling.examples, run_recipe, tokenizer)
             notes = list(dict.fromkeys([*notes, *telling.sentences(), *unasked]))
         memory = allocator.measure_peak(device)
@@ -175,6 +191,7 @@ def measure_run(
                 evaluation.answers.tokens / evaluation.answers.seconds
                 if evaluation.answers.tokens else None,
                 time.perf_counter() - began, notes, _model_of(run_recipe),
+                digest_of_examples([*choosing.examples, *answered]),
             )  # fmt: skip
             if recipe.sweep.metric == "perplexity":
                 measurement.statistics["loss"] = likelihood.tolist()

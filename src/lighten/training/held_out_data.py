@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lighten import data
 from lighten.data import FEWEST, Encoded, NothingSupervised
 from lighten.data.files import Content
-from lighten.data.storage import chosen
+from lighten.data.storage import chosen, spread_evenly
 from lighten.errors import NoHeldOut, UserError
 from lighten.models import Limits
 from lighten.recipe import Recipe
@@ -186,8 +186,11 @@ def encoded(
     limits: Limits,
     most: int | None = None,
     progress: Progress | None = None,
+    setting: str | None = None,
 ) -> HeldOutData:
     """The examples that training would keep too, encoded; the others are counted and told.
+
+    Where fewer than all are wanted, they are spread evenly over all, and always the same ones.
 
     Args:
         recipe: How.
@@ -196,6 +199,7 @@ def encoded(
         limits: Of the model that will see them.
         most: Examples at most.
         progress: Log how many examples are encoded, and of how many.
+        setting: Named where it is said how many of all these are; None: the caller says that.
 
     Raises:
         NoHeldOut: None is left.
@@ -206,7 +210,7 @@ def encoded(
         raise NoHeldOut(held_out.notes[0] if held_out.notes else "nothing is held out (val_size 0)")
     looked_at = count if most is None else min(most, count)
     while True:
-        part = held_out.examples[:looked_at]
+        part = chosen(held_out.examples, spread_evenly(looked_at, count))
         try:
             rows = encode_as(recipe, part, tokenizer, limits, progress)
         except NothingSupervised as nothing:
@@ -223,7 +227,13 @@ def encoded(
     # Of all that were looked at: those that are left out are not among the ones that are chosen.
     problems = [sentence for sentence in rows.problems if sentence not in rows.findings.sentences()]
     problems += lost_sentences(rows, limits, limits.longest(recipe.max_length)[1])
-    examples = chosen(part, rows.places[:most])
+    wanted = len(rows.rows) if most is None else most
+    kept = spread_evenly(wanted, len(rows.rows))
+    examples = chosen(part, [rows.places[place] for place in kept])
+    if setting is not None and (looked_at < count or len(rows.rows) > len(examples)):
+        problems.append(
+            f"{len(examples):,} of {count:,} examples, spread evenly over them ({setting})"
+        )
     if len(rows.rows) > len(examples):
         rows = encode_as(recipe, examples, tokenizer, limits)
     return replace(

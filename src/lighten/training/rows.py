@@ -193,7 +193,13 @@ def _read_rows(
     why_none = None
     try:
         watched = held_out_data.encoded(
-            recipe, watched, tokenizer, limits, recipe.max_eval_samples, progress
+            recipe,
+            watched,
+            tokenizer,
+            limits,
+            recipe.max_eval_samples,
+            progress,
+            "max_eval_samples",
         )
     except NoHeldOut as nothing:
         if not watched.split_off:  # a file that was named for it
