@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import unicodedata
+from collections import Counter
 from pathlib import Path
+from string import punctuation
 from typing import Any
 
 import pytest
 import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lighten
 from lighten import api
@@ -63,6 +68,44 @@ def test_token_f1_is_squads() -> None:
     assert registry.token_f1("in Paris, France", "Paris") == pytest.approx(0.5)
     assert registry.token_f1("", "") == 1.0
     assert registry.token_f1("the", "Paris") == 0.0
+
+
+def squad_f1(answer: str, reference: str) -> float:
+    """SQuAD's definition: lower case, ASCII's punctuation and articles taken out, words."""
+    bare = (
+        text.lower().translate(dict.fromkeys(map(ord, punctuation))) for text in (answer, reference)
+    )
+    ours, theirs = (Counter(re.sub(r"\b(a|an|the)\b", " ", text).split()) for text in bare)
+    common = sum((ours & theirs).values())
+    if not ours or not theirs:
+        return float(ours == theirs)
+    if not common:
+        return 0.0
+    precision, recall = common / sum(ours.values()), common / sum(theirs.values())
+    return 2 * precision * recall / (precision + recall)
+
+
+@given(*[st.lists(st.sampled_from(
+    ["The", "a", "an", "cat", "Cat's", "state-of-the-art", "$5", "3.5", "x^2", "--", "cat,", "~"]
+))] * 2)  # fmt: skip
+def test_token_f1_of_english_is_squads_definition(ours: list[str], theirs: list[str]) -> None:
+    answer, reference = " ".join(ours), " ".join(theirs)
+    assert registry.token_f1(answer, reference) == pytest.approx(squad_f1(answer, reference))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [
+        ("서울。", "서울", 1.0), ("“서울”", "서울", 1.0), ("서울은", "서울", 0.8),
+        ("『쇼코의 미소』", "쇼코의 미소", 1.0), ("부산", "서울", 0.0),
+        ("東京です。", "東京", 2 / 3),
+        ("GPT4는 빠르다", "GPT4", 1 / 3), ("“Paris” — yes", "Paris, yes", 1.0),
+    ],
+)  # fmt: skip
+def test_token_f1_counts_scripts_without_spaces_by_sign(
+    answer: str, reference: str, f1: float
+) -> None:
+    assert registry.token_f1(answer, reference) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ from lighten.evaluation.metrics import (
 # spaces: Hangul, kana, Han.
 _SIGN = r"[\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3]"
 _TOKEN = re.compile(rf"{_SIGN}|(?!{_SIGN})[^\W_](?:(?!{_SIGN})\S)*")
+# Words between spaces as SQuAD has them, and single signs where particles are glued to words.
+_WORD = re.compile(rf"{_SIGN}|(?:(?!{_SIGN})\S)+")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 Score = Callable[[str, str], float]
@@ -84,7 +86,11 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 of the words as SQuAD counts them: no case, no punctuation, no articles; 0 to 1."""
+    """F1 of the words as SQuAD counts them: no case, no punctuation, no articles; 0 to 1.
+
+    Hangul, kana and Han are counted by sign, as KorQuAD counts them: a particle behind the right
+    word (`서울은` for `서울`) is not another word.
+    """
     ours, theirs = (Counter(_words(text)) for text in (answer, reference))
     if not ours or not theirs:
         return float(ours == theirs)
@@ -105,8 +111,13 @@ def _no_constant(name: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    bare = "".join(sign for sign in text.lower() if sign not in string.punctuation)
-    return _ARTICLES.sub(" ", bare).split()
+    bare = "".join(sign for sign in text.lower() if not _is_punctuation(sign))
+    return _WORD.findall(_ARTICLES.sub(" ", bare))
+
+
+def _is_punctuation(sign: str) -> bool:
+    """SQuAD's, which is ASCII's with signs such as $, and that of every other script."""
+    return sign in string.punctuation or unicodedata.category(sign)[0] == "P"
 
 
 def _f1(shared: int, ours: int, theirs: int) -> float:
@@ -124,6 +135,7 @@ CHRF_SPACES = "chrf_spaces"
 NAMES = (*SCORES, CHRF_SPACES)
 OF_ANSWERS = ("chrf", "bleu", "exact_match")  # that every evaluation has
 _USUAL = {metric.name: metric for metric in METRICS}
+TOKEN_F1_SIGNATURE = "f1|case:lc|tok:words, Hangul, kana and Han by sign|punct:P*|articles:no"
 ROUGE_SIGNATURE = "f1|case:lc|tok:words, Hangul, kana and Han by sign|stemmer:no"
 
 
@@ -183,6 +195,7 @@ def extra(name: str) -> Extra:
     if name in SCORES:
         score = SCORES[name][1]
         signature = ROUGE_SIGNATURE if name.startswith("rouge") else name
+        signature = TOKEN_F1_SIGNATURE if name == "token_f1" else signature
         return Extra(described(name), lambda a, r: _mean(name, score, a, r, 1.0), percent,
                      signature)  # fmt: skip
     function = _naming_its_answer(name, _user_function(name))
