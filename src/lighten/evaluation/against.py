@@ -51,7 +51,9 @@ def require_same_settings(settings: EvaluateOptions, theirs: Mapping[str, Any]) 
         UserError: It cannot.
     """
     chosen = settings.model_dump()
-    different = _different(_CHOSEN, chosen, theirs["settings"])
+    # How long an answer may be is known once the references are, unless it is set.
+    known = [name for name in _CHOSEN if name != "max_new_tokens" or chosen[name] is not None]
+    different = _different(known, chosen, theirs["settings"])
     general = theirs["settings"].get("general_text")
     if (settings.forgetting is None) != (general is None):
         measured = ("is", "is not") if general is None else ("is not", "is")

@@ -19,7 +19,7 @@ from lighten.data import Example
 from lighten.data.batches import TokenRow
 from lighten.errors import NoHeldOut, UserError
 from lighten.evaluation import against as comparing
-from lighten.evaluation import forgetting, harness, metrics, registry
+from lighten.evaluation import answer_length, forgetting, harness, metrics, registry
 from lighten.evaluation.bootstrap import Array
 from lighten.evaluation.forgetting import GeneralText
 from lighten.evaluation.generate import Answers, as_shown, generate
@@ -92,6 +92,10 @@ def evaluate_run(
         recipe, raw_data, tokenizer, limits, settings.max_examples, encoding, "max_examples"
     )
     answered, unasked = askable(encoded_data.examples, recipe, tokenizer)
+    settings, reference_tokens = answer_length.settled(settings, answered, recipe, tokenizer)
+    assert settings.max_new_tokens is not None
+    if theirs is not None:
+        comparing.require_same_settings(settings, theirs)
     general = None
     if settings.forgetting is not None:
         general = forgetting.encoded(settings.forgetting, recipe, tokenizer, limits)
@@ -126,11 +130,16 @@ def evaluate_run(
         "left_out": encoded_data.left_out + encoded_data.bad_rows,
         "shared_prompts": encoded_data.shared,
         "shortened": shortened,
+        "limited": {result.name: result.answers.limited for result in results},
+        "references_beyond_limit": sum(
+            tokens > settings.max_new_tokens for tokens in reference_tokens
+        ),
         # What is to be said wherever the figures are shown.
         "notes": [
             *encoded_data.sentences(),
             *unasked,
             *shortened_sentence(shortened, results),
+            *answer_length.sentences(settings.max_new_tokens, reference_tokens, results),
             *broken_sentences(results),
             *_qat_sentence(recipe),
         ],
@@ -349,7 +358,7 @@ def measure(
         scored: The examples whose likelihood is measured.
         answered: Those that it answers.
         recipe: Of the run.
-        settings: Of answers.
+        settings: Of answers, with the longest of them.
         memory: Restarted for this model.
         progress: Log what is being done, how far it is, and of how much.
         partial: What an earlier session measured before it was ended; new parts are added.
@@ -361,6 +370,7 @@ def measure(
     memory.restart()
     assert scored.rows is not None
     rows = scored.rows.rows
+    assert settings.max_new_tokens is not None  # settled from the references
     prompts, references = [], []
     handling = data.Handling(recipe.system_role, recipe.thinking)
     for example in answered:
@@ -406,6 +416,7 @@ def _together(
     separate = base.feed is not None or recipe.packing is False or trained.no_packing is not None
     if not prompts or separate or slotted.obstacle(base.model) is not None:
         return None
+    assert settings.max_new_tokens is not None
     label = f"{name}: loss and answers"
     single_pass = Pass(
         base.model, base.tokenizer, trained, opened.adapter, models.learnt,

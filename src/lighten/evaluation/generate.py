@@ -33,12 +33,14 @@ class Answers:
         tokens: Tokens generated, padding not counted.
         seconds: Time it took.
         shortened: Answers that ended where the model's positions end, empty ones included.
+        limited: Answers that were cut off at `max_new_tokens`.
     """
 
     texts: list[str]
     tokens: int
     seconds: float
     shortened: int = 0
+    limited: int = 0
 
 
 def stop_tokens(
@@ -143,7 +145,7 @@ def generate(
         for prompt in prompts
     ]
     texts, tokens, seconds = [""] * len(prompts), 0, 0.0
-    done, shortened = 0, 0
+    done, shortened, limited = 0, 0, 0
     for batch, room in _batches(order, rooms, batch_size):
         done += len(batch)
         if room == 0:
@@ -151,13 +153,14 @@ def generate(
             continue
         # A batch is kept whole: in other company an answer may be rounded to another.
         key = key_of("answers", [prompts[i] for i in batch], room)
-        if partial is not None and (before := partial.get(key)) is not None:
+        before = None if partial is None else partial.get(key)
+        if before is not None and "limited" in before:
             for i, text in zip(batch, before["texts"], strict=True):
                 texts[i] = text
             tokens, seconds = tokens + before["tokens"], seconds + before["seconds"]
-            shortened += before["shortened"]
+            shortened, limited = shortened + before["shortened"], limited + before["limited"]
             continue
-        began, so_far = time.perf_counter(), (tokens, shortened)
+        began, so_far = time.perf_counter(), (tokens, shortened, limited)
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=room, eos_token_id=stops or None, pad_token_id=pad
         )
@@ -177,18 +180,21 @@ def generate(
             answer_ids = _until_stop(answer, set(stops))
             tokens += len(answer_ids) + (len(answer_ids) < len(answer))
             texts[i] = visible(answer_ids, tokenizer, hidden=hidden)
-            shortened += room < max_new_tokens and len(answer_ids) == room
+            unfinished = len(answer_ids) == room
+            shortened += unfinished and room < max_new_tokens
+            limited += unfinished and room == max_new_tokens
         took_s = time.perf_counter() - began
         seconds += took_s
         if partial is not None:
             partial.put(
                 key,
                 {"texts": [texts[i] for i in batch], "tokens": tokens - so_far[0],
-                 "shortened": shortened - so_far[1], "seconds": took_s},
+                 "shortened": shortened - so_far[1], "limited": limited - so_far[2],
+                 "seconds": took_s},
             )  # fmt: skip
         if progress is not None:
             progress(done, len(order))
-    return Answers(texts, tokens, seconds, shortened)
+    return Answers(texts, tokens, seconds, shortened, limited)
 
 
 def _batches(

@@ -137,7 +137,8 @@ class Pass:
         jobs = _jobs(rows, prompts, rooms)
         self._shared = _shared_tokens(jobs)
         nll, supervised = [0.0] * len(rows), [0] * len(rows)
-        texts, tokens, shortened, seconds = [""] * len(prompts), 0, 0, 0.0
+        texts, tokens, seconds = [""] * len(prompts), 0, 0.0
+        shortened, limited = 0, 0
         done = 0
         with slotted.slots_in(self.model):
             for wave in self._waves(jobs):
@@ -147,7 +148,7 @@ class Pass:
                     if job.row is not None:
                         nll[job.row], supervised[job.row] = part["nll"][place], part["of"][place]
                 tokens, seconds = tokens + part["tokens"], seconds + part["seconds"]
-                shortened += part["shortened"]
+                shortened, limited = shortened + part["shortened"], limited + part["limited"]
                 done += len(wave)
                 if self.progress is not None:
                     self.progress(done, len(jobs))
@@ -157,7 +158,7 @@ class Pass:
         for place, loss, count in zip(alone, *self._scored([rows[i] for i in alone]), strict=True):
             nll[place], supervised[place] = loss, count
         losses = ValidationLoss(tuple(nll[i] for i in scored), tuple(supervised[i] for i in scored))
-        return losses, Answers(texts, tokens, seconds, shortened)
+        return losses, Answers(texts, tokens, seconds, shortened, limited)
 
     def _waves(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
         """Jobs that answer at the same time: the same ones however often a session is ended."""
@@ -175,7 +176,7 @@ class Pass:
         made_of = [part for job in wave for part in (job.input_ids, (job.prompt_tokens, job.room))]
         key = key_of("loss-and-answers", made_of)
         before = None if self.partial is None else self.partial.get(key)
-        if before is not None:
+        if before is not None and "limited" in before:
             return before
         part = self._measure(wave)
         if self.partial is not None:
@@ -191,14 +192,16 @@ class Pass:
                 [job.input_ids[: job.prompt_tokens] for job in wave], begun,
                 [job.room for job in wave], self._stops,
             )  # fmt: skip
-        texts, shortened = [], 0
+        texts, shortened, limited = [], 0, 0
         for job, answer in zip(wave, answers, strict=True):
             answer_ids = answer[:-1] if answer and answer[-1] in self._stops else answer
             texts.append(visible(answer_ids, self.tokenizer, hidden=self._hidden))
-            shortened += job.room < self.max_new_tokens and len(answer_ids) == job.room
+            unfinished = len(answer_ids) == job.room
+            shortened += unfinished and job.room < self.max_new_tokens
+            limited += unfinished and job.room == self.max_new_tokens
         return {
             "nll": nll, "of": of, "texts": texts, "tokens": sum(map(len, answers)),
-            "shortened": shortened, "seconds": time.perf_counter() - began,
+            "shortened": shortened, "limited": limited, "seconds": time.perf_counter() - began,
         }  # fmt: skip
 
     @torch.no_grad()

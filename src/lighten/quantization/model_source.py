@@ -202,9 +202,11 @@ def evaluation_of(source: ModelSource, tokens: int, questions: int) -> HeldOutSe
             f"{len(rows)} of {count} held-out rows, {total} tokens, are measured on, spread evenly "
             "over them (--tokens)"
         )
-    task = task_metrics(recipe, source.tokenizer, declared_ends(source.folder), source.run)
+    references = [text for _, text in pairs]
+    ends = declared_ends(source.folder)
+    task = task_metrics(recipe, source.tokenizer, ends, source.run, references)
     return HeldOutSet(
         rows, [ids for ids, _ in pairs],
         [limits.room(len(ids), task.answer_tokens) for ids, _ in pairs],
-        [text for _, text in pairs], task, held_out.name, digest.hexdigest(), notes,
+        references, task, held_out.name, digest.hexdigest(), notes,
     )  # fmt: skip

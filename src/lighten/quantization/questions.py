@@ -11,7 +11,7 @@ from lighten.artifacts import Artefact
 from lighten.data.special import visible
 from lighten.data.storage import chosen, spread_evenly
 from lighten.errors import UserError
-from lighten.evaluation import forgetting, registry
+from lighten.evaluation import answer_length, forgetting, registry
 from lighten.evaluation.bootstrap import Resamples
 from lighten.evaluation.evaluation import askable, held_out_examples
 from lighten.evaluation.generate import as_shown, hidden_tokens
@@ -93,8 +93,9 @@ class TaskMetrics:
 
 
 def task_metrics(
-    recipe: Recipe, tokenizer: Any, ends: Sequence[int], run: Run | None
-) -> TaskMetrics:
+    recipe: Recipe, tokenizer: Any, ends: Sequence[int], run: Run | None,
+    references: Sequence[str],
+) -> TaskMetrics:  # fmt: skip
     """The metrics that a recipe names, and the two of every table.
 
     Args:
@@ -102,6 +103,7 @@ def task_metrics(
         tokenizer: With its chat template chosen.
         ends: Ids that end an answer by the model's settings.
         run: Whose training showed what ends an answer.
+        references: The right answers.
 
     Raises:
         UserError: A metric of the user's cannot be imported.
@@ -111,15 +113,24 @@ def task_metrics(
     names = dict.fromkeys([*recipe.evaluate.extra_metrics, *sweep_metrics, *METRICS])
     for name in names:
         registry.scorer(name)
+    reference_tokens = answer_length.tokens_of(references, tokenizer)
     answer_tokens = recipe.evaluate.max_new_tokens
     notes = []
-    if answer_tokens > LONGEST_ANSWER:
+    if answer_tokens is None:
+        answer_tokens = answer_length.long_enough(reference_tokens)
+    elif answer_tokens > LONGEST_ANSWER:
         notes.append(
             f"answers end after {LONGEST_ANSWER} tokens, where evaluate.max_new_tokens is "
             f"{answer_tokens}"
         )
+    answer_tokens = min(answer_tokens, LONGEST_ANSWER)
+    if longer := sum(tokens > answer_tokens for tokens in reference_tokens):
+        notes.append(
+            f"{longer} of {len(references)} right answers are longer than the {answer_tokens} "
+            "tokens that an answer has here: those cannot match"
+        )
     return TaskMetrics(
-        tuple(names), min(answer_tokens, LONGEST_ANSWER),
+        tuple(names), answer_tokens,
         frozenset(data.stop_tokens(tokenizer, ends, learnt)),
         frozenset(hidden_tokens(tokenizer, learnt)), tokenizer, tuple(notes),
     )  # fmt: skip
@@ -202,7 +213,6 @@ def _held_out(artefact: Artefact, run: Run, tokenizer: Any, count: int) -> Quest
     if not pairs:
         return None
     texts = [str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids, _ in pairs]
-    task = task_metrics(recipe, tokenizer, declared_ends(artefact.companions), run)
-    return Questions(
-        texts, [reference for _, reference in pairs], task, models.limits(str(artefact.base_folder))
-    )
+    references = [reference for _, reference in pairs]
+    task = task_metrics(recipe, tokenizer, declared_ends(artefact.companions), run, references)
+    return Questions(texts, references, task, models.limits(str(artefact.base_folder)))

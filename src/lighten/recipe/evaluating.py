@@ -15,7 +15,11 @@ class EvaluateOptions(Section):
     max_examples: Positive | None = Field(
         200, description="held-out examples measured on at most, spread evenly over all"
     )
-    max_new_tokens: Positive = Field(64, description="longest answer, in tokens")
+    max_new_tokens: Positive | None = Field(
+        None,
+        description="longest answer, in tokens; null: a quarter more than the longest reference "
+        "has, 512 at most",
+    )
     batch_size: Positive = Field(16, description="examples answered together")
     extra_metrics: list[str] = Field(
         [],

@@ -297,7 +297,8 @@ def _of_sweep(run: Run, name: str) -> tuple[list[Entry], None]:
         measured = json.loads(file.read_text(encoding="utf-8"))
         pairs = zip(measured["nll"], measured["tokens"], strict=True)
         model["losses"] = [list(pair) for pair in pairs]
-        asked = {"max_new_tokens": run.recipe().evaluate.max_new_tokens}
+        limit = measured.get("max_new_tokens") or run.recipe().evaluate.max_new_tokens
+        asked = {"max_new_tokens": limit}
         dataset = {"rows": len(model["losses"]), "path": measured["chosen_on"]}
         _add_measured(entry, model, {"dataset": dataset, "settings": asked}, {})
     return [entry], None

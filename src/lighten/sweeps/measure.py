@@ -20,6 +20,7 @@ from lighten import runs
 from lighten.cpu import allocator
 from lighten.data import Example
 from lighten.evaluation import metrics
+from lighten.evaluation.answer_length import sentences, settled
 from lighten.evaluation.bootstrap import Array, Estimate, FromSums, Resamples
 from lighten.evaluation.evaluation import (
     Progress,
@@ -59,6 +60,7 @@ class Measurement:
         notes: What is to be said wherever the figures are shown.
         model: The base that it is or was trained on.
         examples_sha256: Of what the choosing and the telling examples say.
+        max_new_tokens: Of an answer at most.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Measurement:
     notes: list[str] = field(default_factory=list)
     model: str = ""
     examples_sha256: str = ""
+    max_new_tokens: int | None = None
 
     def write(self, folder: Path) -> None:
         """Keep it in the sweep's folder."""
@@ -166,6 +169,8 @@ def measure_run(
             telling = encode(telling)
             answered, unasked = askable(telling.examples, run_recipe, tokenizer)
             notes = list(dict.fromkeys([*notes, *telling.sentences(), *unasked]))
+        settings, reference_tokens = settled(settings, answered, run_recipe, tokenizer)
+        assert settings.max_new_tokens is not None
         memory = allocator.measure_peak(device)
         for name, adapter in missing:
             began = time.perf_counter()
@@ -182,6 +187,7 @@ def measure_run(
                 _named(progress, name),
                 parts,
             )
+            cut_off = sentences(settings.max_new_tokens, reference_tokens, [evaluation])
             likelihood = evaluation.statistics.pop("loss")
             del evaluation.statistics["perplexity"]
             measurement = Measurement(
@@ -190,8 +196,8 @@ def measure_run(
                 choosing.name, telling.name,
                 evaluation.answers.tokens / evaluation.answers.seconds
                 if evaluation.answers.tokens else None,
-                time.perf_counter() - began, notes, _model_of(run_recipe),
-                digest_of_examples([*choosing.examples, *answered]),
+                time.perf_counter() - began, [*notes, *cut_off], _model_of(run_recipe),
+                digest_of_examples([*choosing.examples, *answered]), settings.max_new_tokens,
             )  # fmt: skip
             if recipe.sweep.metric == "perplexity":
                 measurement.statistics["loss"] = likelihood.tolist()
