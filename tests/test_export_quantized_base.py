@@ -12,10 +12,12 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import lighten
 from lighten import adapters, models
 from lighten.artifacts import open_source
+from lighten.cli.main import app
 from lighten.errors import UserError
 from lighten.quantization.dense import dense_base
 from lighten.quantization.weights import make
@@ -81,6 +83,20 @@ def test_trap_30_an_adapter_of_an_nf4_base_is_merged_onto_either_weights(
     torch.testing.assert_close(merged_logits(tmp_path / "out"), expected, atol=1e-4, rtol=0)
 
 
+def test_what_is_merged_onto_unless_told_is_what_card_help_and_readme_say(
+    qlora: Run, tmp_path: Path
+) -> None:
+    export = lighten.export(qlora, "merged", output_dir=tmp_path / "out", verify=False)
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["onto"] == "original"
+    assert "merged onto the original ones" in export.notes[0]
+    card = (qlora.adapters()["default"] / "README.md").read_text()
+    assert "onto the original weights, or with `--onto dequantized` onto those that it" in card
+    shown = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).output
+    assert "original (default)" in shown
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text("utf-8").split())
+    assert "merges onto the original weights, or with `--onto dequantized`" in readme
+
+
 @pytest.mark.parametrize(
     ("kind", "arch"), [("nf4", "llama"), ("nf4", "gpt2"), ("int8:bitsandbytes", "llama")]
 )
@@ -96,6 +112,8 @@ def test_an_adapter_of_a_folder_in_few_bits_is_merged_onto_what_that_is_dequanti
         output_dir=str(tmp_path / "run"), lora_r=4, learning_rate=1e-2, max_steps=2, val_size=8,
         progress=False,
     )  # fmt: skip
+    card = (run.adapters()["default"] / "README.md").read_text()
+    assert "it goes onto what that is dequantised to" in card
     export = lighten.export(run, "merged", output_dir=tmp_path / "merged", dtype="float32")
     assert export.receipt is not None
     assert export.receipt.passed, export.receipt.sentence()

@@ -229,7 +229,8 @@ class Cohort(Trained):
 
         A tied head is untied when the embedding or the head was trained: one of the two has
         changed (trap 29). A quantised base becomes dense, and its configuration says so under
-        `merged_base`: the update belongs to the dequantised weights that it learned on (trap 30).
+        `merged_base`: these are the dequantised weights that the adapter learned on (trap 30);
+        `lighten export` merges onto the original ones unless `--onto dequantized` is given.
         """
         with self.using(name):
             pass  # says so if there is no such adapter

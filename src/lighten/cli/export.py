@@ -35,7 +35,8 @@ _Dtype = Annotated[
 _Onto = Annotated[
     str | None,
     typer.Option(
-        help="Weights that an adapter of a quantised base is merged onto: original, dequantized."
+        help="Weights that an adapter of a quantised base is merged onto: original (default), "
+        "or dequantized: those that it learnt on."
     ),
 ]
 _Context = Annotated[

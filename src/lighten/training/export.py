@@ -18,6 +18,7 @@ from lighten.errors import DiskFull
 from lighten.machine import hardware
 from lighten.models import Base
 from lighten.models.names import card_line, card_name, public_name
+from lighten.models.stored import stored_as
 from lighten.parallel import ranks
 from lighten.parallel.offloaded import stores
 from lighten.paths import data_names
@@ -226,9 +227,15 @@ def _learned_on(base: Base) -> str:
             " It learnt on that model's 4-bit file, dequantised, as lighten's package carries it: "
             "with the original weights its answers differ a little."
         )
+    if stored_as(base.path) is not None:
+        return (
+            f" Its base is stored as {base.quantization.value}: merged, it goes onto what that is "
+            "dequantised to."
+        )
     return (
-        f" Its base was stored as {base.quantization.value}: merge it into those weights "
-        "dequantised, not into the original ones."
+        f" It learnt on its base stored as {base.quantization.value}. `lighten export` merges it "
+        "onto the original weights, or with `--onto dequantized` onto those that it learnt on, and "
+        "tells the held-out loss on each."
     )
 
 
