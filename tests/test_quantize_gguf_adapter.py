@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lighten import api
 from lighten.errors import UserError
 from lighten.quantization.gguf_adapter import write_gguf_adapter
+from lighten.quantization.gguf_model import write_gguf as write_whole_gguf
 from lighten.quantization.llamacpp import Runtime
 from tests.gguf_files import write_gguf
 from tests.test_merge import beside_pictures, trained
@@ -94,6 +95,22 @@ def test_llama_cpp_answers_as_peft(arch: str, settings: dict[str, Any], tmp_path
     assert np.abs(alone - plain).max() < tolerance
     if settings.get("lora_alpha") != 0:
         assert np.abs(expected - plain).max() > 0.5
+
+
+def test_an_adapter_has_the_scale_that_its_bases_file_has_folded_into_the_queries(
+    tmp_path: Path,
+) -> None:
+    """Gemma 2 of no released size: llama.cpp divides scores by another number."""
+    changes = {"sliding_window": 256, "query_pre_attn_scalar": 20}
+    folder = save_tiny(tmp_path / "base", "gemma2", **changes)
+    peft = trained(tiny_model("gemma2", **changes), tmp_path / "adapter", target_modules=COMMON)
+    write_whole_gguf(folder, tmp_path / "base.gguf", "f32")
+    write_gguf_adapter(tmp_path / "adapter", peft.config, tmp_path / "adapter.gguf")
+    with torch.no_grad():
+        expected = peft(torch.tensor([IDS])).logits[0].log_softmax(-1).numpy()
+    files = {tmp_path / "adapter.gguf": 1.0}
+    with Runtime(tmp_path / "base.gguf", files, context_tokens=64, threads=1) as runtime:
+        assert np.abs(runtime.log_probabilities(IDS) - expected).max() < 1e-2
 
 
 def test_two_adapters_are_summed_by_their_scales(tmp_path: Path) -> None:

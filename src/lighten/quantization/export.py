@@ -25,6 +25,7 @@ from lighten.quantization.export_card import (
     write_manifest,
 )
 from lighten.quantization.gguf_source import read_json
+from lighten.quantization.gguf_types import gguf_merge_dtype
 from lighten.quantization.merged_model import (
     ONTO,
     Exported,
@@ -251,7 +252,7 @@ def _gguf(artefact: Artefact, target: Path, kind: str, dequantized: bool) -> Exp
     from lighten.quantization.gguf_model import write_gguf
 
     file_name = f"{artefact.name}.{kind}.gguf"
-    dtype = "float32" if kind == "f32" else "auto"
+    dtype = gguf_merge_dtype(kind)
     with (
         model_folder(artefact, target, dequantized=dequantized, dtype=dtype) as folder,
         whole_folder(target) as partial,

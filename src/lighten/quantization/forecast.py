@@ -14,6 +14,7 @@ from lighten.artifacts import open_source
 from lighten.errors import MissingExtra
 from lighten.machine.disk import free_bytes, size_text
 from lighten.quantization.gguf_source import Weight
+from lighten.quantization.gguf_types import gguf_merge_dtype
 from lighten.quantization.room import described, tensor_bytes
 from lighten.quantization.targets import (
     DYNAMIC,
@@ -155,6 +156,8 @@ def forecast(
         formats = [_format(target, model, timed) for target in targets]
         vocabulary_size = _vocabulary_size(folder)
     merged = sum(weight.numbers * 2 for weight in weights.values()) if artefact.adapter else 0
+    if any(target.kind == "gguf" and gguf_merge_dtype(target.type) != "auto" for target in targets):
+        merged *= 3  # once more, in float32
     root = output_dir or artefact.exports
     return Forecast(
         artefact.name,

@@ -28,6 +28,7 @@ from lighten.peft_config import (
     tensor_shapes,
 )
 from lighten.quantization.gguf_file import GgufContent, TensorPlan, require_gguf, write
+from lighten.quantization.gguf_settings import folded_scale, settings_of
 from lighten.quantization.gguf_weights import is_transposed, rotary_interleaved
 
 Array = np.ndarray[Any, Any]
@@ -42,7 +43,7 @@ class _Layer:
     stored: str
     keys: Mapping[str, str]  # of A and B in the adapter's file
     shapes: Mapping[str, tuple[int, ...]]
-    scale: float
+    scale: float  # of B A, and what the base's file has folded into this weight
 
     @property
     def rank(self) -> int:
@@ -130,6 +131,7 @@ def _layers(folder: Path, config: Any) -> list[_Layer]:
         assert match is not None, key  # others are refused above
         pairs.setdefault(match["path"], {})[match["factor"]] = key
     base_shapes = _linear_shapes(str(folder), config, architecture)
+    settings = settings_of(config.to_dict(), str(folder)) if architecture == "gemma2" else None
     layers = []
     for path, keys in sorted(pairs.items()):
         if of_pictures(path):
@@ -161,7 +163,8 @@ def _layers(folder: Path, config: Any) -> list[_Layer]:
                 "another model"
             )
         spec.require_rank(path, factor_shapes["A"][0], folder)
-        layers.append(_Layer(stored, keys, factor_shapes, spec.scale_at(path)))
+        folded = 1.0 if settings is None else folded_scale(stored, settings)
+        layers.append(_Layer(stored, keys, factor_shapes, spec.scale_at(path) * folded))
     return layers
 
 

@@ -22,7 +22,7 @@ from lighten.errors import UserError
 from lighten.gguf_names import LAYER, has_bias, outer_names, stored_name
 from lighten.quantization import gguf_types as types
 from lighten.quantization.gguf_file import GgufContent, TensorPlan, require_gguf, write
-from lighten.quantization.gguf_settings import Settings, refused, settings_of
+from lighten.quantization.gguf_settings import Settings, folded_scale, refused, settings_of
 from lighten.quantization.gguf_source import Weight, as_user_error, read_settings, read_weights
 from lighten.quantization.gguf_tokenizer import Vocabulary, read_vocabulary
 from lighten.quantization.gguf_weights import as_stored, is_transposed
@@ -385,7 +385,7 @@ def _packed(model: _Model, tensor: _Tensor, threads: int) -> Array:
     for block in blocks:
         heads = (settings.heads, settings.kv_heads)
         values = as_stored(block, plan.name, settings.architecture, heads)
-        scale = _scale(plan.name, settings)
+        scale = folded_scale(plan.name, settings)
         if scale != 1.0:
             values = values * np.float32(scale)
         if not np.isfinite(values).all():
@@ -399,17 +399,6 @@ def _packed(model: _Model, tensor: _Tensor, threads: int) -> Array:
         packed[row : row + len(values)] = data.view(np.uint8).reshape(len(values), -1)
         row += len(values)
     return packed
-
-
-def _scale(name: str, settings: Settings) -> float:
-    """What scores are multiplied by beyond llama.cpp's, folded into the queries.
-
-    Gemma 3 normalises queries: there it goes into that norm.
-    """
-    if math.isclose(settings.query_scale, 1.0, rel_tol=1e-9):
-        return 1.0
-    part = "attn_q_norm" if settings.architecture == "gemma3" else "attn_q"
-    return settings.query_scale if f".{part}." in name else 1.0
 
 
 def pack(values: Array, kind: int, threads: int, name: str) -> Array:

@@ -109,6 +109,17 @@ def refused(where: str, why: str) -> UserError:
     )
 
 
+def folded_scale(name: str, settings: Settings) -> float:
+    """What scores are multiplied by beyond llama.cpp's, folded into the queries.
+
+    Gemma 3 normalises queries: there it goes into that norm.
+    """
+    if math.isclose(settings.query_scale, 1.0, rel_tol=1e-9):
+        return 1.0
+    part = "attn_q_norm" if settings.architecture == "gemma3" else "attn_q"
+    return settings.query_scale if f".{part}." in name else 1.0
+
+
 def _default_activation(architecture: str) -> str:
     if architecture == "gpt2":
         return "gelu_new"

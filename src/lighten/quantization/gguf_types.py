@@ -180,3 +180,15 @@ def _down(type_name: str, block: int, layer: int, model: Shape) -> int:
 
 def _more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def gguf_merge_dtype(kind: str) -> str:
+    """The format of the merged model that a GGUF file is made from.
+
+    bfloat16 has 8 significant bits, of which small updates are rounded away, and float16 has 11:
+    what is stored in it is merged in float32. What a quantised type keeps is coarser than either.
+
+    Args:
+        kind: The file's type.
+    """
+    return "float32" if kind in ("f32", "f16") else "auto"

@@ -49,7 +49,8 @@ from lighten.runs import whole_folder
 from lighten.safetensors_header import WHOLE, write_index
 from lighten.wording import with_article
 
-_FLOATS = ("F32", "F16", "BF16", "F64")
+_WIDE = ("F32", "F64")
+_FLOATS = (*_WIDE, "F16", "BF16")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COPIED = 2**22  # bytes of a tensor that is no weight, at a time
 
@@ -74,8 +75,8 @@ def merge(
         base: A model folder with safetensors files, in 16 or 32 bits.
         adapter: In PEFT's format, trained on that base.
         target: The folder to write; an older one stays if anything fails.
-        dtype: `auto` keeps the base's 16-bit format, float32 becomes bfloat16; or `float32`,
-            `bfloat16`, `float16`.
+        dtype: `auto` keeps the base's 16-bit format and what it holds in float32 beside that; a
+            base all in float32 becomes bfloat16. Or `float32`, `bfloat16`, `float16`.
         rounding: How the base was quantised while the adapter learnt: it is added to those
             weights dequantised. None: to the base's own.
         words: Rows that the vocabulary has at least, where tokens were added.
@@ -150,6 +151,8 @@ class _Plan:
         self._rounding = rounding
         self._weights = read_weights(base)
         self._dtype = _dtype(self._weights, dtype)
+        halves = any(weight.kind in ("F16", "BF16") for weight in self._weights.values())
+        self._keeps_float32 = dtype == "auto" and halves
         self._config = read_adapter_config(adapter)
         self._model = build_empty(str(base), read_config(base))
         self._changes: Changes = read_changes(adapter, self._config)
@@ -295,7 +298,10 @@ class _Plan:
             require_fit(self._changes, name, shape, turned=turned, grown=vocabulary)
             base, changes = blocks, self._changes
             blocks = lambda: changed(changes, name, base, turned=turned)  # noqa: E731
-        return safetensors_stream.entry(key, shape, self._dtype, _finite(blocks, name))
+        # A router or a bias in float32 beside weights in 16 bits is so on purpose.
+        kept = self._keeps_float32 and weight.kind in _WIDE
+        dtype = torch.float32 if kept else self._dtype
+        return safetensors_stream.entry(key, shape, dtype, _finite(blocks, name))
 
     def _module(self, name: str) -> nn.Module | None:
         try:

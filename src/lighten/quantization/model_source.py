@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 
 from lighten import data, models
-from lighten.artifacts import open_source
+from lighten.artifacts import Artefact, open_source
 from lighten.data.storage import chosen, spread_evenly
 from lighten.errors import NoHeldOut, UserError
 from lighten.evaluation.evaluation import askable, held_out_examples
 from lighten.models.load import load_tokenizer
 from lighten.quantization.calibration import TooFewTokens, calibration_rows
 from lighten.quantization.gguf_source import declared_ends, read_json
+from lighten.quantization.gguf_types import gguf_merge_dtype
 from lighten.quantization.merged_model import model_folder
 from lighten.quantization.questions import TaskMetrics, task_metrics
 from lighten.quantization.scores import EvaluationRow
-from lighten.quantization.targets import dynamic_group_size
+from lighten.quantization.targets import Target, dynamic_group_size
 from lighten.recipe import Recipe
 from lighten.runs import Run
 from lighten.training import held_out_data
@@ -43,6 +44,7 @@ class ModelSource:
         tokenizer: With its chat template chosen.
         exports: Where its copies go unless a folder is named.
         trained_on: SHA-256 of the data that the run was trained on, where it is of those.
+        artefact: What it is merged from; None: it is a model as it is.
     """
 
     name: str
@@ -53,11 +55,27 @@ class ModelSource:
     tokenizer: Any
     exports: Path
     trained_on: str | None = None
+    artefact: Artefact | None = None
 
     @property
     def group_size(self) -> int:
         """Of 8-bit activations and 4-bit weights: what the run was trained for, else the usual."""
         return dynamic_group_size(self.run)
+
+    @contextmanager
+    def folder_for(self, target: Target, sibling: Path) -> Iterator[Path]:
+        """The model that a format is made from: as `export` makes it where both write one file.
+
+        Args:
+            target: The format.
+            sibling: Where another is needed, it is made beside this.
+        """
+        in_16_bits = target.kind != "gguf" or gguf_merge_dtype(target.type) == "auto"
+        if in_16_bits or self.artefact is None:
+            yield self.folder
+            return
+        with model_folder(self.artefact, sibling, dtype=gguf_merge_dtype(target.type)) as folder:
+            yield folder
 
 
 @contextmanager
@@ -99,6 +117,7 @@ def opened(
             tokenizer,
             artefact.exports,
             trained_on,
+            artefact,
         )
 
 

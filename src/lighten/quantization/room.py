@@ -13,6 +13,7 @@ from lighten.artifacts import Artefact, added_words, copy_companions
 from lighten.errors import UserError
 from lighten.machine.disk import require_room
 from lighten.quantization.gguf_source import Weight, read_settings, read_weights
+from lighten.quantization.gguf_types import gguf_merge_dtype
 from lighten.quantization.targets import GROUP_SIZE
 
 # Of a program's weight: 4 bits and its share of a scale in bfloat16.
@@ -42,7 +43,7 @@ def require_export_room(
             from lighten.quantization.gguf_model import file_bytes
 
             size = file_bytes(folder, kind, name=artefact.name, weights=weights)
-            merged *= 2 if kind == "f32" else 1
+            merged *= 2 if gguf_merge_dtype(kind) == "float32" else 1
         elif form == "executorch":
             program, kept = _program_bytes(folder, weights)
             size, merged = program + (kept if receipt else 0), 2 * merged

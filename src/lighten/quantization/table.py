@@ -218,10 +218,10 @@ def _make(
     record: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write one format, whole or not at all; what it took."""
-    with whole_folder(folder) as partial:
+    with model.folder_for(target, folder) as source, whole_folder(folder) as partial:
         job = {
             "do": "make", "name": target.name, "kind": target.kind, "type": target.type,
-            "model": str(model.folder), "folder": str(partial), "label": model.name,
+            "model": str(source), "folder": str(partial), "label": model.name,
             "calibration": calibration if target.calibrated else [],
             "group_size": model.group_size,
         }  # fmt: skip
