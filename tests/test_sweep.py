@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import signal
 import time
@@ -15,7 +14,6 @@ import torch
 
 import lighten
 from lighten.engine import workers
-from lighten.engine.validation_loss import ValidationLoss
 from lighten.errors import UserError
 from lighten.evaluation import together
 from lighten.evaluation.partial_results import PartialResults
@@ -24,7 +22,6 @@ from lighten.recipe import EvaluateOptions
 from lighten.reporting import charts, comparison
 from lighten.runs import Run
 from lighten.sweeps.arms import expand, group_arms
-from lighten.sweeps.budget import Halving, Speed, keep, longest
 from lighten.sweeps.measure import Measurement
 from lighten.sweeps.result import SweepResult, _add_measured
 from tests import processes
@@ -248,61 +245,6 @@ def test_each_rank_gets_its_own_rate_first(settings: dict[str, Any]) -> None:
     assert Run(result.folder / "tune" / "cohort-1").recipe().max_steps == 4
     assert {row["name"]: len(row["arms"]) for row in result.data["settings"]} == {"r2": 2, "r8": 2}
     assert "Learning rates tried first" in (result.folder / "report.html").read_text()
-
-
-SPEED = Speed(step_s=1.0, evaluation_s=1.0, measuring_s=5.0)
-
-
-def test_halving_keeps_all_that_fit_and_drops_no_more_than_it_must() -> None:
-    # One arm to the end: 100 steps, 10 evaluations, 5 s to measure.
-    assert keep(8, 8 * 115, 100, 10, SPEED) == 8
-    assert keep(8, 8 * 115 - 1, 100, 10, SPEED) == 8  # halved at the next rung
-    assert keep(8, 120, 100, 10, SPEED) == 1
-    assert keep(8, 0, 100, 10, SPEED) == 1
-    arm_counts = [keep(8, float(budget), 100, 10, SPEED) for budget in range(0, 1000, 20)]
-    assert arm_counts == sorted(arm_counts)
-    assert set(arm_counts) >= {1, 2, 4, 8}
-    # Eight arms for a rung, four for one, two for one, one for the rest, and all are measured.
-    assert keep(8, 14 * 11 + 70 + 7 + 8 * 5, 100, 10, SPEED) == 8
-
-
-def test_an_arm_whose_loss_is_not_a_number_leaves_first(tmp_path: Path) -> None:
-    losses = {name: ValidationLoss((value,), (1,))
-              for name, value in (("broken", math.nan), ("worse", 2.0), ("good", 1.0))}  # fmt: skip
-    pruner = Halving(tmp_path, 100, 10, lambda: 60.0, SPEED)  # for one arm of the three
-    assert set(pruner.leaving(50, losses, list(losses))) == {"broken", "worse"}
-
-
-def test_the_longest_run_that_fits_is_planned() -> None:
-    def rung(steps: int) -> int:
-        return max(1, steps // 8)
-
-    assert longest(3, 1e9, 100, rung, SPEED) == 100
-    assert longest(3, 0.0, 100, rung, SPEED) == 1
-    planned = [longest(3, float(budget), 100, rung, SPEED) for budget in range(0, 400, 20)]
-    assert planned == sorted(planned)
-    assert 1 < planned[8] < 100
-
-
-@pytest.mark.slow
-def test_a_budget_is_kept_and_leaves_a_valid_result(settings: dict[str, Any]) -> None:
-    began = time.monotonic()
-    result = sweep(
-        {**settings, "max_steps": 20000, "eval_steps": None, "save_steps": None},
-        lora_r=[1, 2, 4, 8], budget="20s", metric="chrf",
-    )  # fmt: skip
-    took = time.monotonic() - began
-    plan = result.data["plan"]
-    assert plan["steps"] < plan["wanted_steps"] == 20000
-    # A shared machine's speed changes under way; what is promised is that the end comes near.
-    assert took < 40
-    assert result.data["status"] == "finished"
-    arms = [arm for arm in result.arms if not arm["reference"]]
-    assert all("loss" in arm for arm in arms)
-    assert max(arm["steps"] for arm in arms) > 0
-    assert result.data["recommendation"]["reasons"]
-    unfinished = [arm for arm in arms if arm["status"] == "left"]
-    assert all(arm["why"] for arm in unfinished)
 
 
 def start(settings: dict[str, Any], *words: str) -> Forked:

@@ -24,6 +24,9 @@ TIME_UP = "the time was up"
 RUNGS = 8
 # Losses say little before this share of the steps: the rate has only just warmed up.
 FIRST_RUNG = 0.125
+# Of the time: what a plan leaves for steps that turn out slower, where an arm that is alone in its
+# run would be cut just before its end.
+SPARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,23 @@ class Speed:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is trained in one run.
+
+    Attributes:
+        arms: How many.
+        speed: What the work takes.
+    """
+
+    arms: int
+    speed: Speed
+
+    def needs_s(self, steps: int, rung: int) -> float:
+        """Seconds to train and measure all of its arms; the model is loaded for each of the two."""
+        return 2 * self.speed.starting_s + _to_the_end(self.arms, steps, rung, self.speed)
+
+
 def keep(arms: int, left_s: float, steps: int, rung: int, speed: Speed) -> int:
     """How many arms can go on so that halving at every later rung ends in time; at least one.
 
@@ -62,15 +82,36 @@ def keep(arms: int, left_s: float, steps: int, rung: int, speed: Speed) -> int:
     return arms
 
 
-def longest(arms: int, left_s: float, steps: int, rung: Callable[[int], int], speed: Speed) -> int:
-    """The most steps, up to those wanted, that half of the arms can train in time.
+def longest(groups: Sequence[Work], left_s: float, steps: int, rung: Callable[[int], int]) -> int:
+    """The most steps, up to those wanted, that half of the arms of every group can train in time.
 
-    Fewer at the end would leave too little to compare.
+    Fewer at the end would leave too little to compare. A group of one arm can drop nobody: it has
+    to come to its end in its share of the time.
+
+    Args:
+        groups: What is trained one after another.
+        left_s: Time there is for all of it.
+        steps: Steps that are wanted.
+        rung: Steps between evaluations, by the steps of a run.
     """
+    if any(work.arms == 1 for work in groups):
+        left_s *= 1 - SPARE
+
+    def in_time(number: int) -> bool:
+        every = rung(number)
+        needs_s = [work.needs_s(number, every) for work in groups]
+        return all(
+            _feasible(
+                work.arms, left_s * need_s / sum(needs_s) - 2 * work.speed.starting_s, number,
+                every, work.speed, (work.arms + 1) // 2,
+            )
+            for work, need_s in zip(groups, needs_s, strict=True)
+        )  # fmt: skip
+
     low, high = 1, steps
     while low < high:  # the cost grows with the steps
         middle = (low + high + 1) // 2
-        if _feasible(arms, left_s, middle, rung(middle), speed, (arms + 1) // 2):
+        if in_time(middle):
             low = middle
         else:
             high = middle - 1

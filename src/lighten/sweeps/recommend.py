@@ -32,7 +32,7 @@ _Z = 1.6448536269514722
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting that was trained to the end, perhaps with several seeds.
+    """One setting that was trained, perhaps with several seeds.
 
     Attributes:
         name: What to call it.
@@ -156,17 +156,20 @@ def recommend(
     base: Array | None = None,
     left_out: Sequence[str] = (),
     broken: Sequence[str] = (),
+    cut: tuple[int, int] | None = None,
     samples: int = 1000,
     seed: int = 0,
 ) -> Recommendation:
     """The smallest candidate whose held-out loss cannot be told apart from the best.
 
     Args:
-        candidates: What was trained to the end; sizes decide what is small, losses between equals.
+        candidates: What was trained to the end, or cut at one step; sizes decide what is small,
+            losses between equals.
         tokens: [E] supervised tokens of each example, the same for all.
         base: [E] the untouched base's, like `Candidate.nll`.
         left_out: What was tried and not trained to the end.
         broken: What was trained to the end and has a loss that is not a number.
+        cut: Steps that the candidates made and those they should have; None: they made them all.
         samples: Resamples.
         seed: Of the resampling.
     """
@@ -190,7 +193,7 @@ def recommend(
         best if few else next(i for i, comparison in enumerate(comparisons) if not comparison.worse)
     )
     verdict = _verdict(few, comparisons)
-    reasons = _reasons(ordered, comparisons, chosen, best, verdict, len(tokens), resolution)
+    reasons = _reasons(ordered, comparisons, chosen, best, verdict, len(tokens), resolution, cut)
     reasons += [] if few else _neighbours(losses, ordered, chosen)
     if base is not None and not few:
         against, worse = _against_base(ordered[chosen], base, tokens, samples, seed)
@@ -273,10 +276,15 @@ def _reasons(
     verdict: str,
     examples: int,
     resolution: float | None,
+    cut: tuple[int, int] | None,
 ) -> list[str]:
     """The choice itself, in words."""
     comparison, name = comparisons[chosen], ordered[chosen].name
     notes = []
+    if cut is not None:
+        notes.append(
+            f"The time was up after step {cut[0]} of {cut[1]}: nothing was trained to its end."
+        )
     if resolution is not None:
         notes.append(
             f"With {examples} examples, differences below about {resolution:.2g} nats per token "
@@ -289,7 +297,8 @@ def _reasons(
             f"{comparison.loss:.4f}. Give at least {FEWEST}."
         ]
     if len(ordered) == 1:
-        return [f"{name} is all that was trained to the end: held-out loss {comparison.loss:.4f}."]
+        all_of = "left of those tried" if cut else "all that was trained to the end"
+        return [f"{name} is {all_of}: held-out loss {comparison.loss:.4f}.", *notes]
     if verdict == "no difference found":
         sizes = {candidate.size_bytes for candidate in ordered}
         least = "the smallest" if len(sizes) > 1 else "the one with the lowest loss"

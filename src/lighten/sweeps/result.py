@@ -21,7 +21,7 @@ from lighten.recipe.steps import rows_per_step, steps_per_epoch
 from lighten.runs import Run
 from lighten.sweeps import costs
 from lighten.sweeps.arms import FULL, Group
-from lighten.sweeps.budget import left_early
+from lighten.sweeps.budget import TIME_UP, left_early
 from lighten.sweeps.measure import BASE, Measurement, formulas, statistics_of
 from lighten.sweeps.recommend import Candidate, Recommendation, after_training, recommend
 from lighten.wording import counted
@@ -146,7 +146,7 @@ def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:
                 "status": "left" if event else info.get("status", "waiting"),
                 "why": event["why"] if event else info.get("error"),
                 "steps": adapter.get("steps", len(train)),
-                "of_steps": total,
+                "of_steps": arm.recipe.max_steps or total,
                 "epochs": _epochs(adapter.get("steps", len(train)), arm.recipe, info),
                 "tokens": sum(m["tokens"] for m in train),
                 "trainable_parameters": parameters,
@@ -251,16 +251,13 @@ def _add_differences(
 def _comparable(
     rows: Sequence[dict[str, Any]], measured: Mapping[str, Measurement]
 ) -> list[dict[str, Any]]:
-    """Arms that trained to their end; where none did, those that were cut short together."""
+    """Arms that trained to their end; where none did, all those for which the time was up."""
     arms = [
         row for row in rows
         if row["reference"] is None and row["name"] in measured and measured[row["name"]].has_loss
     ]  # fmt: skip
     ended = [row for row in arms if row["status"] != "left"]
-    if ended:
-        return ended
-    most = max((row["steps"] for row in arms), default=0)
-    return [row for row in arms if row["steps"] == most]
+    return ended or [row for row in arms if row["why"] == TIME_UP]
 
 
 def _recommended(
@@ -270,6 +267,14 @@ def _recommended(
     recipe: Recipe,
 ) -> tuple[Recommendation, dict[str, list[str]]]:
     """The recommendation over settings, and the arms of each setting by its name."""
+    cut = finished if finished and finished[0]["status"] == "left" else []
+    if len(cut_at := {row["steps"] for row in cut}) > 1:
+        reason = (
+            f"The time was up before any arm was trained to its end, after {min(cut_at)} to "
+            f"{max(cut_at)} steps of {cut[0]['of_steps']}: arms that differ in steps cannot be "
+            "compared, so nothing is recommended; give more time."
+        )
+        return Recommendation(None, None, "not comparable", [reason]), {}
     together: dict[str, list[dict[str, Any]]] = {}
     for row in finished:
         together.setdefault(row["setting"], []).append(row)
@@ -309,6 +314,7 @@ def _recommended(
         base=np.asarray(base.nll) if base is not None and base.has_loss else None,
         left_out=[name for name in tried if name not in {*used, *broken}],
         broken=broken,
+        cut=(cut[0]["steps"], cut[0]["of_steps"]) if cut else None,
         samples=recipe.evaluate.bootstrap_samples,
         seed=recipe.evaluate.seed,
     )

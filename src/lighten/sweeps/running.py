@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,24 +17,18 @@ from lighten.evaluation.truncated import truncated_curve
 from lighten.machine import hardware
 from lighten.paths import expanded
 from lighten.recipe import Recipe
-from lighten.recipe.section import seconds
-from lighten.recipe.steps import rows_per_step, total_steps
 from lighten.runs import Run, now
-from lighten.sweeps import ray_tune, result, tuning
+from lighten.sweeps import ray_tune, result, time_plan, tuning
 from lighten.sweeps.arms import FULL, Group, expand, full_arm, grid_of, group_arms
-from lighten.sweeps.budget import RUNGS, Halving, Speed, left_early, longest
+from lighten.sweeps.budget import Halving, left_early
 from lighten.sweeps.measure import BASE, Measurement, measure_run
 from lighten.sweeps.result import FILE, SweepResult
 from lighten.sweeps.search import Search
 from lighten.training.progress import TrainingProgress
 from lighten.training.run import train
-from lighten.training.time_budget import Pace, steps_within
-from lighten.wording import counted, significant
 
 # How often the time spent is written down while a group trains: what a kill can lose of it.
 HEARTBEAT_S = 20.0
-# A look at the speed: the first step is not counted, it checks the loss and warms up.
-LOOK_STEPS = 3
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -199,9 +192,7 @@ class Sweep:
 
     def _groups(self) -> list[Group]:
         """The groups to train, the full reference last."""
-        recipe, grid = self._planned(), grid_of(self.recipe)
-        if recipe.sweep.truncate:
-            grid["lora_r"] = [max(grid["lora_r"])]
+        recipe, grid = self._planned(), time_plan.swept_grid(self.recipe)
         if recipe.sweep.tune is None:
             arms = expand(recipe, grid)
         else:
@@ -293,95 +284,17 @@ class Sweep:
         if budget_s is None and self.recipe.max_time is None:
             return self.recipe
         if self._state.get("plan") is None:
-            plan = self._arm_plan() if budget_s is None else self._plan(budget_s)
+            if budget_s is None:
+                plan = time_plan.plan_of_arms(self.recipe, self.folder, self.measuring)
+            else:
+                plan = time_plan.plan_of_budget(
+                    self.recipe, self.folder, budget_s, self.spent_s(), self.measuring
+                )
             self.write(plan=plan)
             self.shown.note(f"the plan for the time there is: {plan['note']}")
         plan = self._state["plan"]
         changes = {"max_steps": plan["steps"], "eval_steps": plan["rung"], "max_time": None}
         return self.recipe.changed(changes)
-
-    def _arm_plan(self) -> dict[str, Any]:
-        """As many steps for every arm as `max_time` allows one of them, by a look at the speed.
-
-        All make the same number: arms that differ in steps say nothing about each other.
-        """
-        recipe = self.recipe
-        # A search draws its arms later; they are as fast as the recipe's own adapter.
-        arms = expand(recipe, {} if recipe.sweep.search else None)
-        speed, total_steps = self._look(group_arms(arms)[0])
-        steps = self._steps_of_arm(speed, total_steps)
-        note = f"{steps} of {counted(total_steps, 'step')} per arm, {recipe.max_time}"
-        return {"steps": steps, "wanted_steps": total_steps, "rung": recipe.eval_steps,
-                "speed": speed.to_dict(), "note": note}  # fmt: skip
-
-    def _steps_of_arm(self, speed: Speed, total_steps: int) -> int:
-        """How many of the steps an arm has time for by `max_time`; all of them without one."""
-        if self.recipe.max_time is None:
-            return total_steps
-        pace = Pace(speed.step_s, speed.evaluation_s)
-        every = self.recipe.eval_steps or total_steps
-        return steps_within(seconds(self.recipe.max_time), pace, total_steps, every)
-
-    def _plan(self, budget_s: float) -> dict[str, Any]:
-        """Look at the speed with a few steps, then lay out what the time does for."""
-        recipe = self.recipe
-        tuned = recipe.sweep.tune is not None
-        grid = {k: v for k, v in grid_of(recipe).items() if not (tuned and k == "learning_rate")}
-        arms = expand(recipe, grid)
-        speed, total_steps = self._look(group_arms(arms)[0])
-        most = self._steps_of_arm(speed, total_steps)
-        fixed = speed.starting_s * 2 * len(group_arms(arms)) + speed.measuring_s
-        left_s = budget_s - self.spent_s() - fixed
-        count = len(arms) + ("full" in recipe.sweep.reference)
-        if tuned:
-            tried = tuning.tuning_arms(
-                recipe, grid_of(recipe), tuning.rates_of(recipe, grid_of(recipe))
-            )
-            left_s -= min(left_s / 2, len(tried) * tuning.steps_of(total_steps) * speed.step_s)
-
-        def rung(steps: int) -> int:
-            if recipe.eval_steps is not None:
-                eval_steps = in_steps(recipe.eval_steps, steps)
-                if 2 <= steps / eval_steps <= 2 * RUNGS:
-                    return eval_steps
-            return max(1, steps // RUNGS)
-
-        steps = longest(count, left_s, most, rung, speed)
-        note = f"{counted(count, 'arm')}, {steps} of {counted(total_steps, 'step')}, "
-        note += f"{significant(budget_s / 60, 3)} min"
-        return {"steps": steps, "wanted_steps": total_steps, "rung": rung(steps),
-                "speed": speed.to_dict(), "note": note}  # fmt: skip
-
-    def _look(self, group: Group) -> tuple[Speed, int]:
-        """Measure speed on a few steps, and how many steps a whole run has."""
-        place = self.folder / "look"
-        first = group.arms[0]
-        small = self.recipe.evaluate.batch_size
-        recipe = group.recipe(place).changed(
-            {"max_steps": LOOK_STEPS, "eval_steps": LOOK_STEPS, "save_steps": LOOK_STEPS,
-             "max_time": None, "warmup_steps": None, "report_to": []}
-        )  # fmt: skip
-        shutil.rmtree(place, ignore_errors=True)
-        began = time.monotonic()
-        run = train(recipe, progress=False)
-        took = time.monotonic() - began
-        lines = run.metrics()
-        took_s = {m["step"]: m["seconds"] for m in lines if m["kind"] == "train"}
-        watched = [m["seconds"] for m in lines if m["kind"] == "eval"]
-        short = self.recipe.changed({"evaluate.max_examples": small})
-        names: list[tuple[str, str | None]] = [(first.name, group.adapter(first))]
-        (measurement,) = measure_run(run, names, place, short, progress=self.measuring)
-        examples = len(held_out_examples(self.recipe, None, test=False).examples)
-        most = self.recipe.evaluate.max_examples or examples
-        speed = Speed(
-            step_s=(sum(took_s.values()) - took_s[1]) / (LOOK_STEPS - 1) / len(group.arms),
-            evaluation_s=sum(watched) / len(watched),
-            measuring_s=measurement.seconds * max(1.0, min(most, examples) / len(measurement.nll)),
-            starting_s=took - sum(took_s.values()) - sum(watched),
-        )
-        rows = int(run.info()["data"]["train_rows"])
-        shutil.rmtree(place)
-        return speed, total_steps(self.recipe, rows, rows_per_step(self.recipe))
 
     # Training and measuring
 
@@ -389,9 +302,10 @@ class Sweep:
         budget = self.recipe.sweep.budget_s
         deadline = None
         if budget is not None:
-            # Groups still to come get the time in proportion to their arms.
-            share = len(group.arms) / sum(len(other.arms) for other in to_come)
-            deadline = self.spent_s() + share * (budget - self.spent_s())
+            plan, left_s = self._state["plan"], budget - self.spent_s()
+            if self._measures_base():
+                left_s -= time_plan.speed_of(plan, group).measuring_s
+            deadline = self.spent_s() + time_plan.share_of(plan, to_come) * left_s
         self._run(group, self.folder, deadline)
 
     def _run(self, group: Group, place: Path, deadline: float | None) -> Run:
@@ -401,13 +315,12 @@ class Sweep:
         if exists and Run(recipe.run_folder).info().get("status") == "finished":
             return Run(recipe.run_folder)
         self.shown.note(f"{group.name}: {', '.join(arm.name for arm in group.arms)}")
-        plan = self._state.get("plan")
         pruner = Halving(
             recipe.run_folder,
             recipe.max_steps or 0,
             in_steps(recipe.eval_steps or 1, recipe.max_steps or 1),
             None if deadline is None else lambda: self._left_s(deadline),
-            None if plan is None else Speed(**plan["speed"]),
+            None if deadline is None else time_plan.speed_of(self._state["plan"], group),
             self._keep_time,
         )
         try:
@@ -437,21 +350,24 @@ class Sweep:
             for arm in group.arms
             if group.adapter(arm) not in diverged
         ]
-        base_unmeasured = Measurement.read(self.folder, BASE) is None
-        if base_unmeasured and "base" in self.recipe.sweep.reference:
+        if self._measures_base():
             names.insert(0, (BASE, None))
         measure_run(
             run, names, self.folder, self.recipe, progress=self.measuring, answers=answers,
             time_for_answers=self._time_for_answers,
         )  # fmt: skip
 
+    def _measures_base(self) -> bool:
+        """Whether the untouched base is still to be measured."""
+        return BASE in self.recipe.sweep.reference and not Measurement.read(self.folder, BASE)
+
     def _time_for_answers(self) -> bool:
         """Whether the budget has room for the answers of one more model."""
         budget_s = self.recipe.sweep.budget_s
         if budget_s is None:
             return True
-        takes_s = (self._state.get("plan") or {"speed": {}})["speed"].get("measuring_s", 0.0)
-        if self.spent_s() + takes_s <= budget_s:
+        speeds = self._state["plan"]["speeds"].values()
+        if self.spent_s() + max(speed["measuring_s"] for speed in speeds) <= budget_s:
             return True
         if not self._late:
             self.shown.note("the time is up: losses are measured, answers are not")
