@@ -14,7 +14,7 @@ import lighten
 from lighten.engine.validation_loss import ValidationLoss
 from lighten.sweeps.budget import TIME_UP, Halving, Speed, Work, keep, longest
 from lighten.sweeps.measure import Measurement
-from lighten.sweeps.result import SweepResult, _comparable, _recommended
+from lighten.sweeps.result import SweepResult, _add_differences, _comparable, _recommended
 
 
 @pytest.fixture
@@ -150,3 +150,25 @@ def test_arms_that_the_time_cut_are_compared_at_one_step_alone(
     reasons = " ".join(recommendation.reasons)
     assert says in reasons
     assert "all that was trained" not in reasons
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_no_verdict_stands_on_a_reference_that_the_time_cut(
+    settings: dict[str, Any], left: bool
+) -> None:
+    flat = {key: value for key, value in settings.items() if "." not in key}
+    recipe = lighten.Recipe.from_values({**flat, "sweep": {"lora_r": [2, 4], "metric": "loss"}})
+    rows: list[dict[str, Any]] = [
+        {"name": "r2", "reference": None, "status": "finished"},
+        {"name": "full", "reference": "full", "status": "left" if left else "finished"},
+        {"name": "base", "reference": "base", "status": "finished"},
+    ]
+    measured = {
+        row["name"]: Measurement(
+            row["name"], [1.0 + place, 2.0] * 15, [2] * 30,
+            statistics={"loss": [[1.0 + place, 2], [2.0, 2]] * 15},
+        )
+        for place, row in enumerate(rows)
+    }  # fmt: skip
+    _add_differences(rows, measured, recipe)
+    assert set(rows[0]["against"]) == ({"base"} if left else {"base", "full"})

@@ -62,6 +62,21 @@ def test_full_fine_tuning_is_compared_with_in_one_sentence(data: dict[str, Any])
     assert sweep_table.against_full({**data, "recommendation": {"arm": None}}, "chrf") is None
 
 
+def test_full_fine_tuning_that_the_time_cut_is_said_to_be_cut_and_not_judged_by(
+    data: dict[str, Any],
+) -> None:
+    full = data["arms"][0]
+    full |= {"status": "left", "steps": 25, "of_steps": 100}
+    data["arms"][2]["against"] = {}
+    (row,) = [row for row in sweep_table.table(data, "chrf")[1] if row[0] == "full"]
+    assert row[-1] == "reference, left after step 25"
+    sentence = sweep_table.against_full(data, "chrf")
+    assert sentence is not None
+    assert "peak memory 15.00 GiB → 4.00 GiB" in sentence
+    assert sentence.endswith("full left after step 25 of 100, so their losses are not compared.")
+    assert "held-out loss" not in sentence
+
+
 def test_arms_of_one_pass_are_told_to_share_its_peak(data: dict[str, Any]) -> None:
     assert "share its peak memory" in sweep_table.shared_peak(data)
     assert sweep_table.shared_peak({"arms": [arm("r8", 1, 1.0, together=1)]}) == ""

@@ -157,12 +157,17 @@ def remark(arm: Mapping[str, Any], data: Mapping[str, Any], mark: str) -> str:
     if arm["name"] in recommended(data):
         return mark
     if arm["reference"]:
-        return "reference"
+        return f"reference, {_left(arm)}" if arm["status"] == "left" else "reference"
     if arm["status"] == "left":
-        return f"left after step {arm['steps']}"
+        return _left(arm)
     if "loss" in arm and not has_loss(arm):
         return "loss is not a number"
     return "" if arm["status"] == "finished" else str(arm["status"])
+
+
+def _left(arm: Mapping[str, Any]) -> str:
+    """That an arm was not trained to its end, and when it ended."""
+    return f"left after step {arm['steps']}"
 
 
 def has_loss(arm: Mapping[str, Any]) -> bool:
@@ -213,15 +218,21 @@ def against_full(data: Mapping[str, Any], metric: str) -> str | None:
         ratio = arm["tokens_per_second"] / full["tokens_per_second"]
         faster = f"{ratio:.2g}x faster" if ratio >= 1 else f"{1 / ratio:.2g}x slower"
         parts.append(f"{faster} per token")
-    difference = arm["loss"]["value"] - full["loss"]["value"]
-    parts.append(f"held-out loss {difference:+.3f}")
+    cut = [each for each in (full, arm) if each["status"] == "left"]
+    if not cut:
+        difference = arm["loss"]["value"] - full["loss"]["value"]
+        parts.append(f"held-out loss {difference:+.3f}")
     metric_difference = arm.get("against", {}).get("full")
-    if metric_difference and metric not in ("loss", "perplexity"):
+    if metric_difference and not cut and metric not in ("loss", "perplexity"):
         parts.append(
             f"{LABELS[metric]} {metric_difference['value']:+.2f} ({metric_difference['verdict']})"
         )
     parts.append(f"{size(full['file_bytes'])} → {size(arm['file_bytes'])} to ship")
     rate = full["sets"].get("learning_rate")
-    return (
+    sentence = (
         f"Against full fine-tuning (learning rate {rate:g}, not tuned), {name}: {', '.join(parts)}."
     )
+    if cut:
+        left = " and ".join(f"{each['name']} {_left(each)} of {each['of_steps']}" for each in cut)
+        sentence += f" {left}, so their losses are not compared."
+    return sentence
