@@ -112,6 +112,35 @@ def test_what_is_no_better_than_the_base_is_not_recommended() -> None:
     assert "Against the untouched base: -0.9" in reasons(better)
 
 
+def test_of_those_as_good_as_the_best_one_that_is_better_than_the_base_is_taken() -> None:
+    """The smallest cannot be told apart from the best, nor from the base; the best is better."""
+    tokens = np.full(EXAMPLES, 10.0)
+    draw = np.random.default_rng(1)
+    hard = draw.gamma(2.0, 0.5, EXAMPLES)
+    noise, small_noise = (draw.normal(0, scale, EXAMPLES) for scale in (0.3, 0.01))
+    noise, small_noise = noise - noise.mean(), small_noise - small_noise.mean()
+    losses = {"r4": hard + noise - 0.02, "r32": hard - 0.05, "r64": hard + small_noise - 0.051}
+    candidates = [
+        Candidate(name, (loss * tokens)[None], int(name[1:])) for name, loss in losses.items()
+    ]
+    base = hard * tokens
+    steady = np.tile([0.05, -0.05], EXAMPLES // 2) * tokens
+    advice = recommend(candidates, tokens, base=base + steady)
+    assert recommend(candidates, tokens).name == "r4"
+    assert (advice.name, advice.best) == ("r32", "r64")
+    assert "that is better than the untouched base" in advice.reasons[0]
+    assert "r4 cannot be told apart from r32, but is not found to be better than the base" in (
+        reasons(advice)
+    )
+    assert "Against the untouched base: -0.0" in reasons(advice)
+    assert "take none" not in reasons(advice)
+    # The best alone is better; or not even it is.
+    assert recommend(candidates[:2], tokens, base=base + steady).name == "r32"
+    none = recommend(candidates, tokens, base=base - 0.04 * tokens + 20 * steady)
+    assert (none.name, none.verdict) == (None, "no better than the base")
+    assert none.reasons[0].startswith("r64 is no better than the untouched base")
+
+
 def test_what_did_not_train_to_the_end_is_named() -> None:
     candidates, tokens = drawn({"r1": 0.1, "r4": 0.0})
     assert "r8 and r16 did not train to the end" in reasons(

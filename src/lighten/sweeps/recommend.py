@@ -189,19 +189,25 @@ def recommend(
     ]
     resolution = max(bounds) if bounds else None
     few = len(tokens) < FEWEST
-    chosen = (
-        best if few else next(i for i, comparison in enumerate(comparisons) if not comparison.worse)
-    )
-    verdict = _verdict(few, comparisons)
-    reasons = _reasons(ordered, comparisons, chosen, best, verdict, len(tokens), resolution, cut)
-    reasons += [] if few else _neighbours(losses, ordered, chosen)
+    equals = [best] if few else [i for i, other in enumerate(comparisons) if not other.worse]
+    against: str | None = None
+    chosen, verdict = equals[0], _verdict(few, comparisons)
     if base is not None and not few:
-        against, worse = _against_base(ordered[chosen], base, tokens, samples, seed)
-        if worse:  # nothing says which to take
+        against_base = {i: _against_base(ordered[i], base, tokens, samples, seed) for i in equals}
+        better = [i for i in equals if against_base[i][1]]
+        chosen = better[0] if better else best
+        against = against_base[chosen][0]
+        if not better:  # nothing says which to take
             verdict = "no better than the base"
-            reasons = [against, *reasons[1:]]
-        else:
-            reasons.append(against)
+    passed_over = [ordered[i].name for i in equals if i < chosen and not few]
+    reasons = _reasons(
+        ordered, comparisons, chosen, best, verdict, len(tokens), resolution, cut, passed_over
+    )
+    reasons += [] if few else _neighbours(losses, ordered, chosen)
+    if verdict == "no better than the base":
+        reasons = [f"{against}: take none of these.", *reasons[1:]]
+    elif against is not None:
+        reasons.append(f"{against}.")
     if not few and all(len(candidate.nll) == 1 for candidate in ordered):
         reasons.append(
             "Trained with one seed: what another would change is not in these bounds; --seed 0,1,2 "
@@ -277,10 +283,15 @@ def _reasons(
     examples: int,
     resolution: float | None,
     cut: tuple[int, int] | None,
+    passed_over: Sequence[str],
 ) -> list[str]:
     """The choice itself, in words."""
     comparison, name = comparisons[chosen], ordered[chosen].name
-    notes = []
+    notes, of_which = [], ""
+    if passed_over and verdict != "no better than the base":
+        of_which = " that is better than the untouched base"
+        smaller = f"{_listed(passed_over)} cannot be told apart from {name}, but"
+        notes.append(f"{smaller} {_is(passed_over)} not found to be better than the base either.")
     if cut is not None:
         notes.append(
             f"The time was up after step {cut[0]} of {cut[1]}: nothing was trained to its end."
@@ -304,7 +315,7 @@ def _reasons(
         least = "the smallest" if len(sizes) > 1 else "the one with the lowest loss"
         return [
             f"No difference found between {_listed([c.name for c in comparisons])}; take {name}, "
-            f"{least}.",
+            f"{least}{of_which}.",
             *notes,
         ]
     if chosen == best:
@@ -318,8 +329,9 @@ def _reasons(
             *notes,
         ]
     return [
-        f"Take {name}: the smallest whose held-out loss cannot be told apart from the best, "
-        f"{ordered[best].name} (difference {comparison.difference:+.4f} nats per token, bounds "
+        f"Take {name}: the smallest{of_which and f'{of_which} and'} whose held-out loss cannot be "
+        f"told apart from the best, {ordered[best].name} (difference "
+        f"{comparison.difference:+.4f} nats per token, bounds "
         f"{comparison.low:+.4f} to {comparison.high:+.4f}).",
         *notes,
     ]
@@ -359,22 +371,19 @@ def _served(chosen: Candidate, other: Candidate) -> str:
 
 
 def _against_base(
-    chosen: Candidate, base: Array, tokens: Array, samples: int, seed: int
+    candidate: Candidate, base: Array, tokens: Array, samples: int, seed: int
 ) -> tuple[str, bool]:
-    """The chosen one beside the untouched base, and whether it is no better."""
+    """A candidate beside the untouched base, and whether it is better."""
     untouched = Candidate("base", base[None], 0)
-    losses = _Losses([chosen, untouched], tokens, Resamples(len(tokens), samples, seed))
+    losses = _Losses([candidate, untouched], tokens, Resamples(len(tokens), samples, seed))
     value, error, freedom = losses.difference(0, 1)
     half = student((1 + LEVEL) / 2, freedom) * error
     interval = (
         f"{value:+.4f} nats per token, 95 % interval {value - half:+.4f} to {value + half:+.4f}"
     )
     if value + half < 0:
-        return f"Against the untouched base: {interval}.", False
-    return (
-        f"{chosen.name} is no better than the untouched base ({interval}): take none of these.",
-        True,
-    )
+        return f"Against the untouched base: {interval}", True
+    return f"{candidate.name} is no better than the untouched base ({interval})", False
 
 
 def _is(names: Sequence[str]) -> str:
