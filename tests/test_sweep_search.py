@@ -170,6 +170,28 @@ def test_a_small_space_is_not_trained_twice(chat_file: Path, tmp_path: Path) -> 
     assert trials[0].arm.options.lora_target_modules in (["q_proj"], "all-linear")
 
 
+def test_what_came_to_nothing_is_not_trained_twice(chat_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the extra search is not installed")
+    trained: list[str] = []
+
+    def diverging(groups: Sequence[Group]) -> Mapping[str, float | None]:
+        trained.extend(arm.setting for arm in arms_of(groups))
+        losses = valley(groups)
+        return {
+            arm.name: None if arm.options.learning_rate > 1 else losses[arm.name]
+            for arm in arms_of(groups)
+        }
+
+    small: dict[str, Any] = {"lora_r": [2, 8], "learning_rate": [1e-3, 10.0]}
+    search = Search(recipe(chat_file, search="random", **small), tmp_path)
+    trials = run_search(search, diverging)
+    assert len(set(trained)) == len(trained) == 4
+    states = {trial.arm.name: trial.state for trial in search._drawn_trials()}
+    assert len(states) == 20
+    assert set(states.values()) == {"complete", "fail"}
+    assert all(trial.arm.options.learning_rate < 1 for trial in trials)
+
+
 def test_another_space_is_another_search(chat_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="the extra search is not installed")
     Search(recipe(chat_file), tmp_path)

@@ -82,8 +82,8 @@ class Search:
     def ask(self) -> list[Group]:
         """What to train next, in cohorts; nothing at the end.
 
-        First comes what was asked for before and never told. A setting that has a loss already is
-        not trained again: the study is told the same.
+        First comes what was asked for before and never told. A setting that has a loss already, or
+        came to nothing, is not trained again: the study is told the same.
         """
         if waiting := [group for group in self.groups() if self._waits(group)]:
             return waiting
@@ -92,11 +92,11 @@ class Search:
         losses = {
             trial.arm.setting: trial.loss
             for trial in self._drawn_trials()
-            if trial.state == "complete"
+            if trial.state != "running"
         }
         for trial in self._drawn_trials():
             if trial.state == "running" and trial.same:
-                self._tell(trial, losses.get(trial.arm.setting))
+                self._tell(_number(trial.arm), losses.get(trial.arm.setting))
         new_trials: dict[str, int] = {}
         while (
             len(new_trials) < max(TOGETHER, self._slots) and len(self._study.trials) < self.trials
@@ -105,7 +105,7 @@ class Search:
                 optuna_trial = self._study.ask(self._space)
             setting = self._arm(optuna_trial.number, optuna_trial.params).setting
             if setting in losses:
-                self._study.tell(optuna_trial.number, losses[setting])
+                self._tell(optuna_trial.number, losses[setting])
             elif setting in new_trials:
                 optuna_trial.set_user_attr(SAME, True)
             else:
@@ -129,10 +129,9 @@ class Search:
         """Give the study the losses by arm; None, or no number: the setting came to nothing."""
         for trial in self._drawn_trials():
             if trial.arm.name in losses and trial.state == "running":
-                self._tell(trial, losses[trial.arm.name])
+                self._tell(_number(trial.arm), losses[trial.arm.name])
 
-    def _tell(self, trial: Trial, loss: float | None) -> None:
-        number = int(trial.arm.name.rpartition("-")[2])
+    def _tell(self, number: int, loss: float | None) -> None:
         if loss is not None and math.isfinite(loss):
             self._study.tell(number, loss)
         else:
@@ -170,6 +169,11 @@ class Search:
                 f"{folder / JOURNAL} holds a search over other settings; choose another "
                 "--output_dir, or give the same ones to go on with it"
             )
+
+
+def _number(arm: Arm) -> int:
+    """Of the trial that drew an arm."""
+    return int(arm.name.rpartition("-")[2])
 
 
 def _distribution(key: str, tried: list[Any] | Range) -> Any:
