@@ -210,6 +210,19 @@ def test_an_arm_that_diverges_leaves_and_the_others_go_on(
     )
 
 
+def test_a_group_of_which_all_arms_diverged_is_not_trained_again(settings: dict[str, Any]) -> None:
+    swept = {"learning_rate": [1e29, 1e30], "metric": "loss", "max_grad_norm": None}
+    result = sweep(settings, **swept)
+    run = result.folder / "cohort-1" / "run.json"
+    assert [arm["status"] for arm in result.arms] == ["left", "left"]
+    assert Run(run.parent).info()["status"] == "failed"
+    written_ns = run.stat().st_mtime_ns
+    resumed = sweep(settings, **swept, resume=True)
+    assert run.stat().st_mtime_ns == written_ns
+    assert resumed.data["status"] == "finished"
+    assert resumed.data["recommendation"] == result.data["recommendation"]
+
+
 def test_an_arm_that_overflows_in_its_last_step_has_no_loss_and_the_page_stands(
     settings: dict[str, Any],
 ) -> None:

@@ -60,7 +60,7 @@ def train_in_parallel(groups: Sequence[Group], place: Path) -> None:
         UserError: Ray is not installed, or a group failed.
     """
     ray, tune = _ray()
-    waiting = [group for group in groups if not _finished(group, place)]
+    waiting = [group for group in groups if not is_done(group, place)]
     if not waiting:
         return
     working_dir, folder = str(Path.cwd()), place.resolve()
@@ -84,7 +84,7 @@ def train_in_parallel(groups: Sequence[Group], place: Path) -> None:
             f"{len(results.errors)} of {len(waiting)} groups failed on Ray ({reason}); mend it and "
             "start the sweep again: it goes on where it was"
         )
-    if not all(_finished(group, place) for group in waiting):
+    if not all(is_done(group, place) for group in waiting):
         raise UserError(
             f"{place}: Ray has ended before every group was trained; start the sweep again, and "
             "with several machines let all of them see this folder"
@@ -106,7 +106,7 @@ def train_group(group: Group, place: Path) -> None:
         train(recipe, resume=exists, progress=False, pruner=pruner)
 
 
-def _finished(group: Group, place: Path) -> bool:
+def is_done(group: Group, place: Path) -> bool:
     """Whether there is nothing left to do: trained, or every arm has diverged."""
     folder = place / group.name
     if not (folder / RECIPE).is_file():

@@ -309,11 +309,11 @@ class Sweep:
         self._run(group, self.folder, deadline)
 
     def _run(self, group: Group, place: Path, deadline: float | None) -> Run:
-        """Train a group, or go on with it, unless it is finished."""
+        """Train a group, or go on with it, unless there is nothing left to do."""
         recipe = group.recipe(place)
-        exists = (recipe.run_folder / runs.RECIPE).is_file()
-        if exists and Run(recipe.run_folder).info().get("status") == "finished":
+        if ray_tune.is_done(group, place):
             return Run(recipe.run_folder)
+        exists = (recipe.run_folder / runs.RECIPE).is_file()
         self.shown.note(f"{group.name}: {', '.join(arm.name for arm in group.arms)}")
         pruner = Halving(
             recipe.run_folder,
