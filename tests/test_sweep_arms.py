@@ -10,6 +10,7 @@ import pytest
 
 from lighten.recipe import Recipe, RecipeError
 from lighten.recipe.swept import gathered
+from lighten.sweeps import tuning
 from lighten.sweeps.arms import Arm, expand, full_arm, group_arms
 
 
@@ -217,3 +218,18 @@ def test_a_setting_in_the_file_and_on_the_command_line_is_swept_as_the_latter_sa
     path.write_text(f"model: m\ndataset: {values['dataset']}\nsweep:\n  lora_r: [1, x]\n")
     with pytest.raises(RecipeError, match=r"recipe\.yaml.*sweep\.lora_r: 'x' does not do"):
         Recipe.from_file(path)
+
+
+def test_rates_that_the_recipe_lists_are_those_that_tuning_tries(values: dict[str, Any]) -> None:
+    listed = Recipe.from_values(
+        {**values, "learning_rate": [1e-3, 1e-4], "max_steps": 8, "sweep": {"tune": tuning.RATE}}
+    )
+    grids: list[dict[str, list[int]]] = [{}, {"lora_r": [2, 4]}]
+    for grid in grids:
+        tried = tuning.tuning_arms(listed, grid, tuning.rates_of(listed, grid))
+        rates = [arm.options.learning_rate for arm in tried]
+        assert rates == [1e-3, 1e-4] * max(1, len(grid.get("lora_r", [])))
+        best = {tuning.untuned(arm): {"best": 1e-4} for arm in tried}
+        compared = tuning.with_best_rates(listed, grid, best)
+        assert len(compared) == len(best)
+        assert {arm.options.learning_rate for arm in compared} == {1e-4}

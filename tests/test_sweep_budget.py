@@ -12,6 +12,7 @@ import pytest
 
 import lighten
 from lighten.engine.validation_loss import ValidationLoss
+from lighten.sweeps import time_plan
 from lighten.sweeps.budget import TIME_UP, Halving, Speed, Work, keep, longest
 from lighten.sweeps.measure import Measurement
 from lighten.sweeps.result import SweepResult, _add_differences, _comparable, _recommended
@@ -104,7 +105,10 @@ def test_a_budget_is_kept_and_leaves_a_valid_result(settings: dict[str, Any]) ->
 
 
 @pytest.mark.slow
-def test_arms_in_separate_runs_share_a_budget(settings: dict[str, Any]) -> None:
+def test_arms_in_separate_runs_share_a_budget(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_plan, "LOOK_SHARE", 1.0)
     result = sweep(
         {**settings, "max_steps": 20000},
         use_dora=[True, False], budget="25s", metric="loss", reference=["base", "full"],

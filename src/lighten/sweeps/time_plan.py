@@ -70,7 +70,7 @@ def plan_of_budget(
     began = time.monotonic()
     tuned = recipe.sweep.tune is not None
     grid = swept_grid(recipe)
-    arms = expand(recipe, {k: v for k, v in grid.items() if not (tuned and k == tuning.RATE)})
+    arms = tuning.untuned_arms(recipe, grid) if tuned else expand(recipe, grid)
     groups = group_arms(arms)
     if FULL in recipe.sweep.reference:
         groups += group_arms([full_arm(recipe)])

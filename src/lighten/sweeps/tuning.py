@@ -20,12 +20,24 @@ RATE = "learning_rate"
 
 
 def rates_of(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[float]:
-    """The rates to try."""
+    """The rates to try: those swept, those that the recipe lists, or three around its own."""
     if RATE in grid:
         return list(grid[RATE])
+    if isinstance(recipe.learning_rate, list):
+        return list(dict.fromkeys(recipe.learning_rate))
+    return [float(f"{recipe.learning_rate * factor:.3g}") for factor in FACTORS]
+
+
+def untuned_arms(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Arm]:
+    """The arms to compare, before each has its own rate."""
+    settings = {key: values for key, values in grid.items() if key != RATE}
+    return expand(_of_one_rate(recipe), settings)
+
+
+def _of_one_rate(recipe: Recipe) -> Recipe:
+    """The recipe without its list of rates, which are tried and make no arms."""
     rate = recipe.learning_rate
-    middle = rate[0] if isinstance(rate, list) else rate
-    return [float(f"{middle * factor:.3g}") for factor in FACTORS]
+    return recipe.changed({RATE: rate[0]}) if isinstance(rate, list) else recipe
 
 
 def steps_of(total_steps: int) -> int:
@@ -44,7 +56,7 @@ def tuning_arms(
     else:
         short["num_train_epochs"] = recipe.num_train_epochs * SHARE
     once = {key: list(values)[:1] if key == "seed" else values for key, values in grid.items()}
-    return expand(recipe.changed(short), {**once, RATE: list(rates)})
+    return expand(_of_one_rate(recipe).changed(short), {**once, RATE: list(rates)})
 
 
 def untuned(arm: Arm) -> str:
@@ -78,9 +90,8 @@ def with_best_rates(
     recipe: Recipe, grid: Mapping[str, Sequence[Any]], tuned: Mapping[str, Any]
 ) -> list[Arm]:
     """The arms to compare, each at its own rate."""
-    arms = expand(recipe, {key: values for key, values in grid.items() if key != RATE})
     tuned_arms = []
-    for arm in arms:
+    for arm in untuned_arms(recipe, grid):
         rate = tuned[untuned(arm)]["best"]
         tuned_arms.append(Arm(arm.name, {**arm.sets, RATE: rate}, arm.recipe.changed({RATE: rate})))
     return tuned_arms
