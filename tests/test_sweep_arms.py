@@ -233,3 +233,24 @@ def test_rates_that_the_recipe_lists_are_those_that_tuning_tries(values: dict[st
         compared = tuning.with_best_rates(listed, grid, best)
         assert len(compared) == len(best)
         assert {arm.options.learning_rate for arm in compared} == {1e-4}
+
+
+@pytest.mark.parametrize(
+    ("warmup", "shorter"), [(100, 25), (1, 1), (0, 0), (0.1, 0.1), (None, None)]
+)
+def test_tuning_runs_warm_up_for_the_same_part_of_them(
+    values: dict[str, Any], warmup: float | None, shorter: float | None
+) -> None:
+    """An absolute warm-up would be all that a run of a quarter of the steps makes."""
+    for length in ({"max_steps": 400}, {"num_train_epochs": 2}):
+        whole = Recipe.from_values({**values, **length, "warmup_steps": warmup})
+        (tried,) = tuning.tuning_arms(whole, {}, [1e-3])
+        assert tried.recipe.warmup_steps == shorter
+
+
+def test_a_plan_says_how_long_shortened_runs_warm_up(values: dict[str, Any]) -> None:
+    whole = Recipe.from_values({**values, "warmup_steps": 100})
+    assert tuning.shorter_warmup(whole, 1.0) == {}
+    warmup = tuning.shorter_warmup(whole, 0.5)
+    assert warmup == {"warmup_steps": 50}
+    assert tuning.describe_warmup(warmup, whole) == ", warm-up 50 of 100 steps"

@@ -12,6 +12,7 @@ import pytest
 
 import lighten
 from lighten.engine.validation_loss import ValidationLoss
+from lighten.runs import Run
 from lighten.sweeps import time_plan
 from lighten.sweeps.budget import TIME_UP, Halving, Speed, Work, keep, longest
 from lighten.sweeps.measure import Measurement
@@ -112,11 +113,16 @@ def test_arms_in_separate_runs_share_a_budget(
     result = sweep(
         {**settings, "max_steps": 20000},
         use_dora=[True, False], budget="25s", metric="loss", reference=["base", "full"],
+        warmup_steps=10000,
     )  # fmt: skip
     speeds = result.data["plan"]["speeds"]
     assert set(speeds) == {"dora", "no-dora", "full"}
     assert len({speed["step_s"] for speed in speeds.values()}) == 3
     arms = [arm for arm in result.arms if arm["name"] in speeds]
+    for arm in arms:  # half of all steps, however few of them there is time for
+        trained = Run(result.folder / arm["group"]).recipe()
+        assert trained.warmup_steps == pytest.approx(result.data["plan"]["steps"] / 2, abs=1)
+    assert "of 10000 steps" in result.data["plan"]["note"]
     assert all(arm["of_steps"] == result.data["plan"]["steps"] for arm in arms)
     # A machine that others slow down may cut some; what was cut is never said to have ended.
     ended = [arm for arm in arms[:2] if arm["status"] != "left"]

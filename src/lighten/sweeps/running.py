@@ -198,6 +198,9 @@ class Sweep:
         else:
             rates = tuning.rates_of(recipe, grid)
             tried = tuning.tuning_arms(recipe, grid, rates)
+            if warmup := tuning.shorter_warmup(recipe, tuning.SHARE):
+                said = tuning.describe_warmup(warmup, recipe)
+                self.shown.note(f"tuning in runs of a quarter of the steps{said}")
             self._tune(group_arms(tried))
             arms = tuning.with_best_rates(recipe, grid, self._state["tuned"])
         groups = ray_tune.spread(group_arms(arms), self._slots())
@@ -294,7 +297,8 @@ class Sweep:
             self.shown.note(f"the plan for the time there is: {plan['note']}")
         plan = self._state["plan"]
         changes = {"max_steps": plan["steps"], "eval_steps": plan["rung"], "max_time": None}
-        return self.recipe.changed(changes)
+        warmup = tuning.shorter_warmup(self.recipe, plan["steps"] / plan["wanted_steps"])
+        return self.recipe.changed({**changes, **warmup})
 
     # Training and measuring
 

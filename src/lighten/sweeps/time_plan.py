@@ -52,6 +52,7 @@ def plan_of_arms(recipe: Recipe, folder: Path, measuring: Progress | None) -> di
     speed, wanted = look(recipe, group_arms(arms)[0], folder, measuring)
     steps = _steps_of_arm(recipe, speed, wanted)
     note = f"{steps} of {counted(wanted, 'step')} per arm, {recipe.max_time}"
+    note += _warmup(recipe, steps, wanted)
     return {"steps": steps, "wanted_steps": wanted, "rung": recipe.eval_steps, "note": note}
 
 
@@ -96,6 +97,7 @@ def plan_of_budget(
     steps = longest(work, left_s, most, rung)
     note = f"{counted(sum(each.arms for each in work), 'arm')}, {steps} of "
     note += f"{counted(wanted, 'step')}, {significant(budget_s / 60, 3)} min"
+    note += _warmup(recipe, steps, wanted)
     return {"steps": steps, "wanted_steps": wanted, "rung": rung(steps), "note": note,
             "speeds": {name: speed.to_dict() for name, speed in speeds.items()}}  # fmt: skip
 
@@ -169,6 +171,10 @@ def _speeds(
             measured = [speed for name, speed in speeds.items() if name != FULL]
             speeds[group.name] = max(measured, key=lambda speed: speed.step_s)
     return speeds, wanted
+
+
+def _warmup(recipe: Recipe, steps: int, wanted: int) -> str:
+    return tuning.describe_warmup(tuning.shorter_warmup(recipe, steps / wanted), recipe)
 
 
 def _steps_of_arm(recipe: Recipe, speed: Speed, wanted: int) -> int:

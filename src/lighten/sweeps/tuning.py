@@ -45,12 +45,33 @@ def steps_of(total_steps: int) -> int:
     return max(1, round(total_steps * SHARE))
 
 
+def shorter_warmup(recipe: Recipe, share: float) -> dict[str, Any]:
+    """The change that leaves the warm-up of a shortened run the part of it that it was to have.
+
+    Args:
+        recipe: Of the run at its whole length.
+        share: Of its steps that are made.
+    """
+    warmup = recipe.warmup_steps
+    if warmup is None or warmup < 1 or share >= 1:  # none, or a share of the steps already
+        return {}
+    return {"warmup_steps": max(1, round(warmup * share))}
+
+
+def describe_warmup(warmup: Mapping[str, Any], recipe: Recipe) -> str:
+    """A changed warm-up in words; nothing where it is as it was."""
+    if not warmup:
+        return ""
+    return f", warm-up {warmup['warmup_steps']} of {recipe.warmup_steps:g} steps"
+
+
 def tuning_arms(
     recipe: Recipe, grid: Mapping[str, Sequence[Any]], rates: Sequence[float]
 ) -> list[Arm]:
     """Every setting at every rate, with its first seed, in short runs."""
     short: dict[str, Any] = {"eval_steps": None, "early_stopping_patience": None,
                              "load_best_model_at_end": False}  # fmt: skip
+    short |= shorter_warmup(recipe, SHARE)
     if recipe.max_steps is not None:
         short["max_steps"] = steps_of(recipe.max_steps)
     else:
