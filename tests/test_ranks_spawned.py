@@ -190,6 +190,30 @@ def test_a_stop_by_which_no_state_is_saved_tells_why(
     assert ended == spawn.Ended(message, signal.SIGTERM)
 
 
+STOPPED_EARLY = """#!/bin/sh
+trap 'exit 143' TERM
+if [ "$RANK" = 0 ]; then kill -TERM $PPID; fi
+for i in $(seq 200); do sleep 0.05; done
+"""
+
+
+def test_a_stop_while_ranks_are_started_reaches_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "rank"
+    program.write_text(STOPPED_EARLY)
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    missed: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: missed.append(number))
+    try:
+        ended = spawn.run(["train"], 4, device="cpu", shown=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not missed
+    assert ended == spawn.Ended("stopped by SIGTERM", signal.SIGTERM)
+
+
 @pytest.mark.slow
 def test_a_stop_is_passed_on_and_a_killed_launcher_leaves_no_orphan(
     settings: dict[str, Any],

@@ -61,6 +61,7 @@ def run(words: Sequence[str], count: int, *, device: str, shown: bool) -> Ended 
         ranks = _Ranks(words, count, Path(folder), device=device, shown=shown)
         try:
             with ranks.forwarding():
+                ranks.start()
                 return ranks.wait()
         finally:
             ranks.end()
@@ -72,34 +73,34 @@ class _Ranks:
     def __init__(
         self, words: Sequence[str], count: int, folder: Path, *, device: str, shown: bool
     ) -> None:
-        self._folder, self._count = folder, count
+        self._words, self._count, self._folder = words, count, folder
+        self._device, self._shown = device, shown
         self._stopped: signal.Signals | None = None
+        self._received: list[signal.Signals] = []  # and not yet passed on
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start them; what this process is told meanwhile reaches those that come after it too."""
         shared = {
             **os.environ,
-            "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "WORLD_SIZE": str(self._count), "LOCAL_WORLD_SIZE": str(self._count),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "LIGHTEN_DEVICE": device,
+            "LIGHTEN_DEVICE": self._device,
         }  # fmt: skip
         # Each would take all cores; PyTorch reads this when it is loaded.
-        shared.setdefault("OMP_NUM_THREADS", str(max(1, forks.processors() // count)))
-        self._processes: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(count):
-                self._processes.append(
-                    self._start(words, rank, shared, heard=shown and rank == 0)
-                )  # fmt: skip
-        except BaseException:
-            self.end()
-            raise
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, forks.processors() // self._count)))
+        for rank in range(self._count):
+            heard = self._shown and rank == 0
+            self._processes.append(self._started(rank, shared, heard=heard))
 
-    def _start(
-        self, words: Sequence[str], rank: int, shared: Mapping[str, str], *, heard: bool
+    def _started(
+        self, rank: int, shared: Mapping[str, str], *, heard: bool
     ) -> subprocess.Popen[bytes]:
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(self._word(rank))}
         with contextlib.ExitStack() as stack:
             log = None if heard else stack.enter_context(self._log(rank).open("wb"))
             return subprocess.Popen(
-                [sys.executable, "-m", "lighten", *words],
+                [sys.executable, "-m", "lighten", *self._words],
                 env={**shared, **variables},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
                 # Ctrl-C of a terminal goes to this process alone, which passes it on once.
@@ -115,19 +116,19 @@ class _Ranks:
 
     @contextlib.contextmanager
     def forwarding(self) -> Iterator[None]:
-        """Pass on what this process is told."""
+        """Note what this process is told, for `wait` to pass on."""
         before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, self._forward) for number in stops.heard()}
+            before = {number: signal.signal(number, self._note) for number in stops.heard()}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _forward(self, number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self._stopped = signal.Signals(number)
-        self._send(self._stopped)
+        self._received.append(self._stopped)
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._processes:
@@ -138,7 +139,7 @@ class _Ranks:
         """Wait until all have finished, or one has failed and the others have ended too."""
         # Each is looked at each time: one that was killed must not wait for one that waits for it.
         while None in (codes := self._codes()) and not any(codes):
-            time.sleep(POLL_S)
+            self._pause()
         if not any(codes):
             return None
         self._wait_for(SETTLE_S)
@@ -153,8 +154,13 @@ class _Ranks:
 
     def _wait_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and any(p.poll() is None for p in self._processes):
-            time.sleep(POLL_S)
+        while time.monotonic() < until and None in self._codes():
+            self._pause()
+
+    def _pause(self) -> None:
+        time.sleep(POLL_S)
+        while self._received:
+            self._send(self._received.pop(0))
 
     def end(self) -> None:
         """End all that still run."""
