@@ -3,10 +3,10 @@
     python peers_deepspeed.py JOB.json     # in the environment of `make deepspeed`
     python peers_deepspeed.py --build      # compile what it needs, once
 
-It imports nothing of lighten. A Llama in bfloat16 is built under `deepspeed.zero.Init`, so that no
-more than a module of it is ever whole in memory, and is read into place a tensor at a time; plain
-PEFT puts the adapter on it, and one process trains that under `deepspeed.initialize`. The job names
-the model's folder, the rows, the adapter to start from, a folder for the parameters and the
+It imports nothing of lighten. A Llama is built under `deepspeed.zero.Init`, so that no more than a
+module of it is ever whole in memory, and is read into place a tensor at a time; plain PEFT puts the
+adapter on it, and one process trains that under `deepspeed.initialize`. The job names the model's
+folder and format, the rows, the adapter to start from, a folder for the parameters and the
 settings; the last line printed is JSON. What DeepSpeed compiles lies in the environment's folder
 `extensions`.
 """
@@ -96,14 +96,9 @@ def load(job: dict[str, Any], config: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    folder = Path(job["model"])
-    with (
-        no_init_weights(),
-        deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16),
-    ):
-        base = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
-        )
+    folder, dtype = Path(job["model"]), getattr(torch, job["dtype"])
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     parameters = dict(base.named_parameters())
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     for name, file in index["weight_map"].items():

@@ -3,10 +3,12 @@
     python benchmarks/streamed_base.py               # the tables; the last line is JSON
     python benchmarks/streamed_base.py --layers 4 --hidden 256   # small, to see it run
 
-A Llama shape with random weights is written once, in bfloat16, one file per layer. Every training
-is a process of its own, in which `lighten.train` runs a recipe; its memory is the kernel's
-high-water mark of the whole process (`VmHWM`), interpreter and libraries included. Steps are timed
-by the run's own `metrics.jsonl`, the first left out: in it the loss is checked and memory is taken.
+A Llama shape with random weights is written once, in bfloat16, one file per layer. A processor
+without arithmetic in bfloat16 computes in float32, and the base's size is that of float32 then.
+Every training is a process of its own, in which `lighten.train` runs a recipe; its memory is the
+kernel's high-water mark of the whole process (`VmHWM`), interpreter and libraries included. Steps
+are timed by the run's own `metrics.jsonl`, the first left out: in it the loss is checked and memory
+is taken.
 
 `--rate` holds reading down inside of lighten's reader, as a disk of that rate would; the page cache
 of this machine is then no help. `zero3_nvme.py` compares with DeepSpeed's ZeRO-3 over NVMe.
@@ -66,11 +68,13 @@ class Shape:
         layers: Decoder layers.
         hidden: Width; heads have 64 numbers, a quarter of them are keys'.
         vocabulary: Rows of the embedding and of the head.
+        dtype: What its weights are written in.
     """
 
     layers: int
     hidden: int = 2048
     vocabulary: int = VOCABULARY
+    dtype: str = "bfloat16"
 
     @property
     def config(self) -> Any:
@@ -83,7 +87,7 @@ class Shape:
             num_hidden_layers=self.layers, num_attention_heads=heads,
             num_key_value_heads=max(1, heads // 4), vocab_size=self.vocabulary,
             max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1,
-            eos_token_id=2, pad_token_id=0, dtype="bfloat16",
+            eos_token_id=2, pad_token_id=0, dtype=self.dtype,
         )  # fmt: skip
 
     @property
@@ -95,7 +99,7 @@ class Shape:
 
 
 def write_llama(folder: Path, shape: Shape) -> Path:
-    """Write a model with random weights in bfloat16, a file per layer; what is there is kept."""
+    """Write a model with random weights, a file per layer; what is there is kept."""
     import torch
     from safetensors.torch import save_file
 
@@ -111,12 +115,12 @@ def write_llama(folder: Path, shape: Shape) -> Path:
         place = name.split(".")[2] if name.startswith("model.layers.") else "rest"
         files.setdefault(place, {})[name] = value
     places: dict[str, str] = {}
-    generator = torch.Generator().manual_seed(0)
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, shape.dtype)
     for number, tensors in enumerate(files.values(), 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         weights = {
             name: (torch.ones(value.shape) if value.dim() == 1 else
-                   torch.empty(value.shape).normal_(std=0.02, generator=generator)).bfloat16()
+                   torch.empty(value.shape).normal_(std=0.02, generator=generator)).to(dtype)
             for name, value in tensors.items()
         }  # fmt: skip
         save_file(weights, folder / file, metadata={"format": "pt"})

@@ -4,8 +4,9 @@
     python benchmarks/zero3_nvme.py           # the table; the last line is JSON
     python benchmarks/zero3_nvme.py --layers 2 --hidden 256   # small, to see it run
 
-Both train LoRA on one Llama shape of random weights in bfloat16, one process each, from the same
-adapter (float32, on every linear layer), on the same tokens, with the same AdamW, by turns. What a
+Both train LoRA on one Llama shape of random weights, one process each, from the same adapter
+(float32, on every linear layer), on the same tokens, with the same AdamW, by turns. The weights are
+in bfloat16 where the processor computes in it, and in float32 elsewhere, files and products. What a
 process holds is the kernel's high-water mark of it (`VmHWM`), and neither may hold more than a
 share of the base. The vocabulary is small: DeepSpeed's buffers are all as large as the largest
 weight.
@@ -13,7 +14,7 @@ weight.
 DeepSpeed reads past the page cache (`O_DIRECT`), lighten through it, and the machine may have more
 memory than the limit leaves a process. So lighten runs twice: as it is, and with its reading held
 down to what this disk gives past its page cache, measured before each repeat. Losses have to agree
-within `SAME_LOSS`: products are in bfloat16, as the base is.
+within `SAME_LOSS` of that format.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine, streamed_base
 from benchmarks.streamed_base import GIB, RANK, TOKENS, Shape
+from lighten.machine import hardware
 
 ENVIRONMENT = Path(__file__).parents[1] / ".deepspeed"
 RATIOS = ("streamed_vs_zero3_nvme", "streamed_vs_zero3_nvme_past_page_cache")
 VOCABULARY = 4096
 LAYERS, HIDDEN = 26, 2048
-SAME_LOSS = 2**-9  # relative, of products in bfloat16; as in `train_vs_peers.py`
+SAME_LOSS = {"bfloat16": 2**-9, "float32": 1e-5}  # relative, by products' format
 SHARE = 0.7  # of the base's size, that a process may hold: DeepSpeed's took 0.58 to 0.66
 LEARNING_RATE = 1e-3
 REQUEST_BYTES = 8 * 2**20
@@ -108,11 +110,11 @@ def disk_rate(files: Sequence[Path]) -> float:
 
 
 def ours(
-    folder: Path, adapter: Path, scratch: Path, steps: int, rate: float | None
+    folder: Path, adapter: Path, scratch: Path, steps: int, dtype: str, rate: float | None
 ) -> dict[str, Any]:
     """The streamed base."""
     result = streamed_base.train(
-        folder, scratch, rows=1, steps=steps, rate=rate, offload_base="disk", dtype="bfloat16",
+        folder, scratch, rows=1, steps=steps, rate=rate, offload_base="disk", dtype=dtype,
         adapter_name_or_path=str(adapter), **RECIPE,
     )  # fmt: skip
     (losses,) = result["losses"].values()
@@ -139,7 +141,8 @@ def theirs(
             {
                 "model": str(folder), "adapter": str(adapter), "nvme_path": nvme, "steps": steps,
                 "rows": [json.loads(line)["input_ids"] for line in rows.read_text().splitlines()],
-                "threads": torch.get_num_threads(), "buffer_size": largest, **THEIRS,
+                "threads": torch.get_num_threads(), "buffer_size": largest, "dtype": shape.dtype,
+                **THEIRS,
                 **{name: RECIPE[name] for name in
                    ("learning_rate", "max_grad_norm", "gradient_checkpointing")},
             }, scratch, python=str(python),
@@ -151,14 +154,20 @@ def theirs(
 
 def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """All rows, by turns, and what comes of them."""
-    shape = Shape(arguments.layers, arguments.hidden, VOCABULARY)
-    folder = streamed_base.write_llama(Path(arguments.cache or scratch) / "llama-4096", shape)
+    import torch
+
+    dtype = hardware.choose_dtype("auto", "cpu").value
+    shape = Shape(arguments.layers, arguments.hidden, VOCABULARY, dtype)
+    base_bytes = getattr(torch, dtype).itemsize * shape.parameters
+    folder = streamed_base.write_llama(
+        Path(arguments.cache or scratch) / f"llama-{VOCABULARY}-{dtype}", shape
+    )
     adapter = write_adapter(scratch / "adapter", shape)
     python = python_of(arguments.environment)
     rows: list[dict[str, Any]] = []
     for repeat in range(arguments.repeats):
         rate = disk_rate(sorted(folder.glob("*.safetensors"))[:8])
-        with_rate = functools.partial(ours, folder, adapter, scratch, arguments.steps)
+        with_rate = functools.partial(ours, folder, adapter, scratch, arguments.steps, dtype)
         runs: dict[str, Callable[[], dict[str, Any]]] = {
             "lighten": functools.partial(with_rate, None),
             "deepspeed": functools.partial(
@@ -173,8 +182,8 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                          "median_step_s": streamed_base.step_s(result), **result})  # fmt: skip
             show(rows[-1])
     return {"shape": vars(shape), "parameters": shape.parameters,
-            "base_bytes": 2 * shape.parameters, "tokens": TOKENS, "recipe": RECIPE,
-            "settings": THEIRS, "rows": rows, **summary(rows, 2 * shape.parameters)}  # fmt: skip
+            "base_bytes": base_bytes, "tokens": TOKENS, "recipe": RECIPE,
+            "settings": THEIRS, "rows": rows, **summary(rows, base_bytes, dtype)}  # fmt: skip
 
 
 def show(row: dict[str, Any]) -> None:
@@ -186,12 +195,13 @@ def show(row: dict[str, Any]) -> None:
           + f"; the disk gives {row['disk_bytes_per_s'] / 1e6:.0f} MB/s", flush=True)  # fmt: skip
 
 
-def summary(rows: Sequence[dict[str, Any]], base_bytes: int) -> dict[str, Any]:
+def summary(rows: Sequence[dict[str, Any]], base_bytes: int, dtype: str) -> dict[str, Any]:
     """The ratios, of medians over repeats; null where losses differ or memory is passed.
 
     Args:
         rows: With `who`, `median_step_s`, `losses` and `peak_bytes`.
         base_bytes: Size of the base.
+        dtype: Its format, and that of the products.
     """
 
     def seconds(who: str) -> float:
@@ -203,7 +213,7 @@ def summary(rows: Sequence[dict[str, Any]], base_bytes: int) -> dict[str, Any]:
         who: max(row["peak_bytes"] for row in rows if row["who"] == who) / base_bytes
         for who in {row["who"] for row in rows}
     }
-    counts = max(differences) <= SAME_LOSS and max(shares.values()) <= SHARE
+    counts = max(differences) <= SAME_LOSS[dtype] and max(shares.values()) <= SHARE
     return {
         "streamed_vs_zero3_nvme": seconds("lighten") / seconds("deepspeed") if counts else None,
         "streamed_vs_zero3_nvme_past_page_cache":

@@ -15,6 +15,7 @@ from benchmarks.streamed_base import Shape
 
 SMALL = Shape(2, 128, 512)
 BASE_BYTES = 1000
+FORMAT = "bfloat16"
 
 
 def rows(**changes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -29,7 +30,7 @@ def rows(**changes: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_ratios_are_of_medians_over_repeats() -> None:
-    result = zero3_nvme.summary(rows(), BASE_BYTES)
+    result = zero3_nvme.summary(rows(), BASE_BYTES, FORMAT)
     assert [result[name] for name in zero3_nvme.RATIOS] == [2.25 / 8.25, 6.25 / 8.25]
     assert result["loss_difference"] == 0.0
 
@@ -40,8 +41,17 @@ def test_ratios_are_of_medians_over_repeats() -> None:
     {"deepspeed": {"peak_bytes": 701}},
 ])  # fmt: skip
 def test_other_losses_and_too_much_memory_give_no_ratio(changed: dict[str, Any]) -> None:
-    result = zero3_nvme.summary(rows(**changed), BASE_BYTES)
+    result = zero3_nvme.summary(rows(**changed), BASE_BYTES, FORMAT)
     assert [result[name] for name in zero3_nvme.RATIOS] == [None, None]
+
+
+def test_losses_of_float32_have_to_agree_more_closely() -> None:
+    nearly = rows(lighten={"losses": [2.0, 1.0001]})
+    ratios = {
+        dtype: zero3_nvme.summary(nearly, BASE_BYTES, dtype)["streamed_vs_zero3_nvme"]
+        for dtype in ("bfloat16", "float32")
+    }
+    assert ratios == {"bfloat16": 2.25 / 8.25, "float32": None}
 
 
 def test_the_adapter_is_on_all_linear_layers(tmp_path: Path) -> None:
@@ -58,7 +68,7 @@ def test_the_adapter_is_on_all_linear_layers(tmp_path: Path) -> None:
 
 
 def test_the_table_s_last_line_has_the_ratios() -> None:
-    result = zero3_nvme.summary(rows(), BASE_BYTES)
+    result = zero3_nvme.summary(rows(), BASE_BYTES, FORMAT)
     line = scale_table.last_line({"nvme": result})
     assert {name: line[name] for name in zero3_nvme.RATIOS} == {
         name: result[name] for name in zero3_nvme.RATIOS
