@@ -97,7 +97,9 @@ def load(job: dict[str, Any], config: dict[str, Any]) -> Any:
     from transformers.initialization import no_init_weights
 
     folder, dtype = Path(job["model"]), getattr(torch, job["dtype"])
-    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
+    # Told float32, a processor without float16 arithmetic is given bfloat16; told nothing, float32.
+    told = None if dtype == torch.float32 else dtype
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config, dtype=told):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     parameters = dict(base.named_parameters())
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -107,6 +109,7 @@ def load(job: dict[str, Any], config: dict[str, Any]) -> Any:
             deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0),
         ):
             parameters[name].data.copy_(tensors.get_tensor(name))
+    assert {p.dtype for p in base.parameters()} == {dtype}
     base.config.use_cache = False
     if job["gradient_checkpointing"]:
         base.gradient_checkpointing_enable({"use_reentrant": False})
