@@ -115,6 +115,8 @@ def test_words_in_brackets_are_shown(capsys: pytest.CaptureFixture[str]) -> None
         (("train", "a", "b", "c"), "error: give a recipe"),
         (("train", "--resume", "runs/nothing"), "error: runs/nothing is neither a run's folder"),
         (("run", "some/model"), "data set beside it: lighten train some/model DATA"),
+        (("train", "m", "--dataset", "n.jsonl"), "error: recipe: dataset: 'n.jsonl' does not"),
+        (("train", "m", "--train_file=n.jsonl"), "error: recipe: dataset: 'n.jsonl' does not"),
         (("evaluate", "nothing"), "error: nothing is not a run"),
         (("report", "nothing"), "error: nothing is not a run"),
         (("chat", "./nothing"), "error: the model ./nothing does not exist"),

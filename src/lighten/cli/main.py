@@ -122,9 +122,13 @@ def main() -> None:
 
 
 def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, Any]]:
-    """A recipe file, a run's folder, or MODEL DATA, and the settings after them."""
+    """A recipe file, a run's folder, or MODEL DATA, and the settings after them.
+
+    Data may be named among the settings too: MODEL --dataset DATA.
+    """
     from lighten import path_checks
     from lighten.errors import UserError
+    from lighten.recipe import aliases
 
     positionals, settings = take_positionals(words), overrides(words)
     if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
@@ -133,6 +137,8 @@ def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, An
         folder = path_checks.run_folder(positionals[0])
         if (recipe := path_checks.recipe_in(folder)) is not None:
             return recipe, {"output_dir": str(folder), **settings}
+        if any(aliases.RENAMED.get(name, name) == "dataset" for name in settings):
+            return None, {"model_name_or_path": positionals[0], **settings}
         raise UserError(
             f"{positionals[0]} is neither a run's folder nor a recipe (recipe.yaml); a model needs "
             f"a data set beside it: lighten train {positionals[0]} DATA"
