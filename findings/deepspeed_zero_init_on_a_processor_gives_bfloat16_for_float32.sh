@@ -40,16 +40,15 @@ def built(**named):
         return torch.nn.Linear(8, 8, bias=False).weight.dtype
 
 
-print("float16 here:", get_accelerator().is_fp16_supported())
-print("named float32:", built(dtype=torch.float32))
-print("named nothing:", built())
+print("FOUND deepspeed", deepspeed.__version__)
+print("FOUND float16 here:", bool(get_accelerator().is_fp16_supported()))
+print("FOUND named float32:", built(dtype=torch.float32))
+print("FOUND named nothing:", built())
 PY
-    { tail -20 "$folder/log"; exit 1; }
-grep -v '^\[' "$folder/out" | tee "$folder/seen"
-if grep -q 'float16 here: True' "$folder/seen"; then
-    echo "this processor has float16 arithmetic, and the named format is taken"
-    grep -q 'named float32: torch.float32' "$folder/seen"
-else
-    grep -q 'named float32: torch.bfloat16' "$folder/seen"
-fi
+  { tail -20 "$folder/log"; exit 1; }
+sed -n 's/^FOUND //p' "$folder/out" | tee "$folder/seen"
+# A processor with float16 arithmetic is given what was named.
+seen=bfloat16
+grep -q 'float16 here: True' "$folder/seen" && seen=float32
+grep -q "named float32: torch.$seen" "$folder/seen"
 grep -q 'named nothing: torch.float32' "$folder/seen"
