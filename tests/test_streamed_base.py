@@ -19,7 +19,7 @@ from lighten.errors import UserError
 from lighten.parallel.streamed import build as building
 from lighten.parallel.streamed import shards as reading
 from lighten.parallel.streamed.cuda import CudaSlots
-from lighten.parallel.streamed.feed import LayerFeed, LayerPieces
+from lighten.parallel.streamed.feed import LayerFeed, LayerPieces, MemorySlots, Piece
 from lighten.parallel.streamed.shards import RateLimit, Shards
 from lighten.recipe import RecipeError
 from lighten.runs import Run
@@ -275,8 +275,8 @@ class NotingSlots:
         self.gate.set()
         self._slots = [torch.zeros(layers[0].bytes, dtype=torch.uint8) for _ in range(2)]
 
-    def __getitem__(self, place: int) -> Tensor:
-        return self._slots[place]
+    def get(self, place: int, piece: Piece) -> Tensor:
+        return piece.of(self._slots[place])
 
     def fill(self, place: int, layer: int) -> None:
         self.gate.wait()
@@ -349,6 +349,61 @@ def test_tensors_are_read_in_any_format_in_stretches(
             into = torch.empty(300, 77, dtype=dtype)
             shards.read(name, into)
             assert torch.equal(into, value.to(dtype)), (name, dtype)
+
+
+def resident_bytes(path: Path) -> int:
+    """How much of a mapped file this process has in memory (Linux)."""
+    lines = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
+    total, counts = 0, False
+    for line in lines:
+        if "-" in line.split(" ", 1)[0]:  # a mapping's first line, with its addresses
+            counts = line.endswith(str(path))
+        elif counts and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_what_lies_as_products_take_it_is_computed_with_where_it_lies(
+    stored: torch.dtype, tmp_path: Path
+) -> None:
+    size = 3 * 2**20
+    tensors = {str(layer): torch.randn(size).to(stored) for layer in range(3)}
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    layers = [LayerPieces() for _ in tensors]
+    pieces = [
+        layer.add(name, torch.float32, (size,)) for layer, name in zip(layers, tensors, strict=True)
+    ]
+    slots = MemorySlots(layers, Shards.of(tmp_path))
+    in_file = 0
+    for layer, place in ((0, 0), (1, 1), (2, 0), (1, 1), (0, 0)):
+        slots.fill(place, layer)
+        weight = slots.get(place, pieces[layer])
+        assert torch.equal(weight, tensors[str(layer)].float())
+        in_file = max(in_file, resident_bytes(file))
+    bytes_of_two = 2 * size * 4
+    if stored == torch.float32:
+        assert bytes_of_two <= in_file <= bytes_of_two + 2**20
+    else:
+        assert in_file <= 2**20
+
+
+def test_numbers_that_begin_between_two_places_are_copied(tmp_path: Path) -> None:
+    numbers = torch.randn(64)
+    header = {"w": {"dtype": "F32", "shape": [64], "data_offsets": [1, 257]},
+              "b": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    content = bytes([7]) + numbers.numpy().tobytes()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
+    shards = Shards.of(tmp_path)
+    assert shards.in_place("w", torch.float32) is None
+    layer = LayerPieces()
+    piece = layer.add("w", torch.float32, (64,))
+    slots = MemorySlots([layer], shards)
+    slots.fill(0, 0)
+    assert torch.equal(slots.get(0, piece), numbers)
 
 
 def test_a_rate_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

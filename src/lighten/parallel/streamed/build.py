@@ -296,7 +296,7 @@ def _slots(
 ) -> Slots:
     if device.type == "cuda":
         return CudaSlots(layers, shards.read, device, all_pinned=keeps == "cpu")
-    return MemorySlots(layers, shards.read)
+    return MemorySlots(layers, shards)
 
 
 def _fill(name: str, model: PreTrainedModel, names: Names, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lighten.parallel.streamed.feed import SLOTS, LayerPieces
+from lighten.parallel.streamed.feed import SLOTS, LayerPieces, Piece
 
 # PyTorch rounds pinned memory up to the next power of two: blocks of one waste nothing.
 BLOCK_BYTES = 4 * 2**20
@@ -46,8 +46,9 @@ class CudaSlots:
                 torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)
             ]
 
-    def __getitem__(self, place: int) -> Tensor:
-        return self._slots[place]
+    def get(self, place: int, piece: Piece) -> Tensor:
+        """See `feed.Slots`."""
+        return piece.of(self._slots[place])
 
     def fill(self, place: int, layer: int) -> None:
         """Begin the copy; in the reading thread."""

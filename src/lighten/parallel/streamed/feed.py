@@ -66,8 +66,8 @@ class LayerPieces:
 class Slots(Protocol):
     """Memory for a few layers, and how it is filled."""
 
-    def __getitem__(self, place: int) -> Tensor:
-        """A slot's bytes, uint8."""
+    def get(self, place: int, piece: Piece) -> Tensor:
+        """A piece of the layer that is there."""
 
     def fill(self, place: int, layer: int) -> None:
         """Put a layer there; in the reading thread."""
@@ -79,32 +79,70 @@ class Slots(Protocol):
         """What computes from here on does not."""
 
 
+class Source(Protocol):
+    """The tensors of files."""
+
+    def read(self, name: str, into: Tensor) -> None:
+        """Read a tensor into another."""
+
+    def in_place(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """A tensor where it lies, if it can be computed with there; never to be written."""
+
+    def bring(self, name: str) -> None:
+        """Have such a tensor in memory."""
+
+    def drop(self, name: str) -> None:
+        """Give its memory back."""
+
+
 class MemorySlots:
     """Slots in main memory, for a processor.
 
+    What lies in its file as products take it is computed with there, in the system's page cache:
+    it is not copied, and takes no memory of its slot.
+
     Args:
         layers: What is streamed.
-        read: Reads a tensor of the model's files into another.
+        source: The model's files.
     """
 
-    def __init__(self, layers: Sequence[LayerPieces], read: Callable[[str, Tensor], None]) -> None:
-        self._layers, self._read = layers, read
+    def __init__(self, layers: Sequence[LayerPieces], source: Source) -> None:
+        self._layers, self._source = layers, source
+        self._in_place = [_in_place(layer, source) for layer in layers]
         size = max(layer.bytes for layer in layers)
         self._slots = [torch.empty(size, dtype=torch.uint8) for _ in range(SLOTS)]
+        self._held: list[int | None] = [None] * SLOTS
 
-    def __getitem__(self, place: int) -> Tensor:
-        return self._slots[place]
+    def get(self, place: int, piece: Piece) -> Tensor:
+        """See `Slots`."""
+        held = self._held[place]
+        assert held is not None
+        in_place = self._in_place[held].get(piece.name)
+        return piece.of(self._slots[place]) if in_place is None else in_place
 
     def fill(self, place: int, layer: int) -> None:
         """See `Slots`."""
+        if (before := self._held[place]) is not None:
+            for name in self._in_place[before]:
+                self._source.drop(name)
+        self._held[place] = None
         for piece in self._layers[layer].pieces:
-            self._read(piece.name, piece.of(self._slots[place]))
+            if piece.name in self._in_place[layer]:
+                self._source.bring(piece.name)
+            else:
+                self._source.read(piece.name, piece.of(self._slots[place]))
+        self._held[place] = layer
 
     def begin(self, place: int) -> None:
         """A processor has waited already."""
 
     def end(self, place: int) -> None:
         """A processor is done with what it has been told."""
+
+
+def _in_place(layer: LayerPieces, source: Source) -> dict[str, Tensor]:
+    tensors = {piece.name: source.in_place(piece.name, piece.dtype) for piece in layer.pieces}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 class Fetch(NamedTuple):
@@ -208,7 +246,7 @@ class LayerFeed(LayerTurns):
             if self._now is None or self._held[self._now] != layer:
                 self._turn_to(layer)
             assert self._now is not None
-            return piece.of(self._slots[self._now])
+            return self._slots.get(self._now, piece)
 
     def _turn_to(self, layer: int) -> None:
         previous = None if self._now is None else self._held[self._now]

@@ -1,7 +1,7 @@
-"""Tensors of safetensors files, read into memory that is there already, a few pages at a time.
+"""Tensors of safetensors files: read into memory that is there already, or where they lie.
 
 Files are mapped: that reads faster than `preadv`, and pages go back to the system as soon as they
-were read (`MADV_DONTNEED`), while its page cache keeps them for as long as it has room.
+are not needed (`MADV_DONTNEED`), while its page cache keeps them for as long as it has room.
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ class _Mapped:
         before, after = min(start, place % AROUND_BYTES), -(place + size) % AROUND_BYTES
         self._advise("MADV_DONTNEED", start - before, before + size + after)
 
+    def touch(self, start: int, size: int) -> None:
+        """Look at a byte of each page: the system reads and maps what is not there."""
+        self.tensor(start, size, torch.uint8)[:: mmap.PAGESIZE].sum()
+
     def _advise(self, what: str, start: int, size: int) -> None:
         if not hasattr(mmap, what):  # Windows
             return
@@ -132,6 +136,23 @@ class Shards(Mapping[str, Stored]):
         dtype = DTYPES[stored.kind]
         return self._file(stored).tensor(stored.start, stored.bytes, dtype).view(stored.shape)
 
+    def in_place(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """A tensor where it lies; None: not in this format, or where numbers must not begin."""
+        stored = self._stored[name]
+        fits = DTYPES[stored.kind] == dtype and stored.start % dtype.itemsize == 0
+        return self.mapped(name) if fits else None
+
+    def bring(self, name: str) -> None:
+        """Have a tensor in memory where it is mapped."""
+        stored = self._stored[name]
+        for start, size in _stretches(stored, file := self._file(stored)):
+            file.touch(start, size)
+
+    def drop(self, name: str) -> None:
+        """Give back the memory of a tensor that is mapped."""
+        stored = self._stored[name]
+        self._file(stored).drop_pages(stored.start, stored.bytes)
+
     def read(self, name: str, into: Tensor) -> None:
         """Read a tensor into one of as many numbers, in that one's format.
 
@@ -140,21 +161,27 @@ class Shards(Mapping[str, Stored]):
             into: Contiguous, in main memory.
         """
         stored, flat = self._stored[name], into.view(-1)
-        file, dtype = self._file(stored), DTYPES[stored.kind]
-        for first in range(0, stored.bytes, STRETCH_BYTES):
-            start, size = stored.start + first, min(STRETCH_BYTES, stored.bytes - first)
-            file.fetch(start, min(2 * STRETCH_BYTES, stored.bytes - first))
-            span = slice(first // dtype.itemsize, (first + size) // dtype.itemsize)
-            flat[span].copy_(file.tensor(start, size, dtype))
+        dtype = DTYPES[stored.kind]
+        for start, size in _stretches(stored, file := self._file(stored)):
+            first = (start - stored.start) // dtype.itemsize
+            flat[first : first + size // dtype.itemsize].copy_(file.tensor(start, size, dtype))
             file.drop_pages(start, size)
-            if limit is not None:
-                limit.after(size)
 
     def _file(self, stored: Stored) -> _Mapped:
         with self._lock:
             if stored.path not in self._mapped:
                 self._mapped[stored.path] = _Mapped(stored.path)
             return self._mapped[stored.path]
+
+
+def _stretches(stored: Stored, file: _Mapped) -> Iterator[tuple[int, int]]:
+    """A tensor's bytes in turns, (start, size), of which the system reads the next one ahead."""
+    for first in range(0, stored.bytes, STRETCH_BYTES):
+        start, size = stored.start + first, min(STRETCH_BYTES, stored.bytes - first)
+        file.fetch(start, min(2 * STRETCH_BYTES, stored.bytes - first))
+        yield start, size
+        if limit is not None:
+            limit.after(size)
 
 
 class Loaded(Mapping[str, Stored]):
