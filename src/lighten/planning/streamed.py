@@ -115,7 +115,7 @@ def _streamed(
 
 def with_reading(
     time_of_step: StepTime, feed: Any, passes: int, folder: Path, *, where: str,
-    stored: torch.dtype, is_here: bool, link: float | None = None,
+    stored: torch.dtype, is_here: bool, on_gpu: bool, link: float | None = None,
 ) -> tuple[StepTime, str]:  # fmt: skip
     """The time of a step that reads the base, and a sentence about it.
 
@@ -129,13 +129,17 @@ def with_reading(
         where: `disk`, or `cpu` for main memory.
         stored: Format of dense weights in their files.
         is_here: The device is this machine's.
+        on_gpu: It is a GPU.
         link: From main memory to it, in bytes per second, if known.
     """
     size = feed.base_bytes if where == "cpu" else file_bytes(feed, stored)
     # At each turn the layers in the slots are there already.
     share = max(0.0, 1.0 - SLOTS / len(feed.layers))
     read = int(2 * passes * share * size)
-    rate, how = read_rate(folder, where=where, is_here=is_here, link=link)
+    rate, how = read_rate(
+        folder, where=where, is_here=is_here, link=link,
+        copied=on_gpu or _is_converted(feed, stored),
+    )  # fmt: skip
     if rate is None:
         return replace(time_of_step, whole=False), (
             f"each step reads {read / 1e9:.1f} GB of layers, whose time is not in that of the "
@@ -160,14 +164,23 @@ def file_bytes(feed: Any, stored: torch.dtype) -> int:
     total = 0
     for layer in feed.layers:
         for piece in layer.pieces:
-            dense = piece.dtype.is_floating_point and len(piece.shape) == 2  # scales have one
-            size = stored.itemsize if dense else piece.dtype.itemsize
+            size = stored.itemsize if _is_dense(piece) else piece.dtype.itemsize
             total += piece.bytes // piece.dtype.itemsize * size
     return total
 
 
+def _is_dense(piece: Piece) -> bool:
+    return piece.dtype.is_floating_point and len(piece.shape) == 2  # scales have one
+
+
+def _is_converted(feed: Any, stored: torch.dtype) -> bool:
+    return any(
+        piece.dtype != stored for layer in feed.layers for piece in layer.pieces if _is_dense(piece)
+    )
+
+
 def read_rate(
-    folder: Path, *, where: str, is_here: bool, link: float | None
+    folder: Path, *, where: str, is_here: bool, link: float | None, copied: bool
 ) -> tuple[float | None, str]:
     """Bytes per second that layers are read at, and how that is known.
 
@@ -176,6 +189,7 @@ def read_rate(
         where: `disk`, or `cpu` for main memory.
         is_here: The device is this machine's.
         link: From main memory to it, in bytes per second, if known.
+        copied: They are, into a buffer or a slot; otherwise they are looked at where they lie.
 
     Raises:
         UserError: `LIGHTEN_READ_RATE` is no number.
@@ -196,10 +210,10 @@ def read_rate(
         return None, "the disk is another machine's"
     if not weight_files(folder):
         return None, "the model is not on this machine"
-    return _measured(folder)
+    return _measured(folder, copied)
 
 
-def _measured(folder: Path) -> tuple[float | None, str]:
+def _measured(folder: Path, copied: bool) -> tuple[float | None, str]:
     with _disable_current_modes():
         shards = Shards.of(folder)
         readable = sorted(
@@ -209,7 +223,11 @@ def _measured(folder: Path) -> tuple[float | None, str]:
         total, began = 0, time.perf_counter()
         for name in readable:
             shard = shards[name]
-            shards.read(name, torch.empty(shard.shape, dtype=DTYPES[shard.kind]))
+            if copied:
+                shards.read(name, torch.empty(shard.shape, dtype=DTYPES[shard.kind]))
+            else:
+                shards.bring(name)
+                shards.drop(name)
             total += shard.bytes
             if total >= MEASURED_BYTES:
                 break

@@ -115,7 +115,7 @@ def plan_recipe(
     if feed is not None and time is not None:
         time, note = streamed.with_reading(
             time, feed, len(traced.batches), path, where=recipe.offload_base, stored=stored,
-            is_here=device.is_here, link=link,
+            is_here=device.is_here, on_gpu=device.kind != "cpu", link=link,
         )  # fmt: skip
         notes = (note,)
     if moved:
