@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lighten
 from lighten import api
+from lighten.cli.quantize import COLUMNS
 from lighten.errors import UserError
 from lighten.quantization import table
 from lighten.quantization.int4 import suited_layers
 from lighten.quantization.model_source import calibration_of, opened
+from lighten.quantization.questions import TaskMetrics
 from lighten.quantization.scores import EvaluationRow, score, summary
 from lighten.quantization.table import Quantized
 from lighten.quantization.targets import DYNAMIC, parse, require_tools
@@ -165,6 +167,26 @@ def test_perplexity_is_that_of_the_rows(quantized: Quantized, run: Run, tmp_path
             total, count = total + float(loss) * places, count + places
     assert count == quantized.formats[0]["tokens"]
     assert quantized.formats[0]["loss"] == pytest.approx(total / count, rel=0.01)  # bfloat16
+
+
+def test_a_format_whose_loss_is_no_number_is_not_on_the_frontier() -> None:
+    """A file has null for it, which a later command reads back."""
+    sizes_and_losses = [(10, 1.0), (5, float("nan")), (4, None), (6, 1.5)]
+    rows = [{"name": "", "file_bytes": size, "loss": loss} for size, loss in sizes_and_losses]
+    rows.append({"name": "", "file_bytes": 1})  # not measured
+    marked = table._with_frontier(rows)
+    assert [row["frontier"] for row in marked] == [True, False, False, True, False]
+    assert COLUMNS[3][0] == "perplexity"
+    assert COLUMNS[3][1]({"perplexity": None, "perplexity_standard_error": None}) == "–"
+
+
+def test_an_answer_ends_with_the_token_that_ends_it() -> None:
+    """A model without a run may write on past what its template ends answers with."""
+    tokenizer = tiny_tokenizer()
+    right, end = tokenizer("the answer")["input_ids"], tokenizer.eos_token_id
+    task = TaskMetrics(("exact_match",), 20, frozenset({end}), frozenset(), tokenizer)
+    for answer in (right, [*right, end], [*right, end, *right]):
+        assert task.values([answer], ["the answer"])["exact_match"]["value"] == 100
 
 
 def test_int4_is_calibrated_on_rendered_training_data(run: Run, tmp_path: Path) -> None:

@@ -118,6 +118,24 @@ def test_a_receipt_passes_fails_or_cannot_tell() -> None:
     assert same.sentence() in receipt(same).sentence()
 
 
+class Broken(Drawn):
+    """A runtime whose numbers overflowed, on one text."""
+
+    def log_probabilities(self, tokens: Sequence[int]) -> Array:
+        log_probs = super().log_probabilities(tokens)
+        return np.full_like(log_probs, np.nan) if tokens[0] == 3 else log_probs
+
+
+def test_what_answers_with_no_numbers_never_passes() -> None:
+    """llama.cpp rounds activations to float16 for weights in it: large ones become infinite."""
+    numbers = [str(number) for number in range(400)]
+    broken = runtime_loss(Drawn(0, 0), Drawn(0.5, 1), Broken(0.5, 2), numbers, TOKENS)
+    assert broken.within is False
+    assert receipt(broken).passed is False
+    assert receipt(None, float("nan")).passed is False
+    assert receipt(told(0.5, 2), float("nan")).passed is False
+
+
 @pytest.mark.parametrize(("noise", "texts", "code"), [(0.5, 400, 0), (0.9, 400, 1), (0.5, 3, 2)])
 def test_each_verdict_has_its_exit_code(
     noise: float, texts: int, code: int, monkeypatch: pytest.MonkeyPatch

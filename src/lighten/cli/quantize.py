@@ -84,7 +84,7 @@ def _number(key: str, shape: str, scale: float = 1.0) -> Any:
 
 
 def _perplexity(row: dict[str, Any]) -> str:
-    if "perplexity" not in row:
+    if row.get("perplexity") is None:  # not measured, or no number when it was
         return "–"
     error = row["perplexity_standard_error"]
     return f"{row['perplexity']:.2f}" + ("" if error is None else f" ±{error:.2f}")

@@ -75,13 +75,13 @@ class TaskMetrics:
         """Each metric with its standard error and 95 % interval over the questions.
 
         Args:
-            answers: Token ids, without the one that ended each.
+            answers: Token ids; the one that ends each, and what follows it, do not count.
             references: The right answer to each.
 
         Raises:
             UserError: A metric of the user's cannot be imported, or returned no number.
         """
-        predictions = registry.nfc([self.text(answer) for answer in answers])
+        predictions = registry.nfc([self.text(self.until_stop(answer)) for answer in answers])
         right = registry.nfc([as_shown(reference, self.tokenizer) for reference in references])
         draws = Resamples(len(predictions), SAMPLES)
         estimates = {}

@@ -9,6 +9,7 @@ Dimensions: T tokens of a text, V words.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class RuntimeLoss:
     @property
     def within(self) -> bool | None:
         """Whether it loses no more than it may; None: that cannot be told."""
+        if math.isnan(self.artefact_kl):
+            return False
         if self.texts < FEWEST or self.low is None or self.high is None:
             return None
         if self.high <= ALLOWED_SHARE:
@@ -112,6 +115,8 @@ def runtime_loss(
             continue
         p, r, q = (model.log_probabilities(ids) for model in (source, rounded, artefact))
         rows.append((_divergence(p, q), _divergence(p, r), _divergence(r, q), float(len(ids))))
+        if math.isnan(rows[-1][0]):
+            break  # it is broken, and more texts say nothing else
         if len(rows) < FEWEST or (len(rows) - FEWEST) % STEP:
             continue
         share = _share(np.array(rows))
@@ -144,7 +149,8 @@ def _divergence(p: Array, q: Array) -> float:
     words = min(p.shape[1], q.shape[1])  # one of them may be padded
     p, q = p[:, :words], q[:, :words]
     # Summed in float64; in float32 an exponential takes a tenth of the time.
-    return max(0.0, float((np.exp(p) * (p - q)).sum(dtype=np.float64)))
+    divergence = float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+    return max(divergence, 0.0)  # in this order what is no number stays none
 
 
 def _percent(share: float) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -319,11 +320,16 @@ class _Measuring:
 
 def _with_frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mark the rows than which none is both smaller and nearer to the data."""
-    for row in rows:
-        row["ratio"] = row["file_bytes"] / rows[0]["file_bytes"]
-        row["frontier"] = "loss" in row and not any(
-            other["file_bytes"] <= row["file_bytes"] and other["loss"] <= row["loss"]
-            and (other["file_bytes"], other["loss"]) != (row["file_bytes"], row["loss"])
-            for other in rows
-        )  # fmt: skip
+    points = [(row["file_bytes"], _loss(row)) for row in rows]
+    for row, (size, loss) in zip(rows, points, strict=True):
+        row["ratio"] = size / rows[0]["file_bytes"]
+        row["frontier"] = math.isfinite(loss) and not any(
+            other[0] <= size and other[1] <= loss and other != (size, loss) for other in points
+        )
     return rows
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    """Of a row; infinite where it was not measured, or is no number (null in a file)."""
+    loss = row.get("loss")
+    return math.inf if loss is None or math.isnan(loss) else float(loss)

@@ -98,7 +98,8 @@ class Receipt:
     @property
     def passed(self) -> bool | None:
         """Whether it answers as its kind may; None: that cannot be told."""
-        if self.other_tokens or self.mean_kl > self.allowed_kl:
+        # Not the other way round: what is no number is not within it either.
+        if self.other_tokens or not self.mean_kl <= self.allowed_kl:
             return False
         return True if self.runtime is None else self.runtime.within
 
