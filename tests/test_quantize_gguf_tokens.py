@@ -20,6 +20,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lighten.errors import UserError
 from lighten.gguf_names import PATTERNS, SPLITTINGS, WHOLE_WORDS
 from lighten.models.gguf import converted, read_tokenizer
 from lighten.quantization import gguf_tokenizer
@@ -255,3 +256,47 @@ def test_a_way_to_split_is_read_under_all_its_names(
                 assert runtime.tokenise(text) == ids, (name, text)
                 assert built(text, add_special_tokens=False)["input_ids"] == ids, (name, text)
                 assert kept(text, add_special_tokens=False)["input_ids"] == ids, (name, text)
+
+
+COMPOSED, DECOMPOSED = "\ud55c\uad6d\uc5b4", "\u1112\u1161\u11ab\u1100\u116e\u11a8\u110b\u1165"
+
+
+def test_what_a_tokenizer_changes_of_a_text_is_refused_or_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """llama.cpp splits a text as it comes: Qwen's tokenizers compose letters before."""
+    folder = tmp_path / "model"
+    KINDS["qwen2"]().save_pretrained(folder)
+    tiny_model("llama", vocab_size=ROWS, num_hidden_layers=1).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    state = json.loads(file.read_text())
+
+    def write(normalizer: dict[str, Any] | None) -> None:
+        file.write_text(json.dumps({**state, "normalizer": normalizer}))
+        write_gguf(folder, tmp_path / "model.gguf", "f16")
+
+    for wrong in (
+        {"type": "Lowercase"}, {"type": "Prepend", "prepend": "x"},
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"changes text before it is split \(.*other tokens"):
+            write(wrong)
+    write(None)
+    assert "NFC" not in caplog.text
+    write({"type": "NFC"})
+    assert "decomposed ones" in caplog.text
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with Runtime(tmp_path / "model.gguf", context_tokens=16, threads=1) as runtime:
+        ids = tokenizer(DECOMPOSED, add_special_tokens=False)["input_ids"]
+        assert runtime.tokenise(COMPOSED) == ids
+        assert runtime.tokenise(DECOMPOSED) != ids
+
+
+def test_a_space_before_every_text_has_no_name_there(tmp_path: Path) -> None:
+    (pattern,) = PATTERNS["qwen2"]
+    byte_level(
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no known name"):
+        gguf_tokenizer.read_vocabulary(tmp_path, ROWS)

@@ -33,6 +33,10 @@ MISTRAL = (
     "{% elif m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
     "{% else %}{{ raise_exception('roles') }}{% endif %}{% endfor %}"
 )
+BRACES = (
+    "{% for m in messages %}{{ '{' + m['role'] + ': {' + m['content'] + '}}\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '{assistant: {' }}{% endif %}"
+)
 SHOUTS = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
 COUNTS = "{% for m in messages %}{{ loop.index }}: {{ m['content'] }}\n{% endfor %}"
 CHATS = [
@@ -93,7 +97,14 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
 
 @pytest.mark.parametrize(
     ("template", "system"),
-    [(CHATML, True), (LLAMA3, True), (GEMMA, False), (DEFAULT_SYSTEM, True), (MISTRAL, False)],
+    [
+        (CHATML, True),
+        (LLAMA3, True),
+        (GEMMA, False),
+        (DEFAULT_SYSTEM, True),
+        (MISTRAL, False),
+        (BRACES, True),
+    ],
 )
 def test_the_go_template_renders_the_same(template: str, system: bool) -> None:
     tokenizer = tiny_tokenizer(template=template)
@@ -129,7 +140,7 @@ def test_a_modelfile_names_model_and_stops(tmp_path: Path) -> None:
     lines: list[Any] = text.splitlines()
     assert lines[0] == "FROM ./model.gguf"
     assert 'PARAMETER stop "<|im_end|>"' in lines
-    assert lines[-1] == r'PARAMETER stop "say \"x\"\n"'
+    assert text.endswith('PARAMETER stop """say "x"\n"""\n')  # Ollama takes escapes as they are
     assert modelfile(tiny_tokenizer(template=None), source="smollm2:135m", stops=[]) == (
         "FROM smollm2:135m\n"
     )

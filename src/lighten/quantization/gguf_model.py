@@ -205,6 +205,12 @@ def _tell_tokens(vocabulary: Vocabulary, target: Path) -> None:
             "%s leaves out %s: the model has no row for them",
             target, ", ".join(vocabulary.without_row[:5]),
         )  # fmt: skip
+    if vocabulary.composes:
+        log.warning(
+            "%s: llama.cpp takes letters as they come, which the model's tokenizer composes first "
+            "(NFC): give it composed texts; decomposed ones, such as names of files on macOS, are "
+            "other tokens", target,
+        )  # fmt: skip
     unsaid = [vocabulary.tokens[token] for token in vocabulary.ends[3:]]
     if unsaid:
         log.warning(

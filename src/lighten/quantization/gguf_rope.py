@@ -86,17 +86,20 @@ def rope_of(config: Mapping[str, Any], architecture: str, head: int, where: str)
 
 
 def parameters_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_parameters`, made of the settings of before transformers 5 where it is not there."""
-    if isinstance(config.get("rope_parameters"), dict):
-        return dict(config["rope_parameters"])
-    scaling = dict(config.get("rope_scaling") or {})
+    """`rope_parameters` as transformers makes them of all that a configuration says.
+
+    `rope_scaling` is taken before them, and what neither says is looked for beside them.
+    """
+    scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if "full_attention" in scaling:
+        return scaling
     scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", "default"))
     full_attention = {
         "rope_theta": config.get("rope_theta", 10000.0),
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
         **scaling,
     }
-    if "rope_local_base_freq" in config:  # Gemma 3
+    if "rope_local_base_freq" in config:  # Gemma 3 of before transformers 5
         local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
         return {"full_attention": full_attention, "sliding_attention": local}
     return full_attention

@@ -53,6 +53,7 @@ class Vocabulary:
             white space behind them.
         otherwise: Special tokens that treat it otherwise in llama.cpp all the same.
         without_row: Added tokens that the model has no row for: they are left out.
+        composes: Whether the model's tokenizer composes letters (NFC) first, as llama.cpp does not.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Vocabulary:
     by_name: bool = False
     otherwise: tuple[str, ...] = ()
     without_row: tuple[str, ...] = ()
+    composes: bool = False
 
     def name_for(self, name: str) -> str:
         """What a file has to call a model of this tokenizer, for llama.cpp to read its texts right.
@@ -158,6 +160,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     _special(folder, config, tokenizer, ids, vocabulary)
     vocabulary.template = _template(folder, config)
     vocabulary.without_row = tuple(without_row.values())
+    vocabulary.composes = _composes(file, tokenizer, pieces)
     _look_at_space(vocabulary, added, ids)
     return vocabulary
 
@@ -198,6 +201,28 @@ def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
     marks = [step for step in normalizers if step.get("type") == "Replace"
              and step.get("content") == _SPACE]  # fmt: skip
     return bool(marks) or any(step.get("type") == "Metaspace" for step in splitters)
+
+
+def _composes(file: Path, tokenizer: Mapping[str, Any], pieces: bool) -> bool:
+    """Whether texts are composed (NFC) before they are split; llama.cpp takes them as they are.
+
+    Raises:
+        UserError: They are changed in another way.
+    """
+    kinds = set()
+    for step in _steps(tokenizer, "normalizer", "normalizers"):
+        kind = str(step.get("type"))
+        marks = kind in ("Prepend", "Replace") and _SPACE in (
+            step.get("prepend"), step.get("content")
+        )  # fmt: skip
+        if not (pieces and marks):
+            kinds.add(kind)
+    if kinds - {"NFC"}:
+        raise UserError(
+            f"{file} changes text before it is split ({', '.join(sorted(kinds))}), which llama.cpp "
+            "does not, so the file would read other tokens; keep this model in safetensors"
+        )
+    return bool(kinds)
 
 
 def _sentencepiece(
@@ -261,7 +286,11 @@ def _splitting(file: Path, tokenizer: Mapping[str, Any]) -> str:
     elif kinds == ["Digits", "ByteLevel"] and splitters[0].get("individual_digits"):
         plain = splitters[1].get("use_regex", True) and not splitters[1].get("add_prefix_space")
         name = "smollm" if plain else None
-    elif kinds[-1:] == ["ByteLevel"] and not splitters[-1].get("use_regex", True):
+    elif (
+        kinds[-1:] == ["ByteLevel"]
+        and not splitters[-1].get("use_regex", True)
+        and not splitters[-1].get("add_prefix_space")
+    ):
         patterns = [str((step.get("pattern") or {}).get("Regex")) for step in splitters[:-1]]
         name = _NAMES.get(tuple(patterns)) if set(kinds[:-1]) == {"Split"} else None
     if name is not None and whole_words != (name in WHOLE_WORDS):

@@ -194,7 +194,9 @@ def _common_end(texts: Sequence[str]) -> str:
 
 def _literal(text: str) -> str:
     """A text that Go's templates print as it is."""
-    return text.replace("{{", '{{ "{{" }}')
+    text = text.replace("{{", '{{ "{{" }}')
+    # A brace at the end would be the first of the action behind it.
+    return text.removesuffix("{") + '{{ "{" }}' if text.endswith("{") else text
 
 
 def _path(name: str) -> str:
@@ -203,5 +205,6 @@ def _path(name: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+    """As Ollama reads it: what stands between the quotes is taken as it is, lines too."""
+    quotes = '"""' if '"' in text else '"'
+    return f"{quotes}{text}{quotes}"
