@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lighten
+from lighten.adapters.fake_quant import fake_layers, fake_quantise, really_quantised
 from lighten.artifacts import open_source
+from lighten.models.known import shape_of
 from lighten.quantization.executorch import program_rounding
 from lighten.quantization.executorch_rounding import (
     ProgramRounding,
@@ -92,6 +94,27 @@ def test_scales_are_xnnpack_s_where_no_data_choose_them_and_integers_stay() -> N
     assert torch.equal(weight.scale, learnt.scale.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_integers_are_those_that_a_run_in_16_bits_learnt(dtype: str) -> None:
+    """From float32 some numbers go to the other side of a step."""
+    plain = model(hidden_size=64, intermediate_size=96)
+    learnt = copy.deepcopy(plain)
+    fake_quantise(learnt, 32, computes=getattr(torch, dtype))
+    layers = {path: really_quantised(layer).weight for path, layer in fake_layers(learnt).items()}
+    assert len(layers) == 14
+    others = copy.deepcopy(plain)
+    ProgramRounding(32).apply(others)
+    ProgramRounding(32, learnt_in=dtype).apply(plain)
+    differ = 0
+    for path, weight in layers.items():
+        rounded: Any = plain.get_submodule(path).weight
+        assert torch.equal(rounded.qdata, weight.qdata)
+        assert torch.equal(rounded.scale, weight.scale.bfloat16().float())
+        differ += int((others.get_submodule(path).weight.qdata != weight.qdata).sum())
+    assert differ > 100
+    assert all(score.isfinite().all() for score in [scores(plain, ROWS[0])])
+
+
 @pytest.mark.parametrize("rows", [None, ROWS[:2]])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_weights_handed_on_are_those_that_were_chosen(
@@ -150,6 +173,21 @@ def test_a_layer_computes_as_in_xnnpack(tmp_path: Path) -> None:
     assert int((apart < 2e-6 * told.abs().max()).sum()) >= 250
 
 
+def test_the_page_counts_keys_and_values_once() -> None:
+    known_shape = shape_of("SmolLM2-135M")
+    assert known_shape is not None
+    config = known_shape[0].config
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    head = config["hidden_size"] // heads
+    numbers = 2 * layers * config["num_key_value_heads"] * head
+    page = (Path(__file__).parent.parent / "docs" / "phone.md").read_text(encoding="utf-8")
+    words = " ".join(page.split())
+    assert (
+        f"{numbers:,} numbers a token, in float32 {4 * numbers / 1e3:.0f} KB, "
+        f"{4 * numbers * 512 / 1e6:.0f} MB for 512"
+    ) in words
+
+
 def test_rows_that_no_group_divides_have_8_bits_and_are_told() -> None:
     odd = model(intermediate_size=72)
     (note,) = ProgramRounding(64, ROWS[:2]).apply(odd)
@@ -187,8 +225,9 @@ def test_a_run_is_rounded_on_its_data_and_a_qat_run_as_it_learnt(
         qat="int8-dynamic-act-int4-weight", qat_group_size=64,
     )  # fmt: skip
     rounding, recorded, notes = program_rounding(open_source(learnt))
-    assert (rounding, notes) == (ProgramRounding(64, None), [])
-    assert recorded == {"group_size": 64, "calibration": None}
+    (dtype,) = (c["value"] for c in learnt.info()["choices"] if c["what"] == "dtype")
+    assert (rounding, notes) == (ProgramRounding(64, None, dtype), [])
+    assert recorded == {"group_size": 64, "calibration": None, "learnt_in": dtype}
 
     rows.unlink()
     rounding, recorded, notes = program_rounding(open_source(run))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lighten
-from lighten.adapters import AdapterSpec, Share, WholeBase, attach
+from lighten.adapters import AdapterSpec, Share, WholeBase, attach, load
 from lighten.adapters.fake_quant import (
     FakeQuantLinear,
     fake_layers,
@@ -22,8 +23,10 @@ from lighten.adapters.fake_quant import (
     make_plain,
     really_quantised,
 )
+from lighten.artifacts import open_source
 from lighten.errors import MissingExtra, UserError
 from lighten.quantization.model_source import ModelSource
+from lighten.quantization.receipts import _source_of, round_as_learnt
 from lighten.quantization.weights import make
 from lighten.recipe import Recipe, RecipeError
 from lighten.runs import Run
@@ -316,6 +319,27 @@ def test_what_is_written_for_it_answers_as_it_was_trained(tmp_path: Path) -> Non
         assert torch.equal(plain(ids).logits, loaded(ids).logits)
     with pytest.raises(UserError, match="groups of 96"):
         make(QAT, folder, quantized_folder, [], group_size=96)
+
+
+def test_a_receipt_compares_with_what_was_trained_rounded(settings: dict[str, Any]) -> None:
+    """Unrounded the run never answered: its program would have to answer as nothing did."""
+    run = lighten.train(**settings, progress=False)
+    source = _source_of(open_source(run), False)[0]
+    ids = list(range(5, 40))
+    unrounded = source.log_probabilities(ids)
+    base = tiny_model("llama", **SHAPE)
+    trained = load(base, run.adapters(), qat_group_size=32)
+    with trained.using(next(iter(run.adapters()))) as model, torch.no_grad():
+        learnt = model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+    round_as_learnt(source, 32, "float32")
+    assert np.abs(source.log_probabilities(ids) - learnt).mean() < 1e-4
+    assert np.abs(unrounded - learnt).mean() > 0.01
+    assert len(source.greedy(ids, 3)) == 3
+    source.release()
+    assert np.array_equal(source.log_probabilities(ids), unrounded)
+    # In 16 bits weights are rounded otherwise, and products are in float32 all the same.
+    round_as_learnt(source, 32, "bfloat16")
+    assert 0 < np.abs(source.log_probabilities(ids) - learnt).mean() < 0.1
 
 
 def test_a_run_is_quantised_in_the_groups_it_was_trained_for(

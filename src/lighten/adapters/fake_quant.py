@@ -85,8 +85,9 @@ class FakeQuantLinear(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             if A is not None and B is not None:
                 weight = weight.float() + scale * (B @ A)
-            rounded = fake_weight(weight.to(self.computes), self.group_size)
-            bias = None if self.bias is None else self.bias.to(self.computes)
+            # In training `x` is in that format too; a receipt computes in float32.
+            rounded = fake_weight(weight.to(self.computes), self.group_size).to(x.dtype)
+            bias = None if self.bias is None else self.bias.to(self.computes).to(x.dtype)
             return F.linear(fake_activations(x), rounded, bias)
 
 

@@ -83,7 +83,7 @@ def _make(job: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         notes = write_program(
             model, Path(job["file"]), context_tokens=job["context"], ends=job["ends"],
-            rounding=ProgramRounding(job["group_size"], job["calibration"]),
+            rounding=ProgramRounding(**job["rounding"]),
             keep=Path(job["keep"]) if job["keep"] else None,
         )  # fmt: skip
     elif job["kind"] == "rounding":
@@ -91,7 +91,7 @@ def _make(job: dict[str, Any]) -> dict[str, Any]:
         from lighten.quantization.executorch_rounding import ProgramRounding
 
         began = time.perf_counter()
-        rounding = ProgramRounding(job["group_size"], job["calibration"])
+        rounding = ProgramRounding(**job["rounding"])
         rounded_model(model, rounding, Path(job["keep"]))
     else:
         from lighten.quantization.weights import make

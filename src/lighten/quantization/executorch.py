@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lighten.quantization import child
 from lighten.quantization.calibration import calibration_rows
 from lighten.quantization.executorch_rounding import ProgramRounding
 from lighten.quantization.gguf_source import Array, declared_ends
+from lighten.quantization.rounding import trained_dtype
 from lighten.quantization.targets import dynamic_group_size
 
 SUFFIX = ".pte"
@@ -59,7 +61,9 @@ def program_rounding(artefact: Artefact) -> tuple[ProgramRounding, dict[str, Any
         return *nearest, [f"{_NEAREST}: no run says what data it will see"]
     recipe = run.recipe()
     if recipe.qat_groups is not None:
-        return *nearest, []
+        learnt_in = trained_dtype(artefact)
+        record = {"group_size": groups, "calibration": None, "learnt_in": learnt_in}
+        return ProgramRounding(groups, learnt_in=learnt_in), record, []
     try:
         tokenizer = AutoTokenizer.from_pretrained(artefact.companions, local_files_only=True)
         data.choose_template(tokenizer, recipe.chat_template)
@@ -97,8 +101,8 @@ def write_program(
     job = {
         "do": "make", "name": "executorch", "kind": "executorch", "model": str(folder),
         "folder": str(target.parent), "file": str(target), "context": longest,
-        "ends": _ends(folder), "group_size": rounding.group_size,
-        "calibration": rounding.calibration, "keep": None if keep is None else str(keep),
+        "ends": _ends(folder), "rounding": asdict(rounding),
+        "keep": None if keep is None else str(keep),
     }  # fmt: skip
     notes: list[str] = child.call(job)["notes"]
     return [
@@ -120,8 +124,7 @@ def write_rounding(folder: Path, rounding: ProgramRounding, keep: Path) -> None:
     """
     child.call({
         "do": "make", "name": "rounding", "kind": "rounding", "model": str(folder),
-        "folder": str(keep.parent), "keep": str(keep), "group_size": rounding.group_size,
-        "calibration": rounding.calibration,
+        "folder": str(keep.parent), "keep": str(keep), "rounding": asdict(rounding),
     })  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def write_program(
     facts = {
         "get_max_seq_len": min(PREFILL_TOKENS, context_tokens),
         "get_max_context_len": context_tokens, "get_vocab_size": words,
-        "get_bos_id": ends[0] if bos is None else int(bos), "get_eos_ids": ends,
+        "get_bos_id": next(iter(ends), 0) if bos is None else int(bos), "get_eos_ids": ends,
         "use_kv_cache": True, "use_sdpa_with_kv_cache": False, "enable_dynamic_shape": True,
     }  # fmt: skip
     try:

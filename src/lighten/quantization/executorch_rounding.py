@@ -34,10 +34,13 @@ class ProgramRounding:
         group_size: Numbers of a row that share a scale.
         calibration: Token ids of rows that the rounding is chosen on; None: each number goes to
             its nearest, as after a training that rounded so.
+        learnt_in: Format in which that training rounded weights. In 16 bits others of them are
+            ties, so that from float32 some would go to the other side. None: there was none.
     """
 
     group_size: int = GROUP_SIZE
     calibration: Sequence[Sequence[int]] | None = None
+    learnt_in: str | None = None
 
     def apply(self, model: Any, written: Path | None = None) -> list[str]:
         """Round a model's weights, in place; activations from then on, too.
@@ -64,7 +67,7 @@ class ProgramRounding:
         for path, layer in layers.items():
             groups = None if layer is head else self._groups_of(layer)
             odd += layer is not head and groups is None
-            _round_layer(layer, groups)
+            _round_layer(layer, groups, self.learnt_in)
             if path in rounded:
                 _replace(layer, *rounded[path])
         _round_words(model, embedding)
@@ -86,8 +89,14 @@ class ProgramRounding:
         return next((size for size in sizes if layer.in_features % size == 0), None)
 
 
-def _round_layer(layer: nn.Linear, group_size: int | None) -> None:
-    """To 4 bits in groups, or to 8 bits with a scale a row; each number to its nearest."""
+def _round_layer(layer: nn.Linear, group_size: int | None, learnt_in: str | None = None) -> None:
+    """To 4 bits in groups, or to 8 bits with a scale a row; each number to its nearest.
+
+    Args:
+        layer: In float32, rounded in place.
+        group_size: None: 8 bits.
+        learnt_in: As of `ProgramRounding`.
+    """
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
 
@@ -95,11 +104,18 @@ def _round_layer(layer: nn.Linear, group_size: int | None) -> None:
         weight_dtype=getattr(torch, "int4" if group_size else "int8"),
         weight_granularity=PerGroup(group_size) if group_size else PerAxis(0),
     )
+    rounded = layer
+    if group_size and learnt_in not in (None, "float32"):
+        with torch.device("meta"):
+            rounded = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        weight: Any = layer.weight.detach().to(getattr(torch, str(learnt_in)))
+        rounded.weight = nn.Parameter(weight, requires_grad=False)
+        quantize_(rounded, config)
     quantize_(layer, config)
     if group_size:
-        # As XNNPACK will have them. Integers stay: a run with `qat` learnt those.
-        weight: Any = layer.weight
-        weight.scale.copy_(SCALES.stored(weight.scale))
+        # Scales as XNNPACK will have them. Integers stay: a run with `qat` learnt those.
+        weight = rounded.weight
+        _replace(layer, weight.qdata, SCALES.stored(weight.scale))
 
 
 def _replace(layer: nn.Linear, integers: Tensor, scales: Tensor) -> None:

@@ -66,15 +66,23 @@ def receipt_of(
             return verify.compare(
                 source, opened, questions, artefact=target.name, kind=kind, against=against
             )
+    return _of_gguf_adapter(artefact, file, source, questions, target.name)
+
+
+def _of_gguf_adapter(
+    artefact: Artefact, file: Path, source: verify.InTransformers, questions: Questions, name: str
+) -> Receipt:
+    """A GGUF adapter on its base in float32, which is written for as long as that takes."""
     from lighten.quantization.gguf_model import write_gguf
 
-    with _scratch(target.parent, "base") as scratch:
+    with _scratch(file.parent.parent, "base") as scratch:
         base = scratch / "base.gguf"
         write_gguf(artefact.base_folder, base, "f32")
         with verify.in_llamacpp(base, file) as opened:
             return verify.compare(
-                source, opened, questions, artefact=target.name, kind="f16", against=against
-            )
+                source, opened, questions, artefact=name, kind="f16",
+                against=_against(artefact, False),
+            )  # fmt: skip
 
 
 def _of_program(
@@ -84,7 +92,7 @@ def _of_program(
     """A program beside its model, and beside the same rounding in PyTorch.
 
     What the rounding costs is measured against the model; what the runtime adds to it, apart and
-    on more tokens.
+    on more tokens. A run with `qat` learnt rounded, and never answered otherwise.
     """
     rounding, record, _ = executorch.program_rounding(artefact)
     manifest = file.parent / MANIFEST
@@ -93,12 +101,16 @@ def _of_program(
     if reproducible and rounded is None:
         require_receipt_room(artefact, "executorch", _place(file.parent))
     with executorch.running(file, source.tokenizer) as program:
+        if rounding.learnt_in is not None:
+            round_as_learnt(source, rounding.group_size, rounding.learnt_in)
         receipt = verify.compare(
             source, program, questions, artefact=file.name, kind="executorch",
             against=_against(artefact, dequantized), context_tokens=program.positions,
         )  # fmt: skip
         if not reproducible:
             return receipt
+        if rounding.learnt_in is not None:
+            source.release()  # what rounding loses is measured from unrounded weights
         with _rounded_weights(artefact, file, dequantized, rounding, rounded) as weights:
             reference = _in_transformers(artefact, dequantized)
             if artefact.adapter is not None:
@@ -108,6 +120,25 @@ def _of_program(
         longest = min(verify.LONGEST, program.positions)
         added = runtime_loss(source, reference, program, texts, longest)
     return dataclasses.replace(receipt, runtime=added)
+
+
+def round_as_learnt(source: verify.InTransformers, group_size: int, learnt_in: str) -> None:
+    """Let a model compute as in its quantisation-aware training, until it is released.
+
+    Args:
+        source: What was trained.
+        group_size: Numbers of a row that share a scale.
+        learnt_in: Format in which weights were rounded.
+    """
+    import torch
+
+    from lighten.adapters.fake_quant import fake_quantise
+
+    model = source.model
+    if hasattr(model, "peft_config"):
+        model = model.merge_and_unload()
+    fake_quantise(model, group_size, computes=getattr(torch, learnt_in))
+    source.model = model
 
 
 @contextmanager
@@ -182,7 +213,8 @@ def verify_artefact(
         facts = read_header(files[0]).settings
         if facts.get("general.type") == "adapter":
             require_receipt_room(against, "gguf-adapter", _place(folder.parent))
-            receipt = receipt_of(against, folder, "gguf-adapter", "f16")
+            parts = _source_of(against, False)
+            receipt = _of_gguf_adapter(against, files[0], *parts, files[0].name)
         else:
             kind = _gguf_type(facts, files[0])
             source, questions = _source_of(against, dequantized)

@@ -64,10 +64,10 @@ def rounding_of(artefact: Artefact) -> Rounding:
         settings["bnb_4bit_use_double_quant"],
     )  # fmt: skip
     assert storage is not None  # a base that was not quantised has no such artefact
-    return Rounding(storage, getattr(torch, _trained_dtype(artefact)))
+    return Rounding(storage, getattr(torch, trained_dtype(artefact)))
 
 
-def _trained_dtype(artefact: Artefact) -> str:
+def trained_dtype(artefact: Artefact) -> str:
     """The format in which the products of the run's training were computed."""
     assert artefact.run is not None
     choices = {choice["what"]: choice["value"] for choice in artefact.run.info().get("choices", [])}
