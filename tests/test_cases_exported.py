@@ -196,3 +196,30 @@ def test_a_killed_quantize_leaves_nothing_that_the_next_one_does_not_remove(
     with pytest.raises(UserError, match="int4 chooses its rounding on data"):
         api.quantize(tmp_path / "adapter", "int4", output_dir=tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_what_a_file_manager_leaves_is_nobodys(tiny_folder: Path, tmp_path: Path) -> None:
+    """Finder and Explorer write into a folder that is looked at."""
+    target = tmp_path / "e"
+    for name in (".DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini"):
+        api.export(str(tiny_folder), "merged", output_dir=target, verify=False)
+        (target / name).touch()
+    api.export(str(tiny_folder), "merged", output_dir=target, verify=False)
+    assert not (target / "desktop.ini").exists()
+
+
+def test_an_adapter_is_verified_beside_other_gguf_files(tmp_path: Path) -> None:
+    """Where people keep them: all in one folder."""
+    base = save_tiny(tmp_path / "base")
+    adapter_on(base, tmp_path / "adapter")
+    source = str(tmp_path / "adapter")
+    export = api.export(source, "gguf-adapter", output_dir=tmp_path / "g", verify=False)
+    together = tmp_path / "all"
+    together.mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(export.files[0], together / name)
+    receipt = api.verify(together / "b.gguf", source)
+    assert receipt.passed
+    assert receipt.artefact == "b.gguf"
+    with pytest.raises(UserError, match="name one GGUF file"):
+        api.verify(together, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lighten
+from lighten.errors import UserError
 from lighten.quantization.forecast import forecast
 from lighten.quantization.gguf_types import gguf_merge_dtype
 from lighten.quantization.merge import merge
@@ -83,3 +85,24 @@ def test_a_file_in_float16_keeps_updates_that_bfloat16_rounds_away(tmp_path: Pat
 def test_coarser_files_are_made_from_sixteen_bits() -> None:
     kinds = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
     assert [gguf_merge_dtype(kind) for kind in kinds] == ["float32"] * 2 + ["auto"] * 3
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_numbers_that_float16_cannot_say_are_not_made_infinite(
+    in_memory: bool, tmp_path: Path
+) -> None:
+    base = save_tiny(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.get_parameter(VALUE)[0, 0] = 1e5
+    model.save_pretrained(base)
+    by_peft = {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}
+    trained(model, tmp_path / "adapter", **(by_peft if in_memory else {}))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
+    config.write_text(json.dumps(values))
+    source = str(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"{VALUE}.* beyond what float16 can say"):
+        lighten.export(source, dtype="float16", output_dir=tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+    lighten.export(source, dtype="bfloat16", output_dir=tmp_path / "out", verify=False)

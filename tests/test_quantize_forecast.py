@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lighten
@@ -151,3 +152,17 @@ def test_the_command_tells_sizes_and_what_does_not_go_together(models: dict[str,
         refused = CliRunner().invoke(app, [*arguments, *flags])
         assert refused.exit_code not in (0, 1)
         assert flags[0] in refused.output
+
+
+def test_layers_that_int8_leaves_are_said(tmp_path: Path) -> None:
+    """torchao knows PyTorch's linear layers: of GPT-2 it rounds the words alone."""
+    model = save_model(tmp_path / "gpt2", "gpt2")
+    entries = api.plan_formats(model, "int8,int8:bitsandbytes", output_dir=tmp_path).formats
+    assert entries[0].note.startswith("8 linear layers of 8, 100% of their weights, stay in 16")
+    assert entries[1].note == ""
+    rounded = tmp_path / "int8"
+    rounded.mkdir()
+    make("int8", model, rounded, [])
+    kinds = {tensor.dtype for name, tensor in load_file(rounded / "model.safetensors").items()
+             if ".c_" in name}  # fmt: skip
+    assert kinds == {torch.bfloat16}

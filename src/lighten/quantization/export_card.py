@@ -24,6 +24,8 @@ _BELONGS = (
     "*.jinja", "model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "*.gguf",
     "*.pte", "Modelfile", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+# What file managers put beside what they show.
+_SHOWN = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
 _ONE = ("*.gguf", "*.pte")  # an export has one such file: of several some are a person's
 
 
@@ -38,6 +40,7 @@ def require_replaceable(folder: Path) -> None:
     if folder.name in ("", ".."):
         raise UserError(f"--output_dir {folder} is a folder in use; name one in it")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    names = [name for name in names if not any(fnmatch(name, p) for p in _SHOWN)]
     foreign = [name for name in names if not any(fnmatch(name, p) for p in _BELONGS)]
     for pattern in _ONE:
         several = [name for name in names if fnmatch(name, pattern)]

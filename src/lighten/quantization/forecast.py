@@ -233,12 +233,12 @@ def _folder_format(target: Target, source: _Source, timed: bool, missing: str | 
     from lighten.models import skeleton
     from lighten.quantization import int4
     from lighten.quantization.file_sizes import folder_bytes
-    from lighten.quantization.shapes import about_experts, about_nf4
+    from lighten.quantization.shapes import about_experts, about_int8, about_nf4
 
-    abouts = {"nf4": about_nf4, "int4": int4.about}
+    abouts = {"nf4": about_nf4, "int4": int4.about, "int4:rounded": int4.about, "int8": about_int8}
     model = skeleton(str(source.folder))
     size = folder_bytes(target.kind, model, group=source.group)
-    about = abouts.get(target.kind.partition(":")[0])
+    about = abouts.get(target.kind)
     notes = about_experts(model), about(model) if about else ""
     weights, note = source.weights, "; ".join(filter(None, notes))
     if target.kind.startswith("int4") or target.kind == DYNAMIC:

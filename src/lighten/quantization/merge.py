@@ -301,7 +301,7 @@ class _Plan:
         # A router or a bias in float32 beside weights in 16 bits is so on purpose.
         kept = self._keeps_float32 and weight.kind in _WIDE
         dtype = torch.float32 if kept else self._dtype
-        return safetensors_stream.entry(key, shape, dtype, _finite(blocks, name))
+        return safetensors_stream.entry(key, shape, dtype, _finite(blocks, name, dtype))
 
     def _module(self, name: str) -> nn.Module | None:
         try:
@@ -347,7 +347,11 @@ def _grown(
     return grown
 
 
-def _finite(blocks: Callable[[], Iterator[Tensor]], name: str) -> Callable[[], Iterator[Tensor]]:
+def _finite(
+    blocks: Callable[[], Iterator[Tensor]], name: str, dtype: torch.dtype
+) -> Callable[[], Iterator[Tensor]]:
+    """The blocks, of which every number is one, and is one in the format that it goes to."""
+
     def looked_at() -> Iterator[Tensor]:
         for block in blocks():
             if not bool(block.isfinite().all()):
@@ -355,9 +359,22 @@ def _finite(blocks: Callable[[], Iterator[Tensor]], name: str) -> Callable[[], I
                     f"{name} would hold numbers that are not finite; the training diverged, or a "
                     "file is damaged"
                 )
+            require_range(block, name, dtype)
             yield block
 
     return looked_at
+
+
+def require_range(weight: Tensor, name: str, dtype: torch.dtype) -> None:
+    """A weight's numbers are not beyond what its format can say.
+
+    Raises:
+        UserError: They are, and would be infinite.
+    """
+    if dtype == torch.float16 and not bool(weight.to(dtype).isfinite().all()):
+        raise UserError(
+            f"{name} holds numbers beyond what float16 can say; choose --dtype bfloat16 or float32"
+        )
 
 
 def _file_names(weights: dict[str, Weight]) -> dict[Path, str]:

@@ -15,7 +15,7 @@ from lighten.models.load import weight_files
 from lighten.peft_config import WEIGHTS, read_config, tensor_shapes
 from lighten.quantization.export_card import DEQUANTIZED, ONTO_KEY, ORIGINAL, card, write_manifest
 from lighten.quantization.gguf_source import read_json
-from lighten.quantization.merge import Unmergeable, merge
+from lighten.quantization.merge import Unmergeable, merge, require_range
 from lighten.quantization.rounding import rounding_of
 from lighten.runs import whole_folder
 from lighten.safetensors_header import index_of
@@ -135,6 +135,8 @@ def _merge_in_memory(
         raise  # in a sentence already
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise UserError(f"{artefact.adapter} cannot be merged: {first_line(error)}") from error
+    for name, weight in whole.named_parameters():
+        require_range(weight.detach(), name, getattr(torch, dtype_name))
     with whole_folder(target) as partial:
         whole.to(getattr(torch, dtype_name)).save_pretrained(partial)
         add_companions(partial)

@@ -67,6 +67,14 @@ def about_nf4(model: PreTrainedModel) -> str:
     return about_dense(dense_in_nf4(shapes), shapes, reason)
 
 
+def about_int8(model: PreTrainedModel) -> str:
+    """What has to be said of layers that torchao's INT8 leaves; nothing where it leaves none."""
+    shapes = linear_layers(model)
+    left = shapes.keys() - linear_layers(model, conv=False).keys()
+    reason = "torchao takes PyTorch's own layers, and not GPT-2's; int8:bitsandbytes takes them too"
+    return about_dense(left, shapes, reason)
+
+
 def about_dense(dense: Collection[str], shapes: dict[str, tuple[int, int]], reason: str) -> str:
     """That layers stay in 16 bits, and why; nothing where none does."""
     if not dense:
