@@ -372,14 +372,21 @@ def test_chat_ends_where_the_model_does(tmp_path: Path) -> None:
     talk.close()
 
 
-def test_a_model_that_our_engine_does_not_take_chats_in_transformers(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "falcon", "falcon")
+@pytest.mark.parametrize(
+    ("arch", "why"),
+    [("falcon", "falcon's attention cannot be replaced"),
+     ("doge", "this model's attention has a mask of its own")],
+)  # fmt: skip
+def test_a_model_that_our_engine_does_not_take_chats_in_transformers(
+    arch: str, why: str, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / arch, arch)
     out, logged = io.StringIO(), []
     chat(str(folder), lines=io.StringIO("hello\n"), out=out, max_new_tokens=4, log=logged.append)
     assert len(out.getvalue()) > 1
     (line,) = logged
     assert line.startswith("transformers answers")
-    assert "falcon's attention cannot be replaced" in line
+    assert why in line
 
 
 def test_an_adapter_that_our_engine_does_not_take_chats_in_transformers(tmp_path: Path) -> None:

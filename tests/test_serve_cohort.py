@@ -556,12 +556,12 @@ def test_bases_that_slots_would_get_wrong_are_refused(
         Engine(tiny_model(arch, **changes))
 
 
-def test_a_base_that_masks_by_itself_answers_nothing() -> None:
-    """Its first request says so, which the server asks before it is ready."""
-    engine = Engine(tiny_model("doge", attn_implementation="eager"), max_sequences=1, max_tokens=32)
+def test_a_base_that_masks_by_itself_is_refused_and_stays_as_it_was() -> None:
+    model = tiny_model("doge", attn_implementation="eager")
+    before = model(torch.tensor([PROMPTS[1]])).logits
     with pytest.raises(UserError, match="a mask of its own"):
-        finished(ask(engine, PROMPTS[1], None))
-    engine.close(10)
+        Engine(model)
+    assert torch.equal(model(torch.tensor([PROMPTS[1]])).logits, before)
 
 
 def test_a_router_may_ask_its_weight_for_the_format() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lighten.generation.engine import Engine
 from lighten.generation.request import Request
-from tests.test_serve_cohort import GREEDY, Answer, adapter, ask, finished
+from tests.generation import choose_kernels
+from tests.test_serve_cohort import GREEDY, Answer, adapter, as_rows, ask, expected, finished
 from tests.tiny import VOCAB, tiny_model
 
 BLOCK = 16
@@ -153,3 +156,38 @@ def test_who_waits_for_a_prompt_that_is_given_up_reads_it(engine: Engine) -> Non
     taken.set()
     assert finished(second).cached == BLOCK  # what was read of it until then
     assert (first.how, len(second.tokens)) == ("cancelled", 6)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "pytorch"])
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        # Whose attention is not told of the window that its mask has.
+        ("phimoe", {"sliding_window": 8}),
+        ("qwen2_moe", {
+            "use_sliding_window": True, "sliding_window": 8, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }),
+        # Whose layers attend twice, with other values.
+        ("diffllama", {}),
+        # Whose layers run again and again in one forward, each time on other keys and values.
+        ("hrm_text", {"head_dim": 8, "embedding_scale": 1.0}),
+    ],
+    ids=["phimoe", "qwen2_moe", "diffllama", "hrm_text"],
+)  # fmt: skip
+def test_slots_keep_what_each_turn_of_a_layer_sees(
+    arch: str, changes: dict[str, Any], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the window, a prompt read in pieces and two answers beside each other."""
+    choose_kernels(monkeypatch, compiled=compiled)
+    model = tiny_model(arch, attn_implementation="eager", **changes)
+    reference = copy.deepcopy(model)
+    engine = Engine(model, max_sequences=2, max_tokens=64, prefill_tokens=BLOCK)
+    prompts = [words(length, length) for length in (40, 11)]
+    answers = [ask(engine, prompt, None, count=8) for prompt in prompts]
+    for prompt, answer in zip(prompts, map(finished, answers), strict=True):
+        rows = expected(reference, prompt, answer)
+        torch.testing.assert_close(as_rows(answer), rows, atol=1e-4, rtol=1e-4)
+    engine.close(10)

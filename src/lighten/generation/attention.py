@@ -9,6 +9,7 @@ Dimensions: N tokens of a step, H query heads, K key heads, D features of a head
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -56,7 +57,7 @@ class SlotCache:
     def __init__(self, slots: int, most_tokens: int) -> None:
         self.slots, self.most_tokens = slots, most_tokens
         self.capacity = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values
+        self._layers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # keys and values
 
     @property
     def size_bytes(self) -> int:
@@ -98,11 +99,11 @@ class SlotCache:
             for x in kept:
                 x[target, :, start:stop] = x[source, :, start:stop]
 
-    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, index: tuple[int, int], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values.
 
         Args:
-            index: Of the layer.
+            index: Of the layer, and how often a step has run it before.
             key: New ones of the layer, [1, K, N, D].
             value: The same.
         """
@@ -153,6 +154,13 @@ class Batch:
     block: int = BLOCK
     packed: bool = False
     _arrays: Any = field(default=None, repr=False)
+    _turns: Counter[int] = field(default_factory=Counter, repr=False)
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `SlotCache.layer`; where a model runs its layers in turns, each turn has its own."""
+        turn = self._turns[index]
+        self._turns[index] += 1
+        return self.cache.layer((index, turn), key, value)
 
     def arrays(self) -> Any:
         """For the kernel: tokens, slots and lengths of the sequences that write."""
@@ -213,8 +221,10 @@ def _forward(
     batch = _batch.get()
     if batch is not None:
         if attention_mask is not None and not batch.packed:
-            raise UserError("this model's attention has a mask of its own")
-        keys, values = batch.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+            if attention_mask.dim():
+                raise UserError("this model's attention has a mask of its own")
+            sliding_window = int(attention_mask)
+        keys, values = batch.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
         keys[batch.slots, :, batch.positions] = key[0].transpose(0, 1)
         values[batch.slots, :, batch.positions] = value[0].transpose(0, 1)
     if batch is None or batch.packed:
@@ -323,18 +333,47 @@ def _softcapped(
 
 
 def _mask(*arguments: Any, **options: Any) -> Tensor | None:
-    """None: slots know who sees whom; for whole rows, what the attention they train with takes."""
+    """Slots know who sees whom, given a window: its size, [], or None for all tokens before.
+
+    Some models say which window a layer has by its mask alone (Qwen 2 MoE, Phi MoE). For whole rows
+    it is what the attention they train with takes.
+    """
     batch = _batch.get()
     if batch is None or batch.packed:
         mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[blocks.NAME](*arguments, **options)
         return mask
-    return None
+    window = options.get("local_size")
+    return None if window is None else torch.tensor(int(window))
 
 
 def register() -> None:
     """Let transformers' models take this attention by its name."""
     AttentionInterface.register(NAME, _forward)
     AttentionMaskInterface.register(NAME, _mask)
+
+
+@torch.inference_mode()
+def take_over(model: PreTrainedModel) -> None:
+    """Let a model attend in slots; one that cannot keeps the attention that it has.
+
+    Masks of a model's own making are seen in a forward alone, here of one token.
+
+    Raises:
+        UserError: It cannot.
+    """
+    implementation = str(model.config._attn_implementation)
+    register()
+    model.set_attn_implementation(NAME)
+    cache = SlotCache(1, 1)
+    cache.reserve(1)
+    first = torch.zeros(1, dtype=torch.int64, device=model.device)
+    try:
+        with attending(Batch(cache, first, first, [0], ())):
+            model(input_ids=first[None], position_ids=first[None], use_cache=False,
+                  logits_to_keep=1)  # fmt: skip
+    except UserError:
+        model.set_attn_implementation(implementation)
+        raise
 
 
 def require_plain(model: PreTrainedModel) -> None:

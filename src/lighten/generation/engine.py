@@ -73,9 +73,8 @@ class Engine:
         prefix_caching: bool = True,
     ) -> None:
         require_taken(model)
-        attention.register()
+        attention.take_over(model)
         self._model = model
-        model.set_attn_implementation(attention.NAME)
         self._step, self._groups = install(model)
         self._each_group = tuple(dict.fromkeys(self._groups.values()))
         self._cache = SlotCache(max_sequences, max_tokens)
