@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,6 +282,42 @@ def test_more_is_better_where_no_task_says_otherwise(run: Run, tmp_path: Path) -
     with pytest.raises(UserError, match=r"cannot load tiny_answer: .*nothing_of_this_name"):
         lighten.evaluate(run, progress=lambda what, *_: measured.append(what), **options)
     assert set(measured) <= {"encoding"}, "nothing is lost"
+
+
+def test_answers_end_where_the_training_learnt_to_end_them(chat_file: Path, tmp_path: Path) -> None:
+    """The base declares another end: what came behind the learnt one would be scored as well."""
+    pytest.importorskip("lm_eval")
+    from transformers import AutoModelForCausalLM
+
+    folder, question, end = save_tiny(tmp_path / "model"), "What is 1?", 2
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(question)["input_ids"]
+    greedy = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=4)
+    answer = greedy[0, len(ids) :].tolist()
+    place = next(place for place in range(1, 4) if answer[place] not in answer[:place])
+    with torch.no_grad():  # that token is the end now
+        model.lm_head.weight[[answer[place], end]] = model.lm_head.weight[[end, answer[place]]]
+    model.save_pretrained(folder)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": question}))
+    (tmp_path / "scored.py").write_text(
+        "def score(doc, results):\n    return {'signs': float(len(results[0]))}\n"
+    )
+    asked = ANSWERS.format(data=tmp_path / "data.jsonl").partition("metric_list")[0]
+    (tmp_path / "scored.yaml").write_text(
+        f"{asked}process_results: !function scored.score\n".replace("{{choices[answer]}}", "")
+        + "metric_list: [{metric: signs, aggregation: mean}]\n"
+    )
+    trained = lighten.train(
+        model=str(folder), dataset=str(chat_file), dtype="float32", max_steps=1, val_size=8,
+        progress=False, output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    learnt = trained.info()["data"]
+    trained.update(data={**learnt, "answers": {**learnt["answers"], "ends": [end]}})
+    (row,) = lighten.evaluate(
+        trained, include_path=str(tmp_path), tasks=["tiny_answer"], tasks_chat_template=False, **FEW
+    ).tasks
+    assert row["models"]["base"]["value"] == len(tokenizer.decode(answer[:place]))
 
 
 def test_an_adapter_of_a_tied_head_answers_tasks(

@@ -110,8 +110,9 @@ def evaluate_run(
             opened = models.open(model_name)
             using = opened.trained.using(opened.adapter)
             harness.score(
-                tasks, model_name or "base", opened.base.model, tokenizer, settings, using
-            )
+                tasks, model_name or "base", opened.base.model, tokenizer, settings, using,
+                models.learnt.ends,
+            )  # fmt: skip
     evaluation = summarise(results, answered, settings)
     if tasks is not None:
         evaluation.settings["lm_eval"] = tasks.settings

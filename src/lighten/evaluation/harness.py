@@ -114,7 +114,7 @@ def begin(options: EvaluateOptions, tokenizer: Any) -> Tasks:
 
 def score(
     tasks: Tasks, name: str, model: Any, tokenizer: Any, options: EvaluateOptions,
-    using: AbstractContextManager[Any],
+    using: AbstractContextManager[Any], ends: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """Ask one model the tasks.
 
@@ -125,6 +125,7 @@ def score(
         tokenizer: Of it.
         options: Which tasks, and how.
         using: Within it the adapter answers that is meant.
+        ends: Tokens that end an answer, beside those that the model declares.
 
     Raises:
         UserError: lm-eval refuses a task.
@@ -132,7 +133,7 @@ def score(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with using, _tied_as_it_is(model):
+    with using, _tied_as_it_is(model), _ending_at(model, ends):
         try:
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
             results = lm_eval.simple_evaluate(
@@ -177,6 +178,19 @@ def _tied_as_it_is(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.tie_weights
+
+
+@contextmanager
+def _ending_at(model: Any, ends: Sequence[int]) -> Iterator[None]:
+    """Let answers end at tokens, too, that the model does not declare."""
+    config = model.generation_config
+    declared = config.eos_token_id
+    known = [declared] if isinstance(declared, int) else list(declared or ())
+    config.eos_token_id = list(dict.fromkeys([*known, *ends])) or None
+    try:
+        yield
+    finally:
+        config.eos_token_id = declared
 
 
 def _add_group(
