@@ -86,6 +86,50 @@ def test_a_users_text_file_and_what_is_compared(run: Run, tmp_path: Path) -> Non
         against.compare(ours, theirs, "other")
 
 
+def test_general_text_that_was_cut_elsewhere_is_not_compared(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """The same file, of which one run reads more: a loss per token of other tokens."""
+    file = tmp_path / "general.txt"
+    file.write_text("A long paragraph goes on. " * 9, encoding="utf-8")
+    ours, theirs = (
+        lighten.evaluate(
+            str(tiny_folder), eval_dataset=str(chat_file), forgetting=str(file), max_length=length,
+            dtype="float32", output_dir=str(tmp_path / str(length)), **FEW,
+        ).to_dict()
+        for length in (240, 160)
+    )  # fmt: skip
+    assert [entry["settings"]["general_text"]["rows"] for entry in (ours, theirs)] == [1, 1]
+    with pytest.raises(UserError, match="general text has other tokens"):
+        against.compare(ours, theirs, "other")
+
+
+def test_what_is_no_comparison_is_told_before_it_is_measured(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(chat_file.read_text(encoding="utf-8").replace("What is", "Tell me"))
+    options = {"max_length": 96, "dtype": "float32", "forgetting": "builtin", **FEW}
+    first = tmp_path / "first"
+    lighten.evaluate(
+        str(tiny_folder), eval_dataset=str(chat_file), output_dir=str(first), **options
+    )
+    for change, message in (
+        ({"eval_dataset": str(other)}, "held-out examples are not the same"),
+        ({"max_length": 90}, "general text has other tokens"),
+        ({"forgetting": str(chat_file)}, "general_text is"),
+        ({"chat_template": "alpaca"}, "chat_template is"),
+    ):
+        seen: list[str] = []
+        with pytest.raises(UserError, match=message):
+            lighten.evaluate(
+                str(tiny_folder), against=first, output_dir=str(tmp_path / "second"),
+                progress=lambda what, *_, seen=seen: seen.append(what),
+                **{"eval_dataset": str(chat_file), **options, **change},
+            )  # fmt: skip
+        assert not [what for what in seen if what.startswith("base")]
+
+
 def test_mistakes_are_told(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         lighten.evaluate(run, forgetting=str(tmp_path / "none.txt"))

@@ -9,18 +9,23 @@ from typing import Any
 
 import numpy as np
 
+from lighten.data import Encoded
 from lighten.errors import UserError
 from lighten.evaluation import forgetting, harness, metrics, registry
 from lighten.evaluation.bootstrap import Array, FromSums, Resamples
+from lighten.evaluation.forgetting import GeneralText
 from lighten.evaluation.verdicts import verdict
 from lighten.recipe import EvaluateOptions
 from lighten.runs import Run
+from lighten.training.held_out_data import HeldOutData
 
 # Settings that a figure depends on; `batch_size` changes the time alone.
 _SAME = ("max_examples", "max_new_tokens", "chat_template", "normalisation", "signatures",
          "extra_metrics", "general_text")  # fmt: skip
 # Those of them that are known before anything is measured.
 _CHOSEN = ("max_examples", "max_new_tokens", "extra_metrics")
+# And those that are known once the data are encoded.
+_OF_DATA = ("chat_template", "general_text")
 
 
 def read(run: Run) -> dict[str, Any]:
@@ -59,6 +64,39 @@ def require_same_settings(settings: EvaluateOptions, theirs: Mapping[str, Any]) 
         measured = ("is", "is not") if general is None else ("is not", "is")
         different.append("the loss on general text {} and {} measured".format(*measured))
     _refuse(different)
+
+
+def require_same_data(
+    theirs: Mapping[str, Any], scored: HeldOutData, examples_sha256: str, template: str,
+    general: GeneralText | None,
+) -> None:  # fmt: skip
+    """What is about to be measured is what the other evaluation measured, token by token.
+
+    Args:
+        theirs: The other evaluation.
+        scored: Encoded examples.
+        examples_sha256: Of what they say.
+        template: Name of the chat template.
+        general: Text beside the task.
+
+    Raises:
+        UserError: It is something else.
+    """
+    ours: dict[str, Any] = {
+        "settings": {"chat_template": template, "general_text": general and general.facts},
+        "dataset": {"rows": len(scored.examples), "examples_sha256": examples_sha256},
+        "models": [{"losses": _unmeasured(scored.rows)}],
+    }
+    if general is not None:
+        ours["models"][0]["general_losses"] = _unmeasured(general.rows)
+    _refuse([*_different(_OF_DATA, _settings(ours), _settings(theirs)), *_other_data(ours, theirs)])
+
+
+def _unmeasured(encoded: Encoded | None) -> list[tuple[float, int]]:
+    """Losses of 0 with the tokens that they will be of, as `evaluation.json` has them."""
+    assert encoded is not None
+    counts = (sum(map(bool, row.supervised[1:])) for row in encoded.rows)
+    return [(0.0, count) for count in counts if count]
 
 
 def compare(
@@ -140,15 +178,23 @@ def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
             if name != "tasks" and first[name] != second[name]
         ]
         different += _other_documents(ours, theirs)
-    if ours["dataset"]["rows"] != theirs["dataset"]["rows"]:
-        different.append(
-            f"{ours['dataset']['rows']} and {theirs['dataset']['rows']} held-out examples"
-        )
-    elif _questions(ours) != _questions(theirs) or _other_examples(ours, theirs):
-        different.append("the held-out examples are not the same")
-    elif _supervised(ours) != _supervised(theirs):
-        different.append("the same examples have other tokens: the losses are per token")
-    _refuse(different)
+    _refuse([*different, *_other_data(ours, theirs)])
+
+
+def _other_data(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What of the examples and of the general text is not the same."""
+    first, second = ours["dataset"], theirs["dataset"]
+    if first["rows"] != second["rows"]:
+        return [f"{first['rows']} and {second['rows']} held-out examples"]
+    if first["examples_sha256"] != second["examples_sha256"]:  # of turns that are not kept, too
+        return ["the held-out examples are not the same"]
+    if "examples" in ours and _questions(ours) != _questions(theirs):
+        return ["the held-out examples are not the same"]
+    if _supervised(ours, "losses") != _supervised(theirs, "losses"):
+        return ["the same examples have other tokens: the losses are per token"]
+    if _supervised(ours, "general_losses") != _supervised(theirs, "general_losses"):
+        return ["the same general text has other tokens, as where max_length cuts it elsewhere"]
+    return []
 
 
 def _settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,17 +241,13 @@ def _refuse(different: Sequence[str]) -> None:
         )
 
 
-def _other_examples(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Whether what was measured on says something else, in a turn or a text that is not kept."""
-    return bool(ours["dataset"]["examples_sha256"] != theirs["dataset"]["examples_sha256"])
-
-
 def _questions(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(example["prompt"], example["reference"]) for example in evaluation["examples"]]
 
 
-def _supervised(evaluation: Mapping[str, Any]) -> list[float]:
-    return [tokens for _, tokens in evaluation["models"][0]["losses"]]
+def _supervised(evaluation: Mapping[str, Any], losses: str) -> list[float]:
+    """Tokens behind each loss of the first model, the base."""
+    return [tokens for _, tokens in evaluation["models"][0].get(losses, ())]
 
 
 def _statistics(evaluation: Mapping[str, Any]) -> dict[str, dict[str, tuple[Array, FromSums]]]:

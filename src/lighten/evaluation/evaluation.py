@@ -99,6 +99,9 @@ def evaluate_run(
     general = None
     if settings.forgetting is not None:
         general = forgetting.encoded(settings.forgetting, recipe, tokenizer, limits)
+    examples_sha256 = digest_of_examples(encoded_data.examples)
+    if theirs is not None:
+        comparing.require_same_data(theirs, encoded_data, examples_sha256, template, general)
     tasks = harness.begin(settings, tokenizer) if settings.tasks else None
     results = []
     for model_name in (None, *models.names):
@@ -126,7 +129,7 @@ def evaluate_run(
     evaluation.dataset = {
         "path": encoded_data.name,
         "rows": len(encoded_data.examples),
-        "examples_sha256": digest_of_examples(encoded_data.examples),
+        "examples_sha256": examples_sha256,
         "answered": len(answered),
         "left_out": encoded_data.left_out + encoded_data.bad_rows,
         "shared_prompts": encoded_data.shared,
