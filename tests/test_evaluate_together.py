@@ -210,6 +210,19 @@ def test_what_has_no_slots_says_why() -> None:
 
 
 @needs_kernels
+def test_a_prompt_that_fills_the_positions_is_not_read() -> None:
+    """Its model has no embedding of what comes behind them; its answer is empty."""
+    trained = adapted("gpt2")
+    rows, prompts = examples()
+    losses, answers = one_pass(trained).run(rows, prompts)
+    full, longer = ([7 + place % 99 for place in range(length)] for length in (256, 300))
+    others, with_long = one_pass(trained).run(rows, [*prompts, full, longer])
+    assert others.nll == pytest.approx(losses.nll, rel=1e-5)
+    assert with_long.texts == [*answers.texts, "", ""]
+    assert (with_long.tokens, with_long.shortened) == (answers.tokens, 2)
+
+
+@needs_kernels
 def test_waves_hold_what_memory_allows_and_the_longest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -134,12 +134,15 @@ class Pass:
         """
         limits = limits_of(self.model)
         rooms = [limits.room(len(prompt), self.max_new_tokens) for prompt in prompts]
-        jobs = _jobs(rows, prompts, rooms)
+        # A prompt that fills the positions has no answer, and one beyond them cannot be read.
+        jobs = [job for job in _jobs(rows, prompts, rooms) if job.row is not None or job.room]
+        if not jobs:
+            raise Disagrees("no prompt leaves room for an answer")
         self._shared = _shared_tokens(jobs)
         nll, supervised = [0.0] * len(rows), [0] * len(rows)
         texts, tokens, seconds = [""] * len(prompts), 0, 0.0
-        shortened, limited = 0, 0
-        done = 0
+        limited = 0
+        done = shortened = len(prompts) - len(jobs)
         with slotted.slots_in(self.model):
             for wave in self._waves(jobs):
                 part = self._resume_or_measure(wave)
@@ -151,7 +154,7 @@ class Pass:
                 shortened, limited = shortened + part["shortened"], limited + part["limited"]
                 done += len(wave)
                 if self.progress is not None:
-                    self.progress(done, len(jobs))
+                    self.progress(done, len(prompts))
         read = {job.row for job in jobs}
         scored = [place for place, row in enumerate(rows) if any(row.supervised[1:])]
         alone = [place for place in scored if place not in read]
