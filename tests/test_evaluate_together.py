@@ -163,6 +163,13 @@ def test_an_answer_that_the_row_holds_is_not_computed_again(
     ]
     assert len(expected_answers[0]) == len(expected_answers[1]) == NEW_TOKENS
     assert steps == [1] * (NEW_TOKENS - 2)
+    # What the loss says is no work of answering, and has no part in its speed.
+    assert (answers.tokens, answers.decoded) == (2 * NEW_TOKENS, NEW_TOKENS - 2)
+    assert answers.tokens_per_s == (NEW_TOKENS - 2) / answers.seconds
+    subject = one_pass(trained)
+    subject._compared = True
+    known = subject.run(rows[:1], prompts[:1])[1]
+    assert (known.tokens, known.tokens_per_s) == (NEW_TOKENS, None)
 
 
 @needs_kernels

@@ -30,8 +30,9 @@ class Answers:
     Attributes:
         texts: One answer per prompt, without the token that ends it; other special tokens are
             part of it.
-        tokens: Tokens generated, padding not counted.
-        seconds: Time it took.
+        tokens: Of the answers, padding not counted.
+        decoded: Those of them that were computed one after another; None: all of them.
+        seconds: Time that these took.
         shortened: Answers that ended where the model's positions end, empty ones included.
         limited: Answers that were cut off at `max_new_tokens`.
     """
@@ -41,6 +42,13 @@ class Answers:
     seconds: float
     shortened: int = 0
     limited: int = 0
+    decoded: int | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """How fast it answered; None where all was known beforehand."""
+        decoded = self.tokens if self.decoded is None else self.decoded
+        return decoded / self.seconds if decoded else None
 
 
 def stop_tokens(

@@ -51,7 +51,6 @@ def summarise(
                         ),
                     }
                 )
-        speed = result.answers.tokens / result.answers.seconds if result.answers.tokens else None
         summaries.append(
             {
                 "name": result.name,
@@ -61,7 +60,7 @@ def summarise(
                 **general_losses(result.statistics),
                 "seconds": result.answers.seconds,
                 "generated_tokens": result.answers.tokens,
-                "generated_tokens_per_second": speed,
+                "generated_tokens_per_second": result.answers.tokens_per_s,
                 **result.memory,
             }
         )

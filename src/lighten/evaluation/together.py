@@ -140,7 +140,7 @@ class Pass:
             raise Disagrees("no prompt leaves room for an answer")
         self._shared = _shared_tokens(jobs)
         nll, supervised = [0.0] * len(rows), [0] * len(rows)
-        texts, tokens, seconds = [""] * len(prompts), 0, 0.0
+        texts, tokens, decoded, seconds = [""] * len(prompts), 0, 0, 0.0
         limited = 0
         done = shortened = len(prompts) - len(jobs)
         with slotted.slots_in(self.model):
@@ -150,7 +150,8 @@ class Pass:
                     texts[job.prompt] = part["texts"][place]
                     if job.row is not None:
                         nll[job.row], supervised[job.row] = part["nll"][place], part["of"][place]
-                tokens, seconds = tokens + part["tokens"], seconds + part["seconds"]
+                tokens, decoded = tokens + part["tokens"], decoded + part["decoded"]
+                seconds += part["seconds"]
                 shortened, limited = shortened + part["shortened"], limited + part["limited"]
                 done += len(wave)
                 if self.progress is not None:
@@ -161,7 +162,7 @@ class Pass:
         for place, loss, count in zip(alone, *self._scored([rows[i] for i in alone]), strict=True):
             nll[place], supervised[place] = loss, count
         losses = ValidationLoss(tuple(nll[i] for i in scored), tuple(supervised[i] for i in scored))
-        return losses, Answers(texts, tokens, seconds, shortened, limited)
+        return losses, Answers(texts, tokens, seconds, shortened, limited, decoded)
 
     def _waves(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
         """Jobs that answer at the same time: the same ones however often a session is ended."""
@@ -179,7 +180,7 @@ class Pass:
         made_of = [part for job in wave for part in (job.input_ids, (job.prompt_tokens, job.room))]
         key = key_of("loss-and-answers", made_of)
         before = None if self.partial is None else self.partial.get(key)
-        if before is not None and "limited" in before:
+        if before is not None and "decoded" in before:
             return before
         part = self._measure(wave)
         if self.partial is not None:
@@ -187,14 +188,17 @@ class Pass:
         return part
 
     def _measure(self, wave: Sequence[Job]) -> dict[str, Any]:
-        began = time.perf_counter()
         slots = Slotted(self.model, len(wave), max(job.tokens for job in wave))
         nll, of, begun = self._read(wave, slots)
+        began = time.perf_counter()
         with torch.inference_mode(), self.trained.using(self.adapter):
             answers = slots.answers(
                 [job.input_ids[: job.prompt_tokens] for job in wave], begun,
                 [job.room for job in wave], self._stops,
             )  # fmt: skip
+        # Neither the reading for the loss is answering nor what the loss says of the answers.
+        seconds = time.perf_counter() - began
+        tokens = sum(map(len, answers))
         texts, shortened, limited = [], 0, 0
         for job, answer in zip(wave, answers, strict=True):
             answer_ids = answer[:-1] if answer and answer[-1] in self._stops else answer
@@ -203,8 +207,9 @@ class Pass:
             shortened += unfinished and job.room < self.max_new_tokens
             limited += unfinished and job.room == self.max_new_tokens
         return {
-            "nll": nll, "of": of, "texts": texts, "tokens": sum(map(len, answers)),
-            "shortened": shortened, "limited": limited, "seconds": time.perf_counter() - began,
+            "nll": nll, "of": of, "texts": texts, "tokens": tokens,
+            "decoded": tokens - sum(map(len, begun)), "shortened": shortened, "limited": limited,
+            "seconds": seconds,
         }  # fmt: skip
 
     @torch.no_grad()

@@ -194,8 +194,7 @@ def measure_run(
                 name, likelihood[:, 0].tolist(), [int(count) for count in likelihood[:, 1]],
                 {key: value.tolist() for key, value in evaluation.statistics.items()},
                 choosing.name, telling.name,
-                evaluation.answers.tokens / evaluation.answers.seconds
-                if evaluation.answers.tokens else None,
+                evaluation.answers.tokens_per_s,
                 time.perf_counter() - began, [*notes, *cut_off], _model_of(run_recipe),
                 digest_of_examples([*choosing.examples, *answered]), settings.max_new_tokens,
             )  # fmt: skip
