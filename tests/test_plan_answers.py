@@ -171,3 +171,18 @@ def test_what_a_process_takes_that_answers_is_measured_once(
     monkeypatch.setattr(process_overhead.subprocess, "run", fails)
     unmeasured = process_overhead.answer_context(tmp_path / "other.json")
     assert unmeasured == process_overhead.UNMEASURED_ANSWER
+
+
+def test_falcons_grouped_keys_are_kept_for_each_head(tmp_path: Path) -> None:
+    """By transformers, which answers: our engine does not take Falcon."""
+    folder = save_tiny(tmp_path / "falcon", "falcon", new_decoder_architecture=True, num_kv_heads=2)
+    base: Any = models.load(str(folder), dtype="float32").model
+    cache = DynamicCache(config=base.config)
+    name = models.cache_argument(base)
+    base(input_ids=torch.ones(1, 16, dtype=torch.int64), use_cache=True, **{name: cache})
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    few, more = (
+        answer_peak(str(folder), dtype="float32", prompt_tokens=8, new_tokens=tokens)
+        for tokens in (8, 24)
+    )
+    assert more - few == kept

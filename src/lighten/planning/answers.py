@@ -63,6 +63,10 @@ def answer_peak(
     weights: float = loaded_bytes(shape, number, weight_files(path))
     caches, cached = caches_of(shape), prompt_tokens + new_tokens
     cached_rows, read = rows, rows * prompt_tokens
+    if slots is None and getattr(config, "new_decoder_architecture", None):
+        # transformers keeps Falcon's grouped keys and values once for each head that reads them.
+        copies = int(config.num_attention_heads) // serving.key_heads(config)
+        caches = [replace(layer, numbers=copies * layer.numbers) for layer in caches]
     if slots is not None:
         # All slots have as much room, whatever a layer's window. Where it grew, what was there
         # before has left holes that nothing so large fits. Prompts are read in pieces.
