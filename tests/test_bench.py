@@ -324,6 +324,11 @@ def test_no_amount_of_memory(text: str) -> None:
         running.bytes_of(text)
 
 
+def test_a_time_has_a_unit_that_fits() -> None:
+    shown = {0.99949: "999 ms", 0.9996: "1.00 s", 0.00099949: "999 µs", 0.0009996: "1 ms"}
+    assert {seconds: text.time(seconds) for seconds in shown} == shown
+
+
 def _result(seconds: list[float], **fields: Any) -> dict[str, Any]:
     record = {"part": "train", "name": "LoRA", "peak_bytes": 100,
               "seconds": Timing(tuple(seconds), 1, 0.05).to_dict()}  # fmt: skip

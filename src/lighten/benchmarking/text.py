@@ -122,9 +122,10 @@ def time(seconds: float | None) -> str:
     """Seconds in a unit that fits."""
     if seconds is None:
         return "–"
-    if seconds >= 1:
+    # Three digits of 999.5 are 1e+03: what is rounded to the next unit is told in it.
+    if seconds >= 0.9995:
         return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 0.9995e-3 else f"{seconds * 1e6:.3g} µs"
 
 
 def size(count: float | None) -> str:
