@@ -32,7 +32,7 @@ FOLDERS = ("adapters", "checkpoints", MODEL, "exports", LOGS, "wandb", "lighten"
            "look", "ray")  # fmt: skip
 # What file managers leave wherever somebody looks.
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(\d+\.tmp|partial)")
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)(\.older)?\.(\d+\.tmp|partial)")
 
 
 @dataclass

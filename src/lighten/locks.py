@@ -20,7 +20,7 @@ LOCK = ".lock"
 # Whether a process on another machine runs can only be seen from its lock, which it touches now and
 # then; whoever wants the folder watches for longer, as network folders tell of it late.
 TOUCHED_S, WATCHED_S = 15.0, 60.0
-# The start of a process is told relative to the clock, which is set now and then.
+# Where the start of a process is known by the clock alone, which is set now and then.
 CLOCK_S = 5.0
 
 
@@ -136,9 +136,12 @@ def is_held(folder: Path) -> bool:
     if held["host"] != platform.node():
         return True  # nothing here can tell
     began, recorded = _began(held["pid"]), held.get("began")
-    return (
-        began is not None and isinstance(recorded, int | float) and abs(began - recorded) < CLOCK_S
-    )
+    if began is None:
+        return False
+    ticks = _ticks(held["pid"])
+    if ticks is not None and isinstance(held.get("ticks"), int):
+        return ticks == held["ticks"]
+    return isinstance(recorded, int | float) and abs(began - recorded) < CLOCK_S
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
@@ -157,7 +160,10 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
 def _this_process() -> dict[str, Any]:
     pid = os.getpid()
-    return {"pid": pid, "began": _began(pid), "host": platform.node(), "touched": True}
+    return {
+        "pid": pid, "began": _began(pid), "ticks": _ticks(pid), "host": platform.node(),
+        "touched": True,
+    }  # fmt: skip
 
 
 def _began(pid: int) -> float | None:
@@ -170,6 +176,19 @@ def _began(pid: int) -> float | None:
             return None
         return float(process.create_time())
     except (psutil.Error, OverflowError, ValueError):
+        return None
+
+
+def _ticks(pid: int) -> int | None:
+    """When a process began, in ticks since Linux started; None where the system does not say.
+
+    The clock does not count in it: that of WSL jumps by hours when a laptop wakes up, and a run
+    at work would be taken for a killed one.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(stat.rpartition(")")[2].split()[19])  # proc(5), field 22
+    except (OSError, ValueError, IndexError):
         return None
 
 

@@ -21,6 +21,7 @@ from lighten.errors import DiskFull, UserError
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OLDER = ".older.partial"  # what a folder that is being replaced is called meanwhile
 
 
 class FileContent(Protocol):
@@ -93,10 +94,11 @@ def whole_folder(final: Path) -> Iterator[Path]:
         for path in partial.rglob("*"):
             if path.is_file():
                 _settle(path, mode)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        with alone_in(final.parent):
+            older = _put_in_place(partial, final)
         begun = False  # who waited may begin its own now
         _sync_folder(final.parent)
+        _remove(older)
     except OSError as error:
         raise cannot_write(error, final, 1) from error
     finally:
@@ -104,6 +106,41 @@ def whole_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def _put_in_place(partial: Path, final: Path) -> Path:
+    """Rename a folder to its final name; an older one of that name stays until that is done.
+
+    Deleting it first takes time, in which a kill would leave neither.
+
+    Returns:
+        Where the older one is now, if there was one.
+    """
+    older = final.with_name(f".{final.name}{_OLDER}")
+    _remove(older)
+    try:
+        if final.is_dir() or final.is_symlink():
+            os.rename(final, older)
+        os.replace(partial, final)
+    except BaseException:
+        _take_back(older)
+        raise
+    return older
+
+
+def _take_back(older: Path) -> None:
+    """Give an older folder its name again, where nothing has taken its place, or remove it."""
+    final = older.with_name(older.name.removesuffix(_OLDER).removeprefix("."))
+    if os.path.lexists(older) and not os.path.lexists(final):
+        os.rename(older, final)
+    _remove(older)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -150,6 +187,8 @@ def is_writable(folder: Path) -> bool:
 def remove_unfinished(parent: Path) -> None:
     """Remove the folders under one that were begun here and nobody fills any more.
 
+    One that was to be replaced by such a folder gets its name again.
+
     Who fills one holds a lock of the system's on it, which ends with the process.
     """
     if parent.is_dir():
@@ -158,6 +197,9 @@ def remove_unfinished(parent: Path) -> None:
 
 
 def _remove_unfinished(parent: Path) -> None:
+    for older in parent.glob(f".*{_OLDER}"):
+        with suppress(OSError):
+            _take_back(older)
     for partial in parent.glob(".*.partial"):
         with suppress(OSError):
             if partial.is_dir() and (held := _hold(partial)) is not None:
@@ -295,15 +337,18 @@ def as_written(value: Any) -> Any:
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Add one JSON line to a file in one write.
+    """Add one JSON line to a file in one write; one that was torn before it stays by itself.
 
     Raises:
         UserError: The disk is full.
     """
     data = (json.dumps(finite(value), ensure_ascii=False) + "\n").encode()
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            if os.fstat(descriptor).st_size:
+                os.lseek(descriptor, -1, os.SEEK_END)
+                data = data if os.read(descriptor, 1) == b"\n" else b"\n" + data
             written = os.write(descriptor, data)
         finally:
             os.close(descriptor)
