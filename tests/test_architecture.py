@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "dialogue": {"streams"},
     "folders": {"locks", "whole_files"},
     "recipe": {"paths", "peft_config"},
-    "models": {"cpu", "gguf_names", "machine", "safetensors_header", "streams"},
+    "models": {"cpu", "gguf_names", "machine", "paths", "safetensors_header", "streams"},
     "runs": {"folders", "locks", "paths", "recipe", "whole_files"},
     "artifacts": {"models", "paths", "peft_config", "runs"},
     "parallel": {
@@ -150,6 +150,7 @@ ALLOWED: dict[str, set[str]] = {
         "generation",
         "machine",
         "models",
+        "paths",
         "peft_config",
         "quantization",
         "reporting",

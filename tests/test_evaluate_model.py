@@ -13,9 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lighten
+from lighten.artifacts import open_source
 from lighten.errors import UserError
 from lighten.evaluation import model_alone
 from lighten.evaluation.chat import Conversation
+from lighten.recipe import Recipe
 from lighten.reporting import comparison
 from lighten.runs import Run
 from tests.conftest import HUB_COMMIT
@@ -270,6 +272,35 @@ def test_an_adapter_of_the_hub_is_measured_and_talked_to_by_its_id(
     assert [model["name"] for model in evaluation.models] == ["base", "helper"]
     assert evaluation.models[1]["losses"] == beside["models"][1]["losses"]
     assert Conversation("someone/helper").names == ("helper",)
+
+
+def test_a_configuration_beside_an_adapter_makes_no_model_of_it(
+    run: Run, tiny_folder: Path, chat_file: Path, tmp_path: Path, hub_model: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Axolotl saves it there; with weights too a folder is that model, for every verb."""
+    (folder,) = run.adapters().values()
+    shutil.copytree(folder, tmp_path / "copied")
+    shutil.copy(tiny_folder / "config.json", tmp_path / "copied")
+    shutil.copytree(tmp_path / "copied", tmp_path / "whole")
+    shutil.copy(tiny_folder / "model.safetensors", tmp_path / "whole")
+    alone, whole = str(tmp_path / "copied"), str(tmp_path / "whole")
+    assert model_alone.adapter_folder(alone) == tmp_path / "copied"
+    assert open_source(alone).adapter == tmp_path / "copied"
+    recipe = Recipe.from_values({"model": alone, "dataset": str(chat_file)})
+    assert (recipe.model_name_or_path, recipe.adapter_name_or_path) == (str(tiny_folder), alone)
+    assert model_alone.adapter_folder(whole) is None
+    assert open_source(whole).adapter is None
+    assert open_source(whole, base=str(tiny_folder)).adapter == tmp_path / "whole"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, source in (("alone", alone), ("whole", whole)):
+        repository = tmp_path / "hub" / f"models--someone--{name}"
+        shutil.copytree(source, repository / "snapshots" / HUB_COMMIT)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(HUB_COMMIT)
+    snapshot = tmp_path / "hub" / "models--someone--alone" / "snapshots" / HUB_COMMIT
+    assert model_alone.adapter_folder("someone/alone") == snapshot
+    assert model_alone.adapter_folder("someone/whole") is None
 
 
 def test_the_command_talks_to_an_adapters_folder(run: Run, tmp_path: Path) -> None:

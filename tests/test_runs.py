@@ -17,8 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from lighten import path_checks, runs
 from lighten.adapters.shards import Shard
+from lighten.artifacts import open_source
 from lighten.errors import UserError
-from lighten.recipe import Recipe
+from lighten.evaluation import model_alone
+from lighten.models import names
+from lighten.recipe import Recipe, start
 from lighten.runs import Run
 from tests.report_fixture import write_run
 
@@ -216,6 +219,29 @@ def test_a_runs_name_is_found_in_either_form_of_its_letters(
         assert path_checks.run_of(name).folder.samefile(run.folder)
         assert Path(str(path_checks.source_of(name))).samefile(run.folder)
         assert path_checks.is_run(name)
+
+
+@pytest.mark.parametrize(("stored", "typed"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_models_and_adapters_are_found_in_either_form_of_their_letters(
+    stored: str, typed: str, tmp_path: Path
+) -> None:
+    """Folders that were copied from a Mac have their letters apart, and typed ones have not."""
+    for name, file in (("모델", "config.json"), ("어댑터", "adapter_config.json")):
+        folder = tmp_path / unicodedata.normalize(stored, name)
+        folder.mkdir()
+        (folder / file).write_text('{"peft_type": "LORA"}')
+    model, adapter = (str(tmp_path / unicodedata.normalize(typed, n)) for n in ("모델", "어댑터"))
+    source, found = names.resolve(model)
+    assert (source, found is not None and found.samefile(names.public_name(model))) == (
+        "folder", True,
+    )  # fmt: skip
+    assert Path(names.public_name(model)).is_dir()
+    for folder in (path_checks.adapter_folder(adapter), start.find(adapter),
+                   model_alone.adapter_folder(adapter)):  # fmt: skip
+        assert folder is not None
+        assert (folder / "adapter_config.json").is_file()
+    with pytest.raises(UserError, match="does not name its base"):
+        open_source(adapter)
 
 
 def test_a_runs_name_is_found_beside_a_folder_that_is_called_alike(

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from lighten.errors import UserError
-from lighten.paths import exists, expanded
+from lighten.paths import exists
+from lighten.paths import expanded as expanded
 from lighten.peft_config import CONFIG, is_adapter, read_config
 from lighten.recipe import Recipe
 from lighten.runs import RECIPE, Run, folder_of
@@ -137,7 +138,7 @@ def adapter_folder(target: RunLike, name: str | None = None) -> Path:
         UserError: There is none, or there are several and none is named.
     """
     if not isinstance(target, Run):
-        folder = Path(target).expanduser()
+        folder = expanded(os.fspath(target))
         if exists(folder / CONFIG):
             return folder
     run = run_of(target)

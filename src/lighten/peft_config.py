@@ -13,7 +13,7 @@ from typing import Any
 from lighten import hub_errors
 from lighten.errors import UserError
 from lighten.paths import exists
-from lighten.safetensors_header import read_header
+from lighten.safetensors_header import INDEX, WHOLE, read_header
 
 # Settings of a LoRA adapter whose update is more than scale·B·A on a linear layer.
 NOT_PLAIN = (
@@ -27,6 +27,8 @@ NARROWED = ("exclude_modules", "layers_pattern", "layers_to_transform")
 # Initial weights that PEFT takes out of the base's own.
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Files of a whole model beside them.
+MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 # Files of a tokenizer beside an adapter.
 TOKENIZER = ["tokenizer*", "*tokens*.json", "vocab.*", "merges.txt", "chat_template.jinja"]
 # What `peft.LoraConfig` takes for what a file leaves out.
@@ -62,8 +64,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    return exists(folder / CONFIG) and not exists(folder / "config.json")
+    """Whether a folder holds an adapter and no model.
+
+    Some trainers (Axolotl) save the base's configuration beside an adapter, without its weights.
+    """
+    if not exists(folder / CONFIG):
+        return False
+    weights = (file for pattern in MODEL_WEIGHTS for file in folder.glob(pattern))
+    return not (exists(folder / "config.json") and any(weights))
 
 
 def may_be_on_hub(name: str) -> bool:
@@ -77,25 +85,28 @@ def may_be_on_hub(name: str) -> bool:
 def on_hub(name: str) -> Path | None:
     """The folder of an adapter that the hub has under an id; None of a model, or of nothing.
 
-    As for transformers' `from_pretrained`, what has a model's configuration is a model.
+    What has a model's weights too is a model, as a folder is.
 
     Raises:
         UserError: The adapter cannot be fetched.
     """
+    if not may_be_on_hub(name) or not _hub_has(name, CONFIG):
+        return None
+    if _hub_has(name, "config.json") and any(_hub_has(name, file) for file in (WHOLE, INDEX)):
+        return None
+    return from_hub(name)
+
+
+def _hub_has(name: str, file: str) -> bool:
+    """Whether a repository of the hub has a file, which is not fetched."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
-    if not may_be_on_hub(name):
-        return None
-    for file in ("config.json", CONFIG):
-        try:
-            hf_hub_download(name, file)
-        except HFValidationError:
-            return None
-        except OSError:  # it has no such file, or cannot be reached
-            continue
-        return from_hub(name) if file == CONFIG else None
-    return None
+    try:
+        hf_hub_download(name, file, dry_run=True)
+    except (OSError, HFValidationError):  # there is none, it cannot be reached, or is no id
+        return False
+    return True
 
 
 def from_hub(name: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import UserError
-from lighten.path_checks import RunLike, adapter_folder
+from lighten.path_checks import RunLike, adapter_folder, expanded
 from lighten.runs import Run
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def resize_adapter(
     from lighten import runs
     from lighten.adapters import resize, spectrum
 
-    alone = not isinstance(target, Run) and source == Path(target).expanduser()
+    alone = not isinstance(target, Run) and source == expanded(os.fspath(target))
     parent = source.parent if alone else source.parents[1] / "exports"
     read = spectrum.read(source)
     # A rank above the adapter's own cuts nothing; the name says what there is.

@@ -12,8 +12,8 @@ from typing import Any
 
 from lighten import runs
 from lighten.errors import UserError
-from lighten.paths import data_names, name_of
-from lighten.peft_config import CONFIG, read_config
+from lighten.paths import data_names, expanded, name_of
+from lighten.peft_config import CONFIG, is_adapter, read_config
 
 # What stands beside weights and tells other software how a model is spoken to, or shown pictures.
 COMPANIONS = (
@@ -109,14 +109,14 @@ def open_source(
     """
     if isinstance(source, runs.Run):
         return _of_run(source, adapter)
-    path = Path(source).expanduser()
+    path = expanded(os.fspath(source))
     if path.name in ("", ".."):  # `.` has no name of its own, and files are named by it
         source = path = path.resolve()
     if (path / runs.RECIPE).is_file():
         return _of_run(runs.Run(path), adapter)
     if adapter is not None:
         raise UserError(f"{source} is no run, so it holds no adapter called {adapter!r}")
-    if (path / CONFIG).is_file():
+    if is_adapter(path) or (base is not None and (path / CONFIG).is_file()):
         trained_in = path.resolve().parent.parent
         if base is None and (trained_in / runs.RECIPE).is_file():
             run = runs.Run(trained_in)

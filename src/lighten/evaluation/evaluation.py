@@ -6,7 +6,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from lighten.evaluation.together import Disagrees, Pass
 from lighten.generation import slotted
 from lighten.machine import hardware
 from lighten.models import Base, limits_of
+from lighten.paths import expanded
 from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.training import held_out_data
@@ -173,7 +173,7 @@ def _earlier_results(run: Run, base: Base, settings: EvaluateOptions) -> Partial
         recipe.completed(), settings.model_dump(), run.info().get("data"), hardware.versions(),
         base.revision, base.dtype.value,
     ]  # fmt: skip
-    base_folder = Path(recipe.model_name_or_path).expanduser()
+    base_folder = expanded(recipe.model_name_or_path)
     folders = [base_folder, *run.adapters().values(), *([] if model is None else [model])]
     return PartialResults(run.folder / runs.EVALUATION_PARTS, digest_of(values, folders))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lighten import runs
 from lighten.errors import UserError
 from lighten.machine import hardware
-from lighten.paths import data_label, exists
+from lighten.paths import data_label, exists, expanded
 from lighten.peft_config import CONFIG, WEIGHTS, is_adapter, on_hub, read_config
 from lighten.recipe import EvaluateOptions, Recipe, aliases, start
 from lighten.runs import Run
@@ -85,7 +85,7 @@ def recipe_of(
 
 def adapter_folder(name: str) -> Path | None:
     """The folder of an adapter that a name means, perhaps on the hub; None of a model or a run."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not exists(folder):
         return on_hub(name)
     return folder.resolve() if is_adapter(folder) else None

@@ -10,6 +10,7 @@ from typing import Literal
 
 from lighten.errors import UserError
 from lighten.models import known
+from lighten.paths import expanded
 
 Source = Literal["packaged", "folder", "gguf", "hub", "known"]
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -63,7 +64,7 @@ def public_name(name: str) -> str:
     A packaged model's id on the hub; the whole path of a folder or file, since a part of one
     (`models/llama`) is a hub id to them in any other folder.
     """
-    return hub_id(name) or str(Path(name).expanduser().absolute())
+    return hub_id(name) or str(expanded(name).absolute())
 
 
 def hub_id(name: str) -> str | None:
@@ -71,7 +72,7 @@ def hub_id(name: str) -> str | None:
     package = PACKAGED.get(name.lower())
     if package is not None:
         return package.hub_id
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir() or path.suffix == ".gguf" or not _HUB_ID.match(name):
         return None
     shape = None if "/" in name else known.shape_of(name)
@@ -95,7 +96,7 @@ def resolve(name: str) -> tuple[Source, Path | None]:
     Raises:
         UserError: Nothing has that name.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name.lower() in PACKAGED:
         return "packaged", None
     if path.is_dir():

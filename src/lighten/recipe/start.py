@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import UserError
-from lighten.paths import exists
+from lighten.paths import exists, expanded
 from lighten.peft_config import (
     CONFIG,
     WEIGHTS,
@@ -53,7 +53,7 @@ def fill_in(
         if problem := _excluded(recipe):
             del recipe[START]
             return notices, [problem]
-        if applied is not None and recipe[START] == applied and not exists(_path(applied)):
+        if applied is not None and recipe[START] == applied and not exists(expanded(applied)):
             return notices, []
         folder = find(str(recipe[START]))
         adapter = settings_of(folder)
@@ -76,12 +76,12 @@ def _split(recipe: MutableMapping[str, Any]) -> list[str]:
     name = recipe.get(MODEL)
     if not isinstance(name, str) or not name:
         return []
-    folder = _path(name)
+    folder = expanded(name)
     if not is_adapter(folder):
         return []
     config = read_config(folder)
     base = config.get("base_model_name_or_path")
-    if recipe.get(START) is not None and _path(str(recipe[START])) != folder:
+    if recipe.get(START) is not None and expanded(str(recipe[START])) != folder:
         raise UserError(
             f"{MODEL} is the adapter {name} and {START} is {recipe[START]}; name the base and one "
             "adapter"
@@ -124,7 +124,7 @@ def find(name: str) -> Path:
     Raises:
         UserError: There is none, or more than one.
     """
-    folder = _path(name)
+    folder = expanded(name)
     if exists(folder / CONFIG):
         return folder
     if not exists(folder):
@@ -202,10 +202,3 @@ def _comparable(value: Any) -> Any:
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _path(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~somebody who is not there
-        return Path(name)

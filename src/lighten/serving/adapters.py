@@ -20,6 +20,7 @@ from lighten.machine.hardware import cache_folder
 from lighten.models import configuration, gguf
 from lighten.models.load import checksum, locate, tokenizer_in, weight_files
 from lighten.models.same import names_another
+from lighten.paths import expanded
 from lighten.peft_config import CONFIG, TOKENIZER, WEIGHTS, from_hub, may_be_on_hub, read_config
 from lighten.quantization.export_card import MANIFEST
 from lighten.quantization.gguf_adapter import write_gguf_adapter
@@ -227,7 +228,7 @@ def _pair(word: str) -> tuple[str | None, str]:
 
 def _below(name: str | None, given: str) -> dict[str, Path]:
     """The adapters at a path, or the one of the hub."""
-    path = Path(given).expanduser()
+    path = expanded(given)
     if (path / CONFIG).is_file():
         return {name or path.resolve().name: path}
     run = run_of(str(path))
