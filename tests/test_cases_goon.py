@@ -325,6 +325,46 @@ def test_another_base_is_one_sentence_before_training(
         )  # fmt: skip
 
 
+def start_reason(run: Run) -> str:
+    (reason,) = (c["reason"] for c in run.info()["choices"] if c["what"] == "start")
+    return str(reason)
+
+
+def test_tokens_and_a_template_that_an_adapter_learnt_with_are_told(
+    base: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """It was trained on in another form of words, without a word of it."""
+    form = {"chat_template": "alpaca", "added_tokens": ["<call>"]}
+    first = trained(chat_file, tmp_path / "first", model=str(base), **form)
+    again = {"model": str(base), "adapter_name_or_path": str(first.folder)}
+    reason = start_reason(trained(chat_file, tmp_path / "other", **again))
+    template = first.adapters()["default"] / "chat_template.jinja"
+    assert 'added_tokens: ["<call>"]' in reason
+    assert reason.endswith(f"chat_template: {template}")
+    said = {**form, "chat_template": str(template)}
+    assert start_reason(trained(chat_file, tmp_path / "same", **again, **said)) == (
+        "adapter_name_or_path"
+    )
+
+
+def test_an_adapter_that_learnt_new_words_asks_for_them(
+    base: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """It was called one of another model."""
+    # The base has rows for some more tokens than it knows.
+    words = {"added_tokens": ["<call>", *(f"<{number}>" for number in range(30)), "<답>"]}
+    first = trained(
+        chat_file, tmp_path / "first", model=str(base), modules_to_save=["embed_tokens", "lm_head"],
+        **words,
+    )  # fmt: skip
+    again = {"model": str(base), "adapter_name_or_path": str(first.folder)}
+    with pytest.raises(UserError, match=r'added_tokens: \["<call>", "<0>", .*"<답>"\]$'):
+        trained(chat_file, tmp_path / "second", **again)
+    on = trained(chat_file, tmp_path / "second", **again, **words, learning_rate=1e-30)
+    before, after = weights(first.adapters()["default"]), weights(on.adapters()["default"])
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_what_is_no_start_is_one_sentence(base: Path, rows: Path, tmp_path: Path) -> None:
     two = trained(rows, tmp_path / "two", model=str(base), lora_r=[2, 4]).folder
     dora = peft_adapter(base, tmp_path / "dora", use_dora=True)

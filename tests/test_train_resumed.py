@@ -379,6 +379,10 @@ def test_resuming_on_changed_data_is_refused(
     copy.write_bytes(chat_file.read_bytes().replace(b"please", b"kindly"))
     with pytest.raises(UserError, match=r"the dataset .* has changed since the run began"):
         train(settings, max_steps=2, dataset=str(copy), resume=True)
+    # It is as it was, and not replaced by a new one.
+    assert Run(settings["output_dir"]).info()["status"] == "interrupted"
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        train(settings, max_steps=2, dataset=str(copy))
 
 
 def test_resuming_with_other_held_out_data_or_another_template_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,29 @@ def test_trap40_the_limit_deletes_the_oldest_but_never_the_best(settings: dict[s
         saved = run.folder / "checkpoints" / f"checkpoint-{step}" / "adapters" / name
         shipped = load_file(run.adapters()[name] / "adapter_model.safetensors")
         assert same_tensors(shipped, load_file(saved / "adapter_model.safetensors"))
+
+
+def test_a_damaged_best_state_leaves_the_last_one(settings: dict[str, Any]) -> None:
+    """It was shipped as it was, or ended the run each time that it was resumed."""
+    settings |= {"save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True, "max_steps": 4,
+                 "learning_rate": 1e-30}  # fmt: skip
+    run = train(settings)
+    best = {adapter["name"]: adapter["best_step"] for adapter in run.info()["adapters"]}
+    (name, step), *_ = best.items()
+    assert step == 1  # no later one is lower
+    places = [run.folder / "checkpoints" / f"checkpoint-{n}" / "adapters" / name for n in (step, 4)]
+    damaged, last = (place / "adapter_model.safetensors" for place in places)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x3f")
+    shutil.rmtree(run.folder / "adapters")
+    run.update(status="interrupted")
+    resumed = train(settings, resume=True)
+    after = {adapter["name"]: adapter for adapter in resumed.info()["adapters"]}
+    assert {key: facts["best_step"] for key, facts in after.items()} == {**best, name: None}
+    shipped = load_file(resumed.adapters()[name] / "adapter_model.safetensors")
+    assert same_tensors(shipped, load_file(last))
+    (evaluated,) = (m["loss"] for m in resumed.metrics()
+                    if m["kind"] == "eval" and (m["adapter"], m["step"]) == (name, 4))  # fmt: skip
+    assert after[name]["eval_loss"] == evaluated
 
 
 def test_shares_of_the_steps_say_how_often_and_no_limit_keeps_every_checkpoint(

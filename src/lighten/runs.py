@@ -67,8 +67,10 @@ class Run:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, begun_elsewhere: bool = False) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(os.fspath(folder))
         self.claim: folders.Claim | None = None  # where this process began it
+        # `run.json` before this process took it up again, until the training goes on.
+        self.before_resumed: dict[str, Any] | None = None
         if not begun_elsewhere and not (self.folder / RECIPE).is_file():
             raise UserError(
                 f"{self.folder} is not a run: it has no {RECIPE} (see: lighten runs list)"

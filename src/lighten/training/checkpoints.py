@@ -157,10 +157,10 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """
     broken: list[str] = []
     for checkpoint in reversed(listing(folder)):
-        fault = _fault(checkpoint)
-        if fault is None:
+        wrong = fault(checkpoint)
+        if wrong is None:
             return checkpoint, broken
-        broken.append(f"{checkpoint.name} is not whole ({fault}); using an older one")
+        broken.append(f"{checkpoint.name} is not whole ({wrong}); using an older one")
     return None, broken
 
 
@@ -265,8 +265,16 @@ def _delete(checkpoint: Path) -> None:
         log.warning("%s could not be deleted (%s) and stays", checkpoint, error.strerror or error)
 
 
-def _fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def fault(checkpoint: Path, prefix: str = "") -> str | None:
+    """What is wrong with a checkpoint's files, or None.
+
+    Args:
+        checkpoint: Its folder.
+        prefix: Look at the files alone whose relative paths begin so.
+
+    Raises:
+        UserError: Another version of lighten wrote it, with more in it.
+    """
     try:
         state = read_state(checkpoint)
     except UserError:
@@ -274,6 +282,8 @@ def _fault(checkpoint: Path) -> str | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"{STATE} is missing or cut off"
     for name, digest in state.files.items():
+        if not name.startswith(prefix):
+            continue
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"

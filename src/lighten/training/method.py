@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from lighten import models
 from lighten.adapters import AdapterSpec, Trained, WholeBase, attach
-from lighten.adapters.files import adapter_tensors, check_fit, read_weights
+from lighten.adapters.files import adapter_tensors, check_fit, read_weights, word_rows
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
+from lighten.models.load import tokenizer_in
 from lighten.models.same import names_another
 from lighten.peft_config import CONFIG, WEIGHTS, read_config, tensor_shapes
 from lighten.recipe import AdapterOptions, Recipe
+
+FROM_ADAPTER = "adapter_name_or_path"  # where nothing more is to be said of it
+TEMPLATE = "chat_template.jinja"
 
 
 def what_learns(recipe: Recipe, base: models.Base, *, layers_later: bool = False) -> Trained:
@@ -43,8 +49,34 @@ def what_learns(recipe: Recipe, base: models.Base, *, layers_later: bool = False
             if not key.endswith(".base_layer.weight")  # the base's, as PEFT saves a head's
         }  # fmt: skip
         for name in trained.names:
-            check_fit(shapes, trained.shapes(name), f"adapter_name_or_path: {start}")
+            expected = trained.shapes(name)
+            _require_words(Path(start), base, {k: s for k, s in shapes.items() if k in expected})
+            check_fit(shapes, expected, f"adapter_name_or_path: {start}")
     return trained
+
+
+def _require_words(adapter: Path, base: models.Base, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """An adapter that trained the embedding has no more rows of it than there are.
+
+    Raises:
+        UserError: It has more: for tokens that the recipe does not give the base.
+    """
+    rows, own = word_rows(base.model, shapes), base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    if rows > own:
+        tokens = _lacking_tokens(adapter, base)
+        named = f": {json.dumps(tokens, ensure_ascii=False)}" if tokens else ""
+        raise UserError(
+            f"adapter_name_or_path: {adapter} has an embedding of {rows} tokens and {base.name} "
+            f"{own}; name those that it learnt with in added_tokens{named}"
+        )
+
+
+def _lacking_tokens(adapter: Path, base: models.Base) -> list[str]:
+    """Tokens that an adapter's tokenizer has and the base's has not, by their ids."""
+    if base.tokenizer is None or not (adapter / "tokenizer.json").is_file():
+        return []  # a plan's base has none
+    ids = tokenizer_in(adapter, str(adapter)).get_vocab()
+    return sorted(ids.keys() - base.tokenizer.get_vocab().keys(), key=lambda token: int(ids[token]))
 
 
 def go_on_from_adapter(recipe: Recipe, trained: Trained) -> None:
@@ -96,7 +128,8 @@ def choices_of(
         "template": template,
     }
     if (start := recipe.adapter_name_or_path) is not None:
-        choices["start"] = Choice(start, f"adapter_name_or_path{_other_base(Path(start), base)}")
+        differences = _differences(Path(start), base)
+        choices["start"] = Choice(start, "; ".join([FROM_ADAPTER, *differences]))
     if isinstance(trained, WholeBase):
         choices["precision"] = _precision(trained)
     if untrained := _untrained_tokens(recipe):
@@ -111,16 +144,43 @@ def choices_of(
     return choices
 
 
-def _other_base(adapter: Path, base: models.Base) -> str:
-    """What has to be said where an adapter names another base than the one it goes on over."""
+def _differences(adapter: Path, base: models.Base) -> list[str]:
+    """What has to be said where an adapter learnt with another base, other tokens or a template.
+
+    Args:
+        adapter: Its folder.
+        base: What it goes on over, with the tokens and the template of the recipe.
+    """
     if not (adapter / CONFIG).is_file():  # a run that is resumed needs it no more
-        return ""
+        return []
+    differences = []
     recorded = read_config(adapter).get("base_model_name_or_path")
-    if not names_another(recorded, base.name, base.path):
-        return ""
-    return (
-        f"; its {CONFIG} names {recorded} as its base, not {base.name}: it learnt on other weights"
-    )
+    if names_another(recorded, base.name, base.path):
+        differences.append(
+            f"its {CONFIG} names {recorded} as its base, not {base.name}: it learnt on other "
+            "weights"
+        )
+    if tokens := _lacking_tokens(adapter, base):
+        differences.append(
+            "it learnt with tokens that are cut into others here; to go on with them: "
+            f"added_tokens: {json.dumps(tokens, ensure_ascii=False)}"
+        )
+    template = _template_beside(adapter)
+    known = base.tokenizer is not None and template is not None
+    if known and template != base.tokenizer.chat_template:
+        differences.append(
+            "it learnt with another chat template than the one used here; to go on with it: "
+            f"chat_template: {adapter / TEMPLATE}"
+        )
+    return differences
+
+
+def _template_beside(adapter: Path) -> str | None:
+    """The text of the chat template that was saved in a file of its own beside an adapter."""
+    try:
+        return (adapter / TEMPLATE).read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def _precision(trained: WholeBase) -> Choice:

@@ -12,7 +12,6 @@ from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 from lighten import locks
-from lighten.adapters import dtensors
 from lighten.adapters.peft_methods import method_of
 from lighten.cpu import allocator
 from lighten.engine import optimizers
@@ -24,13 +23,14 @@ from lighten.machine import hardware
 from lighten.parallel import launch, ranks
 from lighten.paths import exists
 from lighten.recipe import Recipe, spread
-from lighten.runs import PLAN, RECIPE, Run, now, write_json
+from lighten.runs import INFO, PLAN, RECIPE, Run, now, write_json
 from lighten.training import checkpoints, offloaded, quantization_aware, streaming, trackers
 from lighten.training.base import agreed_dtype, load_base, require_trainable, tokenizer_of
+from lighten.training.best_state import is_spread, put_best_back
 from lighten.training.checkpoints import TrainerState
 from lighten.training.export import export, take_part
 from lighten.training.loop import Loop, Pruner
-from lighten.training.method import go_on_from_adapter
+from lighten.training.method import FROM_ADAPTER, go_on_from_adapter
 from lighten.training.out_of_memory import OutOfMemory, clear_frames
 from lighten.training.prediction import Prediction, compare
 from lighten.training.prepare import layers_later, prepare
@@ -163,10 +163,13 @@ def _is_finished(recipe: Recipe) -> bool:
 
 
 def _came_to_nothing(run: Run, error: BaseException) -> bool:
-    """Whether a mistake of the user's ended a run before it began: nothing of it is left then."""
-    if run.claim is None or not isinstance(error, UserError) or "base" in run.info():
+    """Whether a mistake of the user's ended a run before it began, or went on: it is as before."""
+    if not isinstance(error, UserError):
         return False
-    return run.claim.undo()
+    if run.before_resumed is not None:
+        write_json(run.folder / INFO, run.before_resumed)
+        return True
+    return run.claim is not None and "base" not in run.info() and run.claim.undo()
 
 
 def _explained(error: BaseException, run: Run, prediction: Prediction | None) -> BaseException:
@@ -188,6 +191,7 @@ def _explained(error: BaseException, run: Run, prediction: Prediction | None) ->
 def _open(recipe: Recipe, accelerator: Accelerator, *, resume: bool) -> Run:
     if accelerator.is_main_process:
         run = Run.create(recipe, resume=resume)
+        run.before_resumed = run.info() if resume else None
         commit, clean = hardware.commit()
         run.update(
             version=1, name=run.name, status="running", error=None, ended=None,
@@ -231,7 +235,7 @@ def _train(
     )
     setup = prepare(recipe, accelerator, base, rows, per_step, saved_state.total_steps or None)
     setup.choices["memory"] = pages
-    if recipe.load_best_model_at_end and any(map(_is_spread, setup.adapters)):
+    if recipe.load_best_model_at_end and any(map(is_spread, setup.adapters)):
         require_folder_on_ranks(accelerator, recipe, run)
     if recipe.qat is not None:
         tried_difference = quantization_aware.try_conversion(base.model)
@@ -244,6 +248,7 @@ def _train(
     state.examples_per_step = setup.examples_per_step
     if state.step == 0:
         go_on_from_adapter(recipe, setup.trained)
+    run.before_resumed = None
     if accelerator.is_main_process:
         run.truncate_metrics(state.step)
         run.update(
@@ -261,7 +266,7 @@ def _train(
         progress.note(note)
     Loop(setup, run.folder, state, progress, memory, prediction, pruner=pruner, retries=True).run()
     if recipe.load_best_model_at_end:
-        _put_best_back(run, setup)
+        put_best_back(run.folder, setup, progress)
     for adapter in setup.adapters:
         adapter.end()  # what is gathered below takes its place
     if accelerator.is_main_process:
@@ -354,6 +359,9 @@ def _report_setup(setup: Setup, progress: TrainingProgress) -> None:
     )
     for problem in (*rows.train.problems, *rows.notes):
         progress.note(f"note: {problem}")
+    start = setup.choices.get("start")
+    if start is not None and start.reason != FROM_ADAPTER:
+        progress.note(f"note: {start.reason}")
     if (tokens := setup.choices.get("added_tokens")) is not None:
         progress.note(f"note: the new tokens are not trained: {tokens.reason}")
     for adapter in setup.adapters:
@@ -446,25 +454,9 @@ def _compare_with_converted(run: Run, setup: Setup, progress: TrainingProgress) 
         )
 
 
-def _put_best_back(run: Run, setup: Setup) -> None:
-    """Each adapter as it was at its lowest held-out loss."""
-    for adapter in setup.adapters:
-        step = adapter.progress.best_step
-        if step is None:  # it left before it was ever evaluated
-            continue
-        if not (setup.accelerator.is_main_process or _is_spread(adapter)):
-            continue  # the main rank writes what it holds itself
-        checkpoint = run.folder / "checkpoints" / f"checkpoint-{step}"
-        checkpoints.restore_weights(checkpoint, setup.trained, adapter.name)
-
-
-def _is_spread(adapter: AdapterOptimizer) -> bool:
-    return dtensors.any_spread(adapter.parameters.values())
-
-
 def _last_held_out(run: Run, name: str, setup: Setup, best: int | None) -> float | None:
     """The held-out loss of the adapter as it was saved."""
     lines = [m for m in run.metrics() if m["kind"] == "eval" and m["adapter"] == name]
-    if setup.recipe.load_best_model_at_end:
+    if setup.recipe.load_best_model_at_end and best is not None:
         lines = [line for line in lines if line["step"] == best]
     return lines[-1]["loss"] if lines else None
