@@ -223,3 +223,15 @@ def test_an_adapter_is_verified_beside_other_gguf_files(tmp_path: Path) -> None:
     assert receipt.artefact == "b.gguf"
     with pytest.raises(UserError, match="name one GGUF file"):
         api.verify(together, source)
+
+
+def test_a_program_is_not_made_of_weights_that_were_rounded_once(tmp_path: Path) -> None:
+    """It ended in a traceback of torch's, after the model was loaded."""
+    pytest.importorskip("executorch")
+    base = save_tiny(tmp_path / "base")
+    config = base / "config.json"
+    values = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "torchao"}}
+    config.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"quantised already \(torchao\)"):
+        api.export(str(base), "executorch", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -34,6 +34,7 @@ from lighten.quantization.merged_model import (
     onto_fact,
     written,
 )
+from lighten.quantization.model_source import refuse_quantized
 from lighten.quantization.receipts import receipt_of
 from lighten.quantization.room import require_export_room, require_receipt_room
 from lighten.runs import whole_folder, write_json
@@ -95,6 +96,8 @@ def check(
         raise UserError(f"--context_tokens is of executorch; {form} has the model's own context")
     if form == "executorch":
         executorch.require()
+        if artefact.adapter is None:
+            refuse_quantized(artefact.base, artefact.base_folder)
         kind = str(executorch.CONTEXT if context_tokens is None else context_tokens)
         if int(kind) < FEWEST:
             raise UserError(f"--context_tokens: {kind} is too short for a question and an answer")
