@@ -38,3 +38,16 @@ def test_positions_are_those_that_transformers_takes(edits: dict[str, Any], tmp_
     write_gguf(folder, tmp_path / "model.gguf", "f32")
     with Runtime(tmp_path / "model.gguf", context_tokens=32, threads=1) as runtime:
         assert np.abs(runtime.logits(PROMPT) - expected).max() < 1e-4
+
+
+def test_the_end_that_a_file_has_no_name_for_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There are names for three: the tokenizer's own, wherever it is listed, and two more."""
+    folder = save_tiny(tmp_path / "model")
+    settings = {"eos_token_id": [2, 1, 3, 4]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    write_gguf(folder, tmp_path / "model.gguf", "f16")
+    assert "may not stop at <|im_start|>" in caplog.text
+    with Runtime(tmp_path / "model.gguf", context_tokens=32, threads=1) as runtime:
+        assert [runtime.ends(token) for token in (1, 2, 3, 4)] == [True, True, False, True]

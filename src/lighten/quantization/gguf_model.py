@@ -211,7 +211,8 @@ def _tell_tokens(vocabulary: Vocabulary, target: Path) -> None:
             "(NFC): give it composed texts; decomposed ones, such as names of files on macOS, are "
             "other tokens", target,
         )  # fmt: skip
-    unsaid = [vocabulary.tokens[token] for token in vocabulary.ends[3:]]
+    named = vocabulary.special.values()
+    unsaid = [vocabulary.tokens[token] for token in vocabulary.ends if token not in named]
     if unsaid:
         log.warning(
             "%s names three of the tokens that end an answer; llama.cpp may not stop at %s",
