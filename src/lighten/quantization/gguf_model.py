@@ -211,7 +211,7 @@ def _tell_tokens(vocabulary: Vocabulary, target: Path) -> None:
             "(NFC): give it composed texts; decomposed ones, such as names of files on macOS, are "
             "other tokens", target,
         )  # fmt: skip
-    named = vocabulary.special.values()
+    named = {vocabulary.special.get(role) for role in ("eos", "eot", "eom")}
     unsaid = [vocabulary.tokens[token] for token in vocabulary.ends if token not in named]
     if unsaid:
         log.warning(
