@@ -556,8 +556,9 @@ def test_bases_that_slots_would_get_wrong_are_refused(
         Engine(tiny_model(arch, **changes))
 
 
-def test_a_base_that_masks_by_itself_is_refused_and_stays_as_it_was() -> None:
-    model = tiny_model("doge", attn_implementation="eager")
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_base_that_masks_by_itself_is_refused_and_stays_as_it_was(window: int | None) -> None:
+    model = tiny_model("doge", attn_implementation="eager", sliding_window=window)
     before = model(torch.tensor([PROMPTS[1]])).logits
     with pytest.raises(UserError, match="a mask of its own"):
         Engine(model)

@@ -371,9 +371,9 @@ def take_over(model: PreTrainedModel) -> None:
         with attending(Batch(cache, first, first, [0], ())):
             model(input_ids=first[None], position_ids=first[None], use_cache=False,
                   logits_to_keep=1)  # fmt: skip
-    except UserError:
+    except (UserError, IndexError) as error:  # the latter where it looks into a window's mask
         model.set_attn_implementation(implementation)
-        raise
+        raise UserError("this model's attention has a mask of its own") from error
 
 
 def require_plain(model: PreTrainedModel) -> None:
