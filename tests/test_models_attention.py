@@ -12,7 +12,16 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighten.models import attention
+from lighten.models.attention_setting import set_attention
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
+
+# Latent attention to the few keys that an indexer chooses.
+INDEXED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "qk_nope_head_dim": 8, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8,
+}  # fmt: skip
 
 
 # The last is no longer the blocks'.
@@ -252,3 +261,40 @@ def test_what_runs_while_another_thread_compiles_is_not_compiled_itself() -> Non
     ((compiling, out),) = meanwhile
     assert compiling
     assert torch.equal(out, attend())
+
+
+@pytest.mark.parametrize(("device", "capability"), [("cpu", None), ("cuda", (7, 5))])
+@pytest.mark.parametrize("arch", ["deepseek_v32", "glm_moe_dsa"])
+def test_a_model_that_chooses_its_keys_keeps_to_them(
+    arch: str, device: str, capability: tuple[int, int] | None
+) -> None:
+    """It hides the others from PyTorch's attention alone, by that one's name."""
+    ids = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
+    plain, model = tiny_model(arch, **INDEXED), tiny_model(arch, **INDEXED)
+    plain.set_attn_implementation("eager")
+    choice = set_attention(model, "sdpa", device, capability)
+    assert choice.value == "sdpa"
+    assert choice.reason.startswith(f"PyTorch's own: {type(model).__name__} computes another")
+    all_keys = tiny_model(arch, **INDEXED | {"index_topk": 40})
+    with torch.no_grad():
+        expected, loss, other = (
+            float(m(input_ids=ids, labels=ids, use_cache=False).loss)
+            for m in (plain, model, all_keys)
+        )
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert other != pytest.approx(expected, rel=1e-3), "it does make a difference"
+
+
+def test_a_model_that_takes_no_attention_is_said_to_keep_pytorchs() -> None:
+    model = tiny_model("falcon", ffn_hidden_size=48)
+    choice = set_attention(model, "sdpa", "cpu")
+    assert (choice.value, model.config._attn_implementation) == ("sdpa", "sdpa")
+    assert choice.reason == "PyTorch's own: FalconForCausalLM takes none from outside"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_all_others_take_ours(arch: str) -> None:
+    expected = "eager" if arch == "gemma2" else attention.NAME
+    model = tiny_model(arch)
+    set_attention(model, "sdpa", "cpu")
+    assert model.config._attn_implementation == expected

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lighten import cpu
@@ -59,7 +62,7 @@ def set_attention(
             a recent one.
     """
     require_attention(name, device, capability)
-    if name == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+    if name == "sdpa" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
         return Choice("eager", f"{type(model).__name__} caps its scores, which sdpa leaves out")
     try:
@@ -69,6 +72,8 @@ def set_attention(
             raise UserError(f"attn_implementation: {name}: {first_line(error)}") from error
         model.set_attn_implementation("eager")
     in_use = str(model.config._attn_implementation)
+    if in_use == name == "sdpa" and (obstacle := _keeps_pytorchs(model)) is not None:
+        return Choice(name, f"PyTorch's own: {obstacle}")
     if in_use == name == "sdpa" and device == "cpu" and not cpu.enabled():
         return Choice(name, f"PyTorch's own: {cpu.OFF}")
     if in_use == name == "sdpa" and device == "cpu":
@@ -91,3 +96,34 @@ def set_attention(
     if in_use == name:
         return Choice(name, "attn_implementation of the recipe")
     return Choice(in_use, f"{type(model).__name__} has no {name} attention")
+
+
+def _keeps_pytorchs(model: PreTrainedModel) -> str | None:
+    """Why a model's attention is PyTorch's under that name alone; None: it takes any other's."""
+    name = type(model).__name__
+    if not model._can_set_attn_implementation():
+        return f"{name} takes none from outside"
+    if any(map(_asks_for_a_name, {type(module) for module in model.modules()})):
+        return f"{name} computes another attention where its name is not sdpa"
+    return None
+
+
+def _asks_for_a_name(layer: type[nn.Module]) -> bool:
+    """Whether a layer calls whatever attention is set, and does more for one called sdpa.
+
+    DeepSeek V3.2 and those after it hide the keys that an indexer has not chosen in a mask for
+    PyTorch's attention alone; to others they give their places, which ours would not look at.
+    """
+    code = getattr(inspect.unwrap(layer.forward), "__code__", None)
+    if code is None or not {"get_interface", "_attn_implementation"} <= set(code.co_names):
+        return False
+    return "sdpa" in _flat(code.co_consts)
+
+
+def _flat(constants: object) -> Iterator[object]:
+    """Constants, and those within them."""
+    if isinstance(constants, tuple | frozenset):
+        for constant in constants:
+            yield from _flat(constant)
+    else:
+        yield constants
