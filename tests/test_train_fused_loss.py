@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lighten.adapters import Cohort
 from lighten.engine import fused_loss
+from lighten.engine.forward_backward import shares_of
 from lighten.engine.fused_loss import cross_entropy_, plain
 from lighten.engine.loss import Objective
 from tests.kernels import each_kernel
-from tests.test_train_step import UNEVEN, assert_close, cohort_of, gradients, one_step
+from tests.test_train_step import (
+    UNEVEN,
+    assert_close,
+    cohort_of,
+    full_batch,
+    gradients,
+    micro_batches,
+    one_step,
+)
 from tests.test_train_step import random_spec as spec
+from tests.tiny import VOCAB, tiny_config, tiny_model
 
 RULES = [(1.0, 0.0), (0.25, 0.0), (1.0, 30.0), (2.0, 5.0)]
 
@@ -85,3 +99,38 @@ def test_a_run_for_a_gpu_learns_what_one_for_a_processor_learns(arch: str) -> No
     assert objective.fast, objective.reason
     assert report["a"].loss == pytest.approx(plain_report["a"].loss, rel=1e-5)
     assert_close(gradients(members["a"]), gradients(plain_members["a"]))
+
+
+def beside_a_tower() -> PreTrainedModel:
+    """Gemma 3n and 4 as they are published: the cap is among the decoder's settings."""
+    text = tiny_config(
+        "gemma4_text", head_dim=8, global_head_dim=16, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0, final_logit_softcapping=3.0,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma4", text_config=text.to_dict())
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [("gemma4", {}), ("hyperclovax", {"logits_scaling": 0.25}),
+     ("recurrent_gemma", {"logits_soft_cap": 3.0, "attention_window_size": 64, "lru_width": 32})],
+)  # fmt: skip
+def test_what_a_model_does_to_its_logits_is_known(arch: str, changes: dict[str, Any]) -> None:
+    """Else whole rows of logits are formed, or a cap that changes the loss little is left out."""
+    model = beside_a_tower() if arch == "gemma4" else tiny_model(arch, **changes)
+    model.requires_grad_(False)
+    with torch.no_grad():  # logits that a cap changes
+        model.get_output_embeddings().weight.mul_(8.0)
+    cohort = Cohort(model)
+    cohort.add(spec())
+    objective = Objective(model, cohort)
+    (batch,) = micro_batches(UNEVEN, ["a"], 9)
+    objective.verify(batch, shares_of(batch))
+    assert objective.fast, objective.reason
+    expected_loss, expected = full_batch(cohort, "a", UNEVEN)
+    report, members = one_step(cohort, UNEVEN, 9, objective=objective)
+    assert report["a"].loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close(gradients(members["a"]), expected, 5e-5)

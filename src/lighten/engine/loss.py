@@ -55,8 +55,9 @@ class HeadRule:
 
     Attributes:
         scale: Factor on the logits (Cohere's `logit_scale`, Falcon-H1's `lm_head_multiplier`,
-            Granite's 1 / `logits_scaling`).
-        softcap: c in c · tanh(logits / c) (Gemma 2), or None.
+            Granite's 1 / `logits_scaling`, HyperCLOVA X's `logits_scaling`).
+        softcap: c in c · tanh(logits / c) (Gemma 2's `final_logit_softcapping`, RecurrentGemma's
+            `logits_soft_cap`), or None.
     """
 
     scale: float = 1.0
@@ -64,12 +65,18 @@ class HeadRule:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> HeadRule:
-        """Read the rule from the model's configuration."""
-        config = model.config
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
+        """Read the rule from the configuration: of a model that also sees, from its decoder's."""
+        config, whole = model.config.get_text_config(), model.config
+
+        def setting(name: str) -> float | None:
+            value: float | None = getattr(config, name, None) or getattr(whole, name, None)
+            return value
+
+        scale = float(setting("logit_scale") or 1.0)
+        scale *= float(setting("lm_head_multiplier") or 1.0)
+        scaling = float(setting("logits_scaling") or 1.0)
+        scale *= scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+        return cls(scale, setting("final_logit_softcapping") or setting("logits_soft_cap"))
 
     def apply(self, logits: Tensor) -> Tensor:
         """[S, V] raw logits → [S, V] final ones."""
