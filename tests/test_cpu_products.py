@@ -141,6 +141,18 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
     assert products.quicken(model) == 0, "once is enough"
 
 
+def test_quantised_weights_of_torchao_are_left_to_it() -> None:
+    """They say that they are float32, and know no product of oneDNN's."""
+    torchao = pytest.importorskip("torchao.quantization")
+    model, x = Model().requires_grad_(False), torch.randn(33, 24)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    expected = results(model, x)
+    products.quicken(model)
+    assert all(map(torch.equal, results(model, x), expected))
+    with torch.no_grad():
+        assert torch.equal(model(x), expected[0])
+
+
 def test_small_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "FEWEST", 24 * 40 * 33 + 1)
     model = Model()

@@ -58,6 +58,8 @@ def quicken(model: nn.Module) -> int:
 def _forward_for(module: nn.Module) -> Forward | None:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return None
+    if hasattr(module.weight, "tensor_data_names"):  # torchao's, which knows few operations
+        return None
     return _forward if module.weight.device.type == "cpu" else None
 
 
