@@ -56,6 +56,14 @@ def test_a_library_is_kept_for_its_user_alone(source: Path, tmp_path: Path) -> N
     assert path.stat().st_mtime_ns == modified_ns
 
 
+def test_a_cache_may_be_named_from_here(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.parent)
+    monkeypatch.setenv("LIGHTEN_CACHE", "here")
+    path = native.compiled(source, [])
+    assert answer(path) == 42
+    assert path.parent == source.parent / "here" / "kernels"
+
+
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
 def test_a_library_that_others_could_write_to_is_made_anew(source: Path, mode: int) -> None:
     path = native.compiled(source, [])
@@ -122,3 +130,40 @@ def test_loading_the_kernels_leaves_subnormal_numbers_alone() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert completed.stdout == "True\n", completed.stderr
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [(r"\377 \260\241", "\ufffd"), (r"\n", "exit status 1"), ("", "exit status 1")],
+)
+def test_whatever_a_compiler_says_there_is_no_library_and_no_crash(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, told: str
+) -> None:
+    """Paths and messages in another encoding than Python's, as on a Korean Windows; nothing."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f"#!/bin/sh\n[ \"$1\" = --version ] && exit 0\nprintf '{says}' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    library, why = native.loaded(source, [])
+    assert library is None
+    assert f"{compiler} made nothing of source: " in str(why)
+    assert told in str(why)
+
+
+def test_a_compiler_may_be_named_with_words_around_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in CXX='ccache g++ -m64'; options make another library."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'a b'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", "env g++ -g0")
+    path = native.compiled(source, [])
+    assert answer(path) == 42
+    monkeypatch.setenv("CXX", "env g++ -g1")
+    assert native.compiled(source, []) != path
+    (tmp_path / "a b").mkdir()
+    spaced = tmp_path / "a b" / "g++ x"
+    spaced.symlink_to(str(shutil.which("g++")))
+    monkeypatch.setenv("CXX", str(spaced))
+    assert answer(native.compiled(source, [])) == 42

@@ -60,32 +60,44 @@ def compiled(
     Raises:
         NotCompiled: There is no compiler, or it made nothing.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    compiler = _compiler()
     if compiler is None:
         raise NotCompiled("there is no C++ compiler")
     try:
         return _compile(compiler, folder, (*OPTIONS, *options), of, (*LINKING, *libraries))
     except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        line = output.strip().splitlines()[0]
-        raise NotCompiled(f"{compiler} made nothing of {folder.name}: {line}") from error
+        said = getattr(error, "stderr", None)
+        output = (said if isinstance(said, str) else "").strip() or str(error)
+        raise NotCompiled(
+            f"{' '.join(compiler)} made nothing of {folder.name}: {output.splitlines()[0]}"
+        ) from error
+
+
+def _compiler() -> list[str] | None:
+    """The compiler's command; CXX may have words before its name, or options behind it."""
+    named = os.environ.get("CXX", "g++")
+    # A path may hold spaces, and on Windows backslashes.
+    words = [named] if shutil.which(named) else named.split()
+    for command in (words, ["clang++"]):
+        program = shutil.which(command[0]) if command else None
+        if program is not None:
+            return [program, *command[1:]]
+    return None
 
 
 def _compile(
-    compiler: str,
+    compiler: Sequence[str],
     folder: Path,
     options: Sequence[str],
     of: Sequence[str],
     linking: Sequence[str],
 ) -> Path:
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=LONGEST_S
-    ).stdout
+    version = _output([*compiler, "--version"])
     sources = sorted(folder.glob("*.cpp"))
     included = [Path(option[2:]) for option in options if option.startswith("-I")]
     headers = [file for place in (folder, *included) for file in sorted(place.glob("*.h"))]
     texts = [path.read_text(encoding="utf-8") for path in (*sources, *headers)]
-    key = "\n".join([version, *options, *linking, *of, *texts])
+    key = "\n".join([version, *compiler[1:], *options, *linking, *of, *texts])
     name = f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     ready = cache_folder() / "kernels" / name  # the system's, if an image brings one
     if _trusted(ready.parent, stat.S_ISDIR) and _trusted(ready):
@@ -97,16 +109,21 @@ def _compile(
             library = Path(scratch) / "made.so"
             objects = [f"{source.stem}.o" for source in sources]
             for command in (
-                [compiler, "-c", *(str(source.resolve()) for source in sources), *options],
-                [compiler, *objects, "-o", str(library), *linking],
+                [*compiler, "-c", *(str(source.resolve()) for source in sources), *options],
+                [*compiler, *objects, "-o", str(library), *linking],
             ):
-                subprocess.run(
-                    command, cwd=scratch,
-                    capture_output=True, text=True, check=True, timeout=LONGEST_S,
-                )  # fmt: skip
+                _output(command, scratch)
             library.chmod(0o700)
             library.replace(path)
     return path
+
+
+def _output(command: Sequence[str], folder: str | None = None) -> str:
+    """What a command says, in whatever encoding: a compiler names paths as the system has them."""
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, errors="replace", check=True,
+        timeout=LONGEST_S,
+    ).stdout  # fmt: skip
 
 
 def _private_folder(cache: Path) -> Path:

@@ -289,7 +289,8 @@ def version_of(name: str) -> str | None:
 def cache_folder() -> Path:
     """Where models, kernels and rates are kept: `LIGHTEN_CACHE`, else `~/.cache/lighten`."""
     named = os.environ.get("LIGHTEN_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "lighten"
+    folder = Path(named).expanduser() if named else Path.home() / ".cache" / "lighten"
+    return folder.absolute()  # compilers work in another folder
 
 
 def commit() -> tuple[str | None, bool | None]:
