@@ -107,6 +107,10 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: s
             {"warmup_ratio": 0.1, "warmup_steps": 3},
             "warmup_ratio has no effect beside warmup_steps",
         ),
+        (
+            {"attn_implementation": "flash_attention_2", "dtype": "float32"},
+            "attn_implementation: flash_attention_2 computes no float32: use sdpa",
+        ),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "use constant_with_warmup"),
         ({"val_size": 1.5}, "val_size: .*a share below 1 or a whole number, not 1.5"),
         ({"val_size": float("inf")}, "val_size: .*inf does not do"),

@@ -363,6 +363,9 @@ def _contradictions(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
     problems += swept.problems(recipe.sweep)
     if "early_stopping_threshold" in settings and recipe.early_stopping_patience is None:
         problems.append("early_stopping_threshold has no effect without early_stopping_patience")
+    attention = recipe.attn_implementation
+    if attention.startswith("flash_attention") and recipe.compute_dtype == "float32":
+        problems.append(f"attn_implementation: {attention} computes no float32: use sdpa")
     return problems
 
 
