@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -191,3 +192,31 @@ def test_a_checkout_says_its_commit() -> None:
         ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert hardware.commit()[0] == head
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux lists it so")
+def test_a_process_may_be_called_anything_and_map_any_file(tmp_path: Path) -> None:
+    """Linux cuts a script's name to 15 bytes, here within a sign; the file's is Korean in EUC."""
+    script = tmp_path / "a학습시키는중.py"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import mmap, os, sys\n"
+        f"sys.path.insert(0, {str(Path(lighten.__file__).parents[1])!r})\n"
+        f"path = os.path.join({os.fsencode(tmp_path)!r}, b'\\xb0\\xa1.bin')\n"
+        "file = open(path, 'w+b')\n"
+        "file.write(b'0' * 4096)\n"
+        "file.flush()\n"
+        "mapped = mmap.mmap(file.fileno(), 4096)\n"
+        "name = open('/proc/self/comm', 'rb').read()\n"
+        "assert '\\ufffd' in name.decode('utf-8', 'replace'), name\n"
+        "from lighten import forked_jobs, job_server\n"
+        "from lighten.machine import hardware, heap\n"
+        "assert hardware.high_water() > 4096\n"
+        "assert forked_jobs._inherited() == forked_jobs._inherited()\n"
+        "assert list(job_server._looked_at())\n"
+        "heap.drop_mapped_weights()\n",
+        encoding="utf-8",
+    )
+    script.chmod(0o755)
+    completed = subprocess.run([script], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr

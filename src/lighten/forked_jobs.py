@@ -211,9 +211,10 @@ atexit.register(close)
 
 def _inherited() -> Any:
     """What a fresh process would get from this one."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    # The process's name in it is cut to 15 bytes, perhaps within a sign.
+    status = Path("/proc/self/status").read_text("utf-8", errors="replace").splitlines()
     return (
         os.getpid(), dict(os.environ), str(Path.cwd()), os.getpriority(os.PRIO_PROCESS, 0),
         [line for line in status if line.startswith(_STATUS)],
-        [Path(file).read_text(encoding="utf-8") for file in _INHERITED],
+        [Path(file).read_bytes() for file in _INHERITED],
     )  # fmt: skip

@@ -91,7 +91,7 @@ def _begin(streams: Sequence[int], ranges: Ranges) -> None:
 def _looked_at() -> Iterator[tuple[int, int]]:
     """Where this process's pages of files are."""
     page = os.sysconf("SC_PAGE_SIZE")
-    with open("/proc/self/maps", encoding="utf-8") as file:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
         regions = [line.split() for line in file]
     with open("/proc/self/pagemap", "rb", buffering=0) as marks:
         for region in regions:

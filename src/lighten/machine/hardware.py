@@ -460,8 +460,9 @@ def _reset_high_water() -> bool:
 def high_water() -> int:
     """The most that this process held since that was reset: Linux's VmHWM in bytes, else 0."""
     try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM"):
+        # Bytes: the process's name is there, too, which may be a script's in any script.
+        for line in Path("/proc/self/status").read_bytes().splitlines():
+            if line.startswith(b"VmHWM"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

@@ -38,7 +38,7 @@ def drop_mapped_weights() -> None:
         return
     library = ctypes.CDLL(None)
     library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+    for line in Path("/proc/self/maps").read_text("utf-8", errors="replace").splitlines():
         if line.endswith(".safetensors"):
             start, end = (int(address, 16) for address in line.split()[0].split("-"))
             library.madvise(start, end - start, _PAGEOUT)  # refused by older systems: then it stays
