@@ -51,5 +51,6 @@ deepspeed: .deepspeed/extensions/.built
 	.deepspeed/bin/python benchmarks/peers_deepspeed.py --build
 	touch $@
 
+# What was trained under runs/ stays: it cannot be made again.
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) build dist

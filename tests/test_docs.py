@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -170,8 +171,19 @@ def test_the_python_of_the_readme_runs_and_its_run_is_shipped(
 
 def test_make_targets_that_the_readme_promises_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), flags=re.M):
-        assert f"\n{target}:" in makefile
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    promised = set(re.findall(r"`make (\w+)", pages))
+    assert promised >= {"demo", "test"}
+    for target in promised:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_cleaning_leaves_what_was_trained() -> None:
+    made = subprocess.run(
+        ["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ".venv" in made.stdout
+    assert "runs" not in made.stdout.split()
 
 
 def test_every_link_in_the_documents_leads_somewhere() -> None:

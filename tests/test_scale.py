@@ -48,6 +48,7 @@ def sky_file() -> str:
 def test_the_page_s_sky_file_has_the_shape_of_one() -> None:
     task = yaml.safe_load(sky_file())
     assert set(task) == {"name", "resources", "num_nodes", "workdir", "setup", "run", "file_mounts"}
+    assert (task["workdir"], task["setup"]) == (".", "pip install -e .")  # it is not on PyPI
     assert task["resources"]["accelerators"].partition(":")[0].lower() in DEVICES
     # A mounted bucket takes appended lines in this mode alone, and a run's metrics are such lines.
     assert task["file_mounts"]["/checkpoints"]["mode"] == "MOUNT_CACHED"
