@@ -403,7 +403,9 @@ def test_a_second_command_keeps_the_other_parts_of_a_run(
     second = api.bench(str(run.folder), ["size"])
     assert second["earlier_parts"] == ["attention"]
     parts = [record["part"] for record in json.loads(path.read_text())["records"]]
-    assert parts == ["size", "size", "attention"]
+    assert parts == ["size", "size", "size", "attention"]
+    names = [record["name"] for record in second["records"] if record["part"] == "size"]
+    assert names == ["base", "adapter", "checkpoint-1"]
     path.write_text(json.dumps({**second, "adapter_sha256": "of others"}))
     assert running._earlier_records(path, second, {"size"}) == []
 

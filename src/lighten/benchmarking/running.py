@@ -25,6 +25,7 @@ from lighten.planning.build import config_of
 from lighten.recipe import Recipe
 from lighten.recipe.fields import RecipeFields, lora_settings
 from lighten.runs import now
+from lighten.training import checkpoints
 from lighten.wording import first_line
 
 VERSION = 1
@@ -125,7 +126,7 @@ class Bench:
         for record in records:
             yield {"part": "size", "name": record.get("variant", "base"), **record}
         if self.target.run is not None:
-            for folder in sorted(self.target.run.folder.glob("checkpoint-*")):
+            for folder in checkpoints.listing(self.target.run.folder / "checkpoints"):
                 size_bytes = sum(
                     path.stat().st_size for path in folder.rglob("*") if path.is_file()
                 )
