@@ -78,6 +78,8 @@ class _Outlet(io.FileIO):
 
 def prepare() -> None:
     """Let standard output and error take any text, whatever the console's encoding, at any time."""
+    if os.environ.get("COLUMNS") == "0":  # it does not know how wide it is: nothing would be shown
+        del os.environ["COLUMNS"]
     for name in ("stdout", "stderr"):
         with suppress(AttributeError, ValueError, OSError):  # none, closed, or somebody's own
             stream = _lasting(getattr(sys, name))

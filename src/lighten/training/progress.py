@@ -59,7 +59,7 @@ class TrainingProgress:
     """
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, quiet=not enabled)
+        self._console = console or Console(stderr=True, quiet=not enabled, emoji=False)
         # A terminal that cannot move its cursor is read as a log.
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar = Progress(
