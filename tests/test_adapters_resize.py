@@ -336,3 +336,14 @@ def test_an_adapter_of_one_s_own_an_empty_folder_and_a_link(tmp_path: Path) -> N
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     with pytest.raises(UserError, match="is a link"):
         api.resize_adapter(source, 2, output_dir=tmp_path / "link")
+
+
+def test_the_folder_that_one_stands_in_is_resized_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`.` has no name, and its parent is itself."""
+    source = save(tmp_path / "full")
+    before = sorted(source.iterdir())
+    monkeypatch.chdir(source)
+    assert api.resize_adapter(".", 2)[0] == tmp_path / "full-r2"
+    assert sorted(source.iterdir()) == before

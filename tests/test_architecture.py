@@ -184,6 +184,7 @@ ALLOWED: dict[str, set[str]] = {
         "machine",
         "parallel",
         "path_checks",
+        "paths",
         "planning",
         "quantization",
         "recipe",

@@ -25,7 +25,7 @@ from lighten.errors import UserError
 from lighten.evaluation.result import Evaluation
 from lighten.machine import hardware
 from lighten.planning.result import Memory, MemoryPart, Plan, Shape
-from lighten.recipe import EvaluateOptions, QuantizeOptions, SweepOptions
+from lighten.recipe import EvaluateOptions, QuantizeOptions, SweepOptions, aliases, other_tools
 from lighten.recipe.fields import RecipeFields
 from lighten.reporting import charts, comparison
 from lighten.reporting.page import next_commands
@@ -74,6 +74,10 @@ def test_every_setting_is_listed_with_type_default_and_help() -> None:
         (["--micro-batch-size"], "per_device_train_batch_size"),
         (["held-out", "share"], "val_size"),
         (["Optuna"], "sweep.search"),
+        (["bf16"], "dtype"),
+        (["deepspeed"], "strategy"),
+        (["quantization_bit"], "load_in_4bit"),
+        (["eval_strategy"], "eval_steps"),
     ],
 )
 def test_settings_are_searched_by_name_alias_and_meaning(words: list[str], name: str) -> None:
@@ -90,6 +94,24 @@ def test_a_mistyped_setting_is_offered_the_nearest(word: str, near: str) -> None
         matching([word], settings())
 
 
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [("neftune_noise_alpha", "it is not built"), ("plot_loss", "changes nothing"),
+     ("save_only_model", "a checkpoint has what resuming needs")],
+)  # fmt: skip
+def test_a_setting_of_another_tool_that_is_none_here_is_answered(word: str, answer: str) -> None:
+    with pytest.raises(UserError, match=rf"{word} is another tool's setting .*{answer}"):
+        matching([word], settings())
+
+
+def test_every_name_that_a_recipe_may_say_finds_its_setting() -> None:
+    every = settings()
+    for name in (*aliases.RENAMED, *aliases.SPECIAL, *other_tools.RHYTHMS):
+        assert matching([name], every), name
+    bf16 = next(setting for setting in every if setting.name == "dtype")
+    assert ("torch_dtype" in bf16.aliases, "bf16" in bf16.set_by) == (True, True)
+
+
 def test_a_word_about_nothing_points_at_the_list() -> None:
     with pytest.raises(UserError, match="lighten settings lists them all"):
         matching(["zzzzqqqq"], settings())
@@ -104,6 +126,11 @@ def test_settings_print_in_groups_and_as_json() -> None:
     groups = {setting["group"] for setting in json.loads(cli_output("settings", "--json"))}
     assert groups == {"model", "data", "training", "run", "lora", "evaluate", "quantize",
                       "sweep"}  # fmt: skip
+
+
+def test_a_console_that_says_it_has_no_columns_is_written_to() -> None:
+    assert "lora_r  (whole number" in cli_output("settings", "lora_r", COLUMNS="0")
+    assert "smollm2-135m" in cli_output("models", COLUMNS="0")
 
 
 def test_help_names_the_settings_and_the_flags_of_a_sweep() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 import lighten
 from lighten.cli.console import console, print_table
-from lighten.cli.main import overrides
+from lighten.cli.main import _recipe_arguments as recipe_arguments
+from lighten.cli.main import app, overrides
 from lighten.errors import UserError
 from lighten.runs import Run
 from tests.processes import call, python
@@ -49,6 +51,27 @@ def test_settings_come_in_every_usual_form() -> None:
     }  # fmt: skip
     with pytest.raises(UserError, match="'stray' is not a setting"):
         overrides(["stray"])
+    # Folders may be called by a year, and files have commas, by other tools' names too.
+    assert overrides(["--data", "2024", "--train_file", "a,b.jsonl"]) == {
+        "data": "2024", "train_file": "a,b.jsonl",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words", [["--output_dir"], ["--output_dir", "lr=1e-4"], ["--chat-template", "--packing"]]
+)
+def test_a_path_without_its_value_is_no_folder_called_true(words: list[str]) -> None:
+    with pytest.raises(UserError, match="needs a value"):
+        overrides(words)
+
+
+def test_a_folder_with_a_recipe_is_that_recipe_and_no_place_for_its_run(tmp_path: Path) -> None:
+    """A run would have its files between the project's, and was refused."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "recipe.yaml").write_text("model: m/m\ndataset: d/d\n")
+    recipe, settings = recipe_arguments([str(project), "--max_steps", "3"])
+    assert (recipe, settings) == (project / "recipe.yaml", {"max_steps": 3})
 
 
 def test_the_whole_way_from_a_recipe_to_a_report(
@@ -96,9 +119,9 @@ def test_training_needs_no_recipe(tiny_folder: Path, chat_file: Path, tmp_path: 
     assert Run(tmp_path / "runs" / "llama-chat").info()["status"] == "finished"
 
 
-def test_words_in_brackets_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_in_brackets_and_between_colons_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """`lighten[quant]` and a folder's name are words; rich would take them for its markup."""
-    words = "pip install 'lighten[quant]' for runs/[dim]a[/b]"
+    words = "pip install 'lighten[quant]' for runs/[dim]a[/b] with :key:"
     console().print(words)
     assert words in capsys.readouterr().out
     print_table(["[bold]a"], [[words]])
@@ -129,6 +152,7 @@ def test_words_in_brackets_are_shown(capsys: pytest.CaptureFixture[str]) -> None
         (("export", "runs/nothing", "--output-dir", "x"), "error: runs/nothing is not a run"),
         (("bench", "runs/nothing", "--new_tokens", "8"), "error: runs/nothing is not a run"),
         (("runs", "compare", "a", "b"), "error: a is not a run"),
+        (("train", "m", "d", "--output_dir"), "error: --output_dir needs a value"),
     ],
 )
 def test_a_mistake_is_one_clean_line_and_exit_code_2(
@@ -158,6 +182,23 @@ def test_data_check_shows_the_mask(tiny_folder: Path, chat_file: Path) -> None:
     assert report["counts"]["supervised_tokens"] > 0
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--row", "99"), r"--row 99: .* rows; the first is 0"),
+        (("--row", "-5"), "greater than or equal to 0"),
+        (("--max-length", "1"), "greater than or equal to 2"),
+    ],
+)
+def test_data_check_shows_no_other_row_than_the_one_named(
+    words: tuple[str, ...], says: str, tiny_folder: Path, chat_file: Path
+) -> None:
+    result = call("data", "check", str(chat_file), "--model", str(tiny_folder), *words)
+    assert result.returncode == 2
+    assert re.search(says, result.stderr)
+    assert "Traceback" not in result.stderr
+
+
 def test_a_broken_data_file_names_its_line(tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
@@ -183,7 +224,12 @@ def test_the_verbs_are_functions_whatever_is_imported_first() -> None:
     )
     result = python(code)
     assert result.returncode == 0, result.stderr
-    assert set(lighten.__all__) >= {"train", "evaluate", "report", "run"}
+    commands = {
+        command.name or getattr(command.callback, "__name__", "")
+        for command in app.registered_commands if not command.hidden
+    }  # fmt: skip
+    of_the_terminal = {"chat", "doctor", "models", "schema", "settings"}
+    assert {*commands, "bench"} - of_the_terminal <= {*lighten.__all__}
 
 
 def test_a_run_that_goes_on_is_evaluated_as_it_is_told_now(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import numpy as np
 import pytest
 
-from lighten.recipe import Recipe, RecipeError
+from lighten.recipe import Recipe, RecipeError, yaml_lines
 from lighten.recipe.fields import EvaluateOptions, RecipeFields
+from lighten.recipe.swept import gathered
 
 SOURCE = Path(__file__).parents[1] / "src" / "lighten"
 
@@ -81,6 +85,62 @@ def test_every_problem_is_told_at_once_with_key_value_line_and_mend(tmp_path: Pa
     assert any(row.startswith("command line: learning_rate: -1") for row in messages)
 
 
+def test_each_problem_names_the_place_where_its_setting_was_said(
+    tmp_path: Path, chat_file: Path
+) -> None:
+    """By another tool's name too, and none of the command line a line of the file."""
+    head = f"model_name_or_path: m/m\ndataset: {chat_file}\n"
+    path = write_recipe(tmp_path, f"{head}cutoff_len: long\nfp16: maybe\nevaluate:\n  seed: 1\n")
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_file(path, {"bf16": "perhaps", "evaluate.seed": "x"})
+    messages = str(error.value).splitlines()
+    for place in (f"{path}:3: max_length: 'long'", f"{path}:4: fp16: 'maybe'",
+                  "command line: bf16: 'perhaps'", "command line: evaluate.seed: 'x'"):  # fmt: skip
+        assert any(message.startswith(f"{place} does not do") for message in messages), messages
+    path = write_recipe(tmp_path, f"{head}warmup_ratio: 0.1\nsweep:\n  lora_rr: [8]\n")
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_file(path, {"warmup_steps": 3})
+    assert f"{path}:3: warmup_ratio has no effect" in str(error.value)
+    assert f"{path}:5: sweep.lora_rr is not a setting" in str(error.value)
+
+
+def test_a_section_that_is_left_empty_asks_for_nothing(tmp_path: Path, chat_file: Path) -> None:
+    path = write_recipe(
+        tmp_path, f"model: m/m\ndataset: {chat_file}\nevaluate:\nquantize:\nsweep:\n  # lora_r: 8\n"
+    )
+    assert Recipe.from_file(path).evaluate == EvaluateOptions()
+    assert Recipe.from_file(path, {"evaluate.seed": 3}).evaluate.seed == 3
+
+
+def test_a_recipe_of_the_folder_above_names_its_run_for_that_folder(
+    tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`runs/..` would be the folder that one stands in."""
+    project = tmp_path / "project"
+    (project / "sub").mkdir(parents=True)
+    write_recipe(project, f"model: m/m\ndataset: {chat_file}\n")
+    for here, path in ((project / "sub", "../recipe.yaml"), (project, "recipe.yaml"),
+                       (tmp_path, "project/recipe.yaml")):  # fmt: skip
+        monkeypatch.chdir(here)
+        assert Recipe.from_file(path).run_folder == Path("runs/project")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert Recipe.from_file("~/project/recipe.yaml").name == "project"
+    monkeypatch.chdir(project / "sub")
+    assert Recipe.from_values({"model": ".", "dataset": ".."}).name == "sub-project"
+
+
+def test_numbers_and_lists_may_be_numpys(values: dict[str, Any]) -> None:
+    plain = {**values, "lora_r": [4, 8], "learning_rate": 1e-3, "sweep": {"lora_alpha": [4, 8]}}
+    of_numpy = {**values, "lora_r": np.array([4, 8]), "learning_rate": np.float64(1e-3),
+                "sweep": {"lora_alpha": [np.int64(4), np.int64(8)]}}  # fmt: skip
+    recipe = Recipe.from_values(of_numpy)
+    assert recipe.to_yaml() == Recipe.from_values(plain).to_yaml()
+    assert gathered({"lora_r": np.array([4, 8]), "seed": range(2)}) == {
+        "sweep.lora_r": [4, 8], "sweep.seed": [0, 1],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -91,6 +151,7 @@ def test_every_problem_is_told_at_once_with_key_value_line_and_mend(tmp_path: Pa
         ),
         ("a: [1\n", r"recipe\.yaml:2 is not valid YAML"),
         ("- 1\n", "it must hold settings"),
+        ("lora_r: 8\n---\nseed: 1\n", r":2 is not valid YAML: a second document begins there"),
         ("no: 3\n", r":1: no is not a setting"),
         ("evaluate:\n  on: 3\n", r":2: evaluate\.on is not a setting"),
     ],
@@ -403,6 +464,31 @@ def test_the_schema_has_every_field_with_its_help() -> None:
     schema = json.loads(json.dumps(Recipe.json_schema()))
     assert set(schema["properties"]) == set(RecipeFields.model_fields)
     assert all(field.get("description") for field in schema["properties"].values())
+
+
+def test_the_schema_takes_what_a_recipe_may_say() -> None:
+    """An editor underlines what it does not take."""
+    schema = Recipe.json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    check = jsonschema.Draft202012Validator(schema)
+    base = {"model_name_or_path": "m/m", "dataset": "d.jsonl"}
+    readme = (SOURCE.parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = [yaml_lines.parse(text) for text in re.findall(r"```yaml\n(.*?)```", readme, re.S)]
+    assert any("sweep" in block for block in blocks)
+    short = {
+        "report_to": "none", "modules_to_save": "lm_head", "max_time": 300, "save_every": 60.5,
+        "evaluate": {"extra_metrics": "rouge1", "tasks": "a"}, "quantize": {"to": "int8"},
+        "sweep": {"reference": "base", "budget": 60, "lora_r": 8, "seed": [0, 1],
+                  "learning_rate": {"min": 1e-4, "max": 1e-3, "count": 3}},
+    }  # fmt: skip
+    empty = {"evaluate": None, "sweep": None}
+    for said in (*blocks, short, empty, {"report_to": ["none"]}):
+        assert [error.message for error in check.iter_errors({**base, **said})] == []
+    wrong = ({"lora_rr": 8}, {"sweep": {"lora_rr": [8]}}, {"sweep": {"dataset": {"a": 1}}},
+             {"max_time": True}, {"report_to": 3}, {"eval_steps": 0},
+             {"evaluate": {"max_exampels": 3}})  # fmt: skip
+    for said in wrong:
+        assert list(check.iter_errors({**base, **said})), said
 
 
 def test_reading_a_recipe_does_not_load_torch(values: dict[str, Any]) -> None:

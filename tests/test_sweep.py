@@ -354,7 +354,7 @@ def test_the_command_line_prints_the_table_and_the_reasons(settings: dict[str, A
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output[-2000:]
     assert "held-out loss" in output
-    assert "report.html" in output.replace("\n", "")
+    assert f"report: {Path(settings['output_dir']) / 'report.html'}" in output.splitlines()
     flat = " ".join(output.split())
     assert "No difference found" in flat or "Take r" in flat
 

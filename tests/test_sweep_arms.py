@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from lighten.errors import UserError
 from lighten.recipe import Recipe, RecipeError
-from lighten.recipe.swept import gathered
+from lighten.recipe.swept import gathered, overridden
 from lighten.sweeps import tuning
 from lighten.sweeps.arms import Arm, expand, full_arm, group_arms
 
@@ -218,6 +219,45 @@ def test_a_setting_in_the_file_and_on_the_command_line_is_swept_as_the_latter_sa
     path.write_text(f"model: m\ndataset: {values['dataset']}\nsweep:\n  lora_r: [1, x]\n")
     with pytest.raises(RecipeError, match=r"recipe\.yaml.*sweep\.lora_r: 'x' does not do"):
         Recipe.from_file(path)
+
+
+def test_what_the_command_line_says_of_a_setting_is_all_that_is_said_of_it(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """One value where the file sweeps it, and values to sweep where the file lists a cohort."""
+    head = f"model: m\ndataset: {values['dataset']}\n"
+    path = tmp_path / "recipe.yaml"
+
+    def read(text: str, **said: Any) -> Recipe:
+        path.write_text(head + text)
+        routed = gathered(said)
+        return overridden(Recipe.from_file(path, routed), routed)
+
+    swept = "lora_alpha: 32\nsweep:\n  lora_r: [1, 2]\n  seed: [0, 1]\n  scaling: alpha\n"
+    recipe = read(swept, lora_rank=64)
+    assert (recipe.lora_r, recipe.sweep.grid, recipe.sweep.scaling) == (
+        64,
+        {"seed": [0, 1]},
+        "alpha",
+    )
+    assert "lora_r 64 takes the place of the recipe's sweep.lora_r" in recipe.notices
+    assert recipe.run_folder == Path("runs") / tmp_path.name
+    recipe = read("lora_r: [4, 8]\n", lora_r=[2, 4, 8])
+    assert [arm.name for arm in expand(recipe)] == ["r2", "r4", "r8"]
+    assert {scale(arm) for arm in expand(recipe)} == {2.0}
+    assert read(swept, lora_r=[4, 8]).sweep.grid == {"lora_r": [4, 8], "seed": [0, 1]}
+    names = {"lora_target_modules": ["q_proj"]}
+    assert read("lora_target_modules: [k_proj, q_proj]\n", **names).lora_target_modules == [
+        "q_proj"
+    ]
+
+
+def test_a_swept_setting_under_two_names_is_told(values: dict[str, Any]) -> None:
+    """One of the two would be lost."""
+    with pytest.raises(RecipeError, match=r"sweep\.lora_rank and another name of sweep\.lora_r"):
+        Recipe.from_values({**values, "sweep": {"lora_r": [8], "lora_rank": [32]}})
+    with pytest.raises(UserError, match="lora_rank and another name of lora_r both"):
+        gathered({"lora_r": [8, 16], "lora_rank": [32, 64]})
 
 
 def test_rates_that_the_recipe_lists_are_those_that_tuning_tries(values: dict[str, Any]) -> None:

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from lighten.api import (
         adapter_info,
         audit,
+        bench,
         evaluate,
         export,
         plan,
         push,
+        quantize,
         report,
         resize_adapter,
         run,
+        serve,
         sweep,
         train,
         verify,
@@ -34,8 +37,8 @@ if TYPE_CHECKING:
     from lighten.runs import Run
 
 __all__ = [
-    "Recipe", "Run", "UserError", "adapter_info", "audit", "evaluate", "export", "plan", "push",
-    "quantize", "report", "resize_adapter", "run", "sweep", "train", "verify",
+    "Recipe", "Run", "UserError", "adapter_info", "audit", "bench", "evaluate", "export", "plan",
+    "push", "quantize", "report", "resize_adapter", "run", "serve", "sweep", "train", "verify",
 ]  # fmt: skip
 
 _HOME = {"Recipe": "lighten.recipe", "Run": "lighten.runs", "UserError": "lighten.errors"}

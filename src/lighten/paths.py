@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ def data_label(setting: str | Sequence[str]) -> str:
     """What a folder is called after its data sets."""
     first, *others = data_sets(setting)
     path, _ = split_limit(first)
-    name = path.stem if path.suffix.lower() in DATA_SUFFIXES else path.name
+    name = path.stem if path.suffix.lower() in DATA_SUFFIXES else named(path).name
     return f"{name}-and-{len(others)}-more" if others else name
 
 
@@ -112,6 +113,11 @@ def may_have_splits(setting: str | Sequence[str]) -> bool:
     """Whether a data set is no single file; the hub's are looked at once they are fetched."""
     paths = [split_limit(name)[0] for name in data_sets(setting)]
     return any(of_hub(path) or (is_here(path) and not path.is_file()) for path in paths)
+
+
+def named(path: Path) -> Path:
+    """The path; of `.` and `..`, whose last part names nothing, the whole one of that folder."""
+    return path if path.name not in ("", "..") else Path(os.path.abspath(path))
 
 
 def name_of(folder: Path) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import UserError
-from lighten.path_checks import RunLike, adapter_folder, expanded
+from lighten.path_checks import RunLike, adapter_folder
+from lighten.paths import expanded, named
 from lighten.runs import Run
 
 if TYPE_CHECKING:
@@ -56,16 +57,17 @@ def resize_adapter(
     from lighten.adapters import resize, spectrum
 
     alone = not isinstance(target, Run) and source == expanded(os.fspath(target))
-    parent = source.parent if alone else source.parents[1] / "exports"
+    whole = named(source)
+    parent = whole.parent if alone else source.parents[1] / "exports"
     read = spectrum.read(source)
     # A rank above the adapter's own cuts nothing; the name says what there is.
-    named = f"{source.name}-r{min(rank, read.largest_rank)}"
-    folder = Path(output_dir).expanduser() if output_dir is not None else parent / named
+    name = f"{whole.name}-r{min(rank, read.largest_rank)}"
+    folder = Path(output_dir).expanduser() if output_dir is not None else parent / name
     if folder.resolve() == source.resolve():
         raise UserError(f"--output_dir {folder} is the adapter itself; choose another folder")
     resize.require_free(folder)
     done = resize.at_rank(read, rank)
     with runs.whole_folder(folder) as partial:
-        for name, data in resize.contents(read, done).items():
-            (partial / name).write_bytes(data)
+        for file, data in resize.contents(read, done).items():
+            (partial / file).write_bytes(data)
     return folder, done

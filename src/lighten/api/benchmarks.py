@@ -121,6 +121,7 @@ def audit(
     from lighten.benchmarking.audit import audit as measure
     from lighten.benchmarking.techniques import DECIDED
     from lighten.errors import UserError
+    from lighten.paths import named
     from lighten.recipe import aliases
     from lighten.recipe.section import duration
     from lighten.reporting.audit_page import write_audit_page
@@ -137,7 +138,7 @@ def audit(
         budget_s, None if memory is None else running.bytes_of(memory), examples, steps,
         prompt_tokens, new_tokens, long_tokens,
     )  # fmt: skip
-    name = Path(model).name.removesuffix(".gguf")
+    name = named(Path(model)).name.removesuffix(".gguf")
     folder = Path("runs") / f"audit-{name}" if output_dir is None else Path(output_dir)
 
     def recipe(changes: Mapping[str, Any]) -> Recipe:

@@ -254,7 +254,12 @@ def _require_processes(
 
 
 def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serving:
-    """Memory of a server with one base and many adapters (options: see `plan.serve.serve`).
+    """Memory of a server with one base and many adapters.
+
+    Args:
+        model: The base; of a hub model only the configuration is read.
+        device: As for `plan`.
+        options: Of `lighten.planning.serve.serve`: `adapters`, `rank`, `context`, `concurrency`, ….
 
     Raises:
         UserError: Something the user can mend.
@@ -267,7 +272,11 @@ def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serv
 
 
 def plan_quantize(model: str, **options: Any) -> Quantizing:
-    """Main memory and time to quantise a base (options: see `plan.serve.quantize`).
+    """Main memory and time to quantise a base.
+
+    Args:
+        model: The base; of a hub model only the configuration is read.
+        options: Of `lighten.planning.serve.quantize`: `storage`, `double`, `revision`.
 
     Raises:
         UserError: Something the user can mend.

@@ -169,8 +169,8 @@ def sweep(
         progress: Show what happens on standard error.
         measuring_progress: Log what is being measured, how far it is, and of how much.
         overrides: Settings by name. A list is swept, as is a range (a mapping with `min` and
-            `max`); names of the `sweep` section (`scaling`, `tune`, `reference`, `metric`,
-            `budget`) go there.
+            `max`); names of the `sweep` section (`scaling`, `tune`, `budget`, `search`, …) go
+            there. A single value is not swept, whatever the recipe's section says of it.
 
     Raises:
         UserError: Something the user can mend.
@@ -178,7 +178,8 @@ def sweep(
     from lighten.recipe import swept
 
     launch.require_alone("a sweep", "lighten sweep RECIPE")
-    chosen = recipe_of(recipe, **swept.gathered(overrides))
+    routed = swept.gathered(overrides)
+    chosen = swept.overridden(recipe_of(recipe, **routed), routed)
     path_checks.require_model(chosen.model_name_or_path)
     from lighten.sweeps.running import sweep as run_sweep
 

@@ -36,11 +36,13 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
     """Settings from `--key value`, `--key=value`, `key=value` and lone `--flag` words.
 
     Raises:
-        UserError: A word that is none of these, or a number with a decimal comma.
+        UserError: A word that is none of these, a path without its value, or a number with a
+            decimal comma.
     """
     import yaml
 
     from lighten.errors import UserError
+    from lighten.recipe.aliases import RENAMED
     from lighten.recipe.fields import RecipeFields
     from lighten.recipe.numbers import ambiguous_list
     from lighten.recipe.yaml_lines import parse
@@ -48,23 +50,26 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     remaining = list(words)
     while remaining:
-        word = remaining.pop(0)
+        word, is_flag = remaining.pop(0), False
         key, equals, value = word.lstrip("-").partition("=")
         if not word.startswith("--") and not equals:
             raise UserError(f"{word!r} is not a setting; write --name value or name=value")
         if not equals:
             is_flag = not remaining or remaining[0].startswith("--") or is_assignment(remaining[0])
             value = "true" if is_flag else remaining.pop(0)
-        listed = "," in value and not value.startswith(("[", "{", '"', "'"))
         head, dot, tail = key.partition(".")
         name = f"{head.replace('-', '_')}{dot}{tail.replace('-', '_')}"
+        is_text = RENAMED.get(name, name) in TEXTS
+        if is_text and is_flag:
+            raise UserError(f"--{name} needs a value: --{name} VALUE, or {name}=VALUE")
+        listed = "," in value and not value.startswith(("[", "{", '"', "'"))
         if listed and (why := ambiguous_list(name, value, RecipeFields.model_fields)) is not None:
             raise UserError(why)
         try:
-            settings[name] = parse(f"[{value}]" if listed and name not in TEXTS else value)
+            settings[name] = parse(f"[{value}]" if listed and not is_text else value)
         except yaml.YAMLError:
             settings[name] = value
-        if name in TEXTS and not isinstance(settings[name], str | None):
+        if is_text and not isinstance(settings[name], str | None):
             settings[name] = value  # a path or a commit is never a number or a list
     return settings
 
@@ -126,10 +131,10 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def console() -> Console:
-    """Standard output; words in brackets are words, as in `lighten[quant]` or a folder's name."""
+    """Standard output; words in brackets or between colons are words, as in `lighten[quant]`."""
     from rich.console import Console
 
-    return Console(markup=False)
+    return Console(markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:

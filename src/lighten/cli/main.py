@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, Any]]:
-    """A recipe file, a run's folder, or MODEL DATA, and the settings after them.
+    """A recipe's file or folder, a run's folder, or MODEL DATA, and the settings after them.
 
     Data may be named among the settings too: MODEL --dataset DATA.
     """
@@ -135,7 +135,10 @@ def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, An
         return positionals[0], settings
     if len(positionals) == 1:
         folder = path_checks.run_folder(positionals[0])
-        if (recipe := path_checks.recipe_in(folder)) is not None:
+        recipe = path_checks.recipe_in(folder)
+        if isinstance(recipe, Path):  # a project's, whose run goes elsewhere
+            return recipe, settings
+        if recipe is not None:
             return recipe, {"output_dir": str(folder), **settings}
         if any(aliases.RENAMED.get(name, name) == "dataset" for name in settings):
             return None, {"model_name_or_path": positionals[0], **settings}
@@ -232,8 +235,10 @@ def sweep(
         return
     columns, rows, sentences = shown(result.folder)
     print_table(columns, rows)
-    for sentence in [*sentences, f"report: {result.folder / 'report.html'}"]:
-        console().print(sentence, highlight=False, markup=False)
+    screen = console()
+    for sentence in sentences:  # what is piped is wrapped by whoever shows it
+        screen.print(sentence, highlight=False, markup=False, soft_wrap=not screen.is_terminal)
+    print_report(result.folder / "report.html")
 
 
 @app.command(context_settings=OPEN)
@@ -382,18 +387,19 @@ def data_check(
     file: str,
     model: Annotated[str, typer.Option("--model", help="Whose tokenizer and template to use.")],
     eval_dataset: Annotated[str | None, typer.Option(help="Look for overlap with this.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens a row may have.")] = 1024,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens a row may have.")] = 1024,
     chat_template: Annotated[str | None, typer.Option(help="As in the recipe.")] = None,
     system_role: Annotated[SystemRole | None, typer.Option(help="As in the recipe.")] = None,
     thinking: Annotated[Thoughts | None, typer.Option(help="As in the recipe.")] = None,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows")] = False,
     dataset_columns: Annotated[str | None, typer.Option(help="As in the recipe.")] = None,
-    row: Annotated[int, typer.Option(help="Which example to show token by token.")] = 0,
+    row: Annotated[int, typer.Option(min=0, help="Which example to show token by token.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Lengths, truncation, supervised tokens, duplicates, overlap, and one example's mask."""
     from lighten import data, path_checks
     from lighten.data.sources import sources
+    from lighten.errors import UserError
     from lighten.paths import several
     from lighten.training.progress import TrainingProgress
 
@@ -411,6 +417,10 @@ def data_check(
     if dataset_columns is not None:
         options["columns"] = overrides(["--dataset_columns", dataset_columns])["dataset_columns"]
     dataset = data.read(training, **options)
+    if row >= len(dataset.examples):
+        raise UserError(
+            f"--row {row}: {file} has {counted(len(dataset.examples), 'row')}; the first is 0"
+        )
     held_out = None
     watched = several(eval_dataset) if eval_dataset else data.with_split(training, "valid")
     if watched:

@@ -6,7 +6,7 @@ import difflib
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +30,7 @@ class Setting:
         default: What it is when nothing is said.
         help: What it does.
         aliases: Its names in other tools, which are understood too.
+        set_by: Settings of other tools that say it in words of their own (`bf16`).
     """
 
     name: str
@@ -37,30 +38,39 @@ class Setting:
     type: str
     default: str
     help: str
-    aliases: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    set_by: tuple[str, ...] = ()
 
 
 def settings() -> list[Setting]:
     """Every setting of a recipe, in the order in which they are declared."""
-    from lighten.recipe import Recipe, aliases
+    from lighten.recipe import Recipe, aliases, other_tools
 
-    also: dict[str, list[str]] = {}
-    for alias, name in aliases.RENAMED.items():
-        also.setdefault(name, []).append(alias)
-    schema = Recipe.json_schema()
-    return list(_settings(schema, schema["$defs"], also))
+    renamed = {alias: (name,) for alias, name in aliases.RENAMED.items()}
+    rhythms = {alias: (name,) for alias, name in other_tools.RHYTHMS.items()}
+    special = {**aliases.SPECIAL, **rhythms}
+    schema = Recipe.model_json_schema()
+    return [
+        replace(
+            setting, aliases=_naming(setting.name, renamed),
+            set_by=_naming(setting.name, {k: special[k] for k in special if k not in renamed}),
+        )
+        for setting in _settings(schema, schema["$defs"])
+    ]  # fmt: skip
+
+
+def _naming(name: str, others: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Other tools' settings that stand for one of ours."""
+    return tuple(other for other, ours in others.items() if name in ours)
 
 
 def _settings(
-    schema: Mapping[str, Any],
-    shared: Mapping[str, Any],
-    also: Mapping[str, list[str]],
-    section: str | None = None,
+    schema: Mapping[str, Any], shared: Mapping[str, Any], section: str | None = None
 ) -> Iterator[Setting]:
     required = set(schema.get("required", ()))
     for name, field in schema["properties"].items():
         if section is None and name in _SECTIONS:
-            yield from _settings(_resolved(field, shared), shared, {}, name)
+            yield from _settings(_resolved(field, shared), shared, name)
             continue
         default = "required" if name in required else json.dumps(field.get("default"))
         yield Setting(
@@ -69,7 +79,6 @@ def _settings(
             _type(field, shared),
             "none" if default == "null" else default.strip('"'),
             field.get("description", ""),
-            tuple(also.get(name, ())),
         )
 
 
@@ -118,12 +127,15 @@ def matching(words: list[str], all_settings: list[Setting]) -> list[Setting]:
         UserError: None does; names the nearest.
     """
     from lighten.errors import UserError
+    from lighten.recipe import other_tools
 
     terms = [word.lstrip("-").replace("-", "_").casefold() for word in words]
     if len(terms) == 1:
         exact = [setting for setting in all_settings if terms[0] == setting.group]
         exact += [
-            setting for setting in all_settings if terms[0] in (setting.name, *setting.aliases)
+            setting
+            for setting in all_settings
+            if terms[0] in (setting.name, *setting.aliases, *setting.set_by)
         ]
         if exact:
             return list(dict.fromkeys(exact))
@@ -138,10 +150,13 @@ def matching(words: list[str], all_settings: list[Setting]) -> list[Setting]:
     ]
     if chosen:
         return chosen
+    for word in terms:
+        if answer := other_tools.meaning(word):
+            raise UserError(f"{word} is another tool's setting and none here: {answer}")
     names = {
         alias: setting.name
         for setting in all_settings
-        for alias in (setting.name, *setting.aliases)
+        for alias in (setting.name, *setting.aliases, *setting.set_by)
     }
     names |= {setting.name.rpartition(".")[2]: setting.name for setting in all_settings}
     near = [near for word in terms for near in difflib.get_close_matches(word, names, n=3)]
@@ -178,6 +193,8 @@ def show_settings(
             style="cyan", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
         also = f" Also called {', '.join(setting.aliases)}." if setting.aliases else ""
+        if setting.set_by:
+            also += f" Other tools set it by {', '.join(setting.set_by)}."
         indent = " " * 6
         paragraph = textwrap.fill(
             f"{setting.help}.{also}", width, initial_indent=indent, subsequent_indent=indent

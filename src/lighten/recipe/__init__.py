@@ -10,15 +10,23 @@ import yaml
 from pydantic import PrivateAttr, ValidationError
 
 from lighten.errors import UserError
-from lighten.paths import data_label, data_sets, expanded, may_be_data, may_have_splits
+from lighten.paths import (
+    data_label,
+    data_sets,
+    expanded,
+    may_be_data,
+    may_have_splits,
+    named,
+)
 from lighten.recipe import (
     aliases,
     bits,
+    messages,
     offloading,
     places,
+    schema,
     spread,
     start,
-    suggestions,
     swept,
     yaml_lines,
 )
@@ -71,7 +79,7 @@ class Recipe(RecipeFields):
         """What to call a run of this recipe."""
         if self._name:
             return self._name
-        model = Path(self.model_name_or_path).name.removesuffix(".gguf")
+        model = named(Path(self.model_name_or_path)).name.removesuffix(".gguf")
         return f"{model}-{data_label(self.dataset)}"
 
     @property
@@ -104,10 +112,10 @@ class Recipe(RecipeFields):
         Raises:
             RecipeError: Every problem found, each with key, value, line and what to change.
         """
-        path = Path(path)
+        path = expanded(str(path))
         values, lines = yaml_lines.read(path)
         recipe = cls._build(values, overrides, str(path), lines, folder=path.parent)
-        recipe._name = path.parent.name if path.stem == "recipe" else path.stem
+        recipe._name = named(path.parent).name if path.stem == "recipe" else path.stem
         return recipe
 
     @classmethod
@@ -137,16 +145,23 @@ class Recipe(RecipeFields):
         over, override_notices, override_problems = aliases.translate(
             overrides or {}, beside=values if folder is None else places.beside(values, folder)
         )
+        where = messages.Places(source, lines, {*(overrides or {}), *over})
+        sweep_notices, sweep_problems = swept.translate(settings)
         for key, value in over.items():
             section, _, name = key.partition(".")
-            if name and isinstance(settings.get(section, {}), Mapping):
-                settings[section] = {**settings.get(section, {}), name: value}
+            if name and isinstance(settings.get(section) or {}, Mapping):
+                name = aliases.RENAMED.get(name, name) if section == "sweep" else name
+                settings[section] = {**(settings.get(section) or {}), name: value}
             else:
                 settings[key] = value
-        override_notices += aliases.keep_one_end(settings, over) + swept.translate(settings)
-        start_notices, faults = start.fill_in(settings, applied_adapter)
-        override_notices += start_notices
-        problems = [f"{source}: {problem}" for problem in problems + override_problems + faults]
+        for section in schema.SECTIONS:
+            if settings.get(section, ...) is None:  # left empty, it asks for nothing
+                del settings[section]
+        override_notices += aliases.keep_one_end(settings, over)
+        for told, faults in (swept.translate(settings), start.fill_in(settings, applied_adapter)):
+            override_notices += told
+            problems += faults
+        problems = [where.told(fault) for fault in problems + override_problems + sweep_problems]
         if settings.get("trainable_layers") is not None:
             said_last = over.get("trainable_layers") is not None and "method" not in over
             settings["method"] = "full" if said_last else settings.get("method", "full")
@@ -155,17 +170,12 @@ class Recipe(RecipeFields):
         try:
             recipe = cls.model_validate(settings)
         except ValidationError as error:
-            overridden = set(over)
-            problems += [
-                _sentence(
-                    item, "command line" if str(item["loc"][0]) in overridden else source, lines
-                )
-                for item in _merged(error)
-            ]
+            problems += messages.of_validation(error, where)
         else:
-            problems += [f"{source}: {problem}" for problem in _contradictions(recipe, settings)]
+            problems += map(where.told, _contradictions(recipe, settings))
         if problems:
             raise RecipeError("\n".join(problems))
+        override_notices += sweep_notices
         recipe._notices = [*notices, *override_notices, *recipe._notices]
         recipe._packs_blocks = recipe.packing is True and not any(
             said.get("padding_free") for said in (values, overrides or {})
@@ -236,10 +246,7 @@ class Recipe(RecipeFields):
         try:
             return EvaluateOptions.model_validate({**self.evaluate.model_dump(), **settings})
         except ValidationError as error:
-            problems = [
-                _sentence({**item, "key": f"evaluate.{item['loc'][0]}"}, "command line", {})
-                for item in error.errors()
-            ]
+            problems = messages.of_validation(error, messages.COMMAND_LINE, section="evaluate")
             raise RecipeError("\n".join(problems)) from error
 
     def completed(self) -> dict[str, Any]:
@@ -261,8 +268,8 @@ class Recipe(RecipeFields):
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
-        """JSON schema of a recipe file."""
-        return cls.model_json_schema()
+        """JSON schema of a recipe file, with all that may stand in it."""
+        return schema.complete(cls.model_json_schema())
 
 
 def _names(adapters: list[dict[str, Any]]) -> list[str]:
@@ -440,39 +447,3 @@ def _peft_problems(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
 
 def _has_held_out(recipe: Recipe) -> bool:
     return bool(recipe.eval_dataset or recipe.val_size or may_have_splits(recipe.dataset))
-
-
-def _merged(error: ValidationError) -> list[dict[str, Any]]:
-    """One problem per setting: pydantic tells a union's every branch."""
-    by_key: dict[str, dict[str, Any]] = {}
-    for item in error.errors():
-        loc = item["loc"]
-        names = [str(part) for part in loc if str(part) in _all_keys() or isinstance(part, int)]
-        if loc[0] == "sweep" and "grid" in names:
-            names.remove("grid")  # users write swept settings beside the options
-        key = str(loc[0]) if not names else ".".join(names)
-        if item["type"] == "extra_forbidden":
-            parts = [part for part in loc if loc[0] != "sweep" or part not in ("grid", "range")]
-            key = ".".join(str(part) for part in parts)
-        by_key.setdefault(key, {**item, "key": key})
-    return list(by_key.values())
-
-
-def _all_keys() -> set[str]:
-    sections = (
-        RecipeFields, EvaluateOptions, QuantizeOptions, AdapterEntry, SweepOptions, Range,
-    )  # fmt: skip
-    return {name for section in sections for name in section.model_fields}
-
-
-def _sentence(item: Mapping[str, Any], source: str, lines: Mapping[str, int]) -> str:
-    key: str = item["key"]
-    at = f"{source}:{lines[key]}" if key in lines and source != "command line" else source
-    if item["type"] == "extra_forbidden":
-        return f"{at}: {key} is not a setting; {suggestions.mend(key)}"
-    if item["type"] == "missing":
-        return f"{at}: {key} is missing; add it"
-    reason = str(item["msg"]).removeprefix("Value error, ")
-    choices = item.get("ctx", {}).get("expected")
-    mend = f"use {choices}" if choices else reason[0].lower() + reason[1:]
-    return f"{at}: {key}: {item['input']!r:.300} does not do; {mend}"

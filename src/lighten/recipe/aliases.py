@@ -58,7 +58,6 @@ RENAMED = {
     "peft_init_lora_weights": "init_lora_weights",
     "chat_template_path": "chat_template",
 }
-# Shown to a user who mistypes one of them; each is handled in `translate`.
 # LLaMA-Factory's, for `finetuning_type: freeze`.
 FROZEN_BELOW = 2
 _BITS = ("quantization_bit", "quant_bits", "quantization")
@@ -74,12 +73,21 @@ _METHODS = ("method", "trainable_layers", *(a for a, name in RENAMED.items() if 
 # Axolotl's switches.
 _ATTENTIONS = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa",
                "eager_attention": "eager"}  # fmt: skip
-SPECIAL = (
-    "datasets", "train_on_inputs", "lora_target_linear", "bf16", "fp16", "flash_attn",
-    "deepspeed", "fsdp", "fsdp_config", "adapter", "finetuning_type", "freeze_trainable_layers",
-    "train_on_prompt", "additional_target", "max_samples", "dataset_dir", *SUBSETS,
-    "packing_strategy", *_ATTENTIONS, *_BITS, *_BACKENDS,
-)  # fmt: skip
+_PROMPTS_TOO, _SPREAD = ("assistant_only_loss", "completion_only_loss"), ("strategy",)
+_IN_BITS = ("load_in_4bit", "load_in_8bit")
+# By name, which of our settings each says; `translate` has what they say.
+SPECIAL: Mapping[str, tuple[str, ...]] = {
+    "datasets": ("dataset",), "train_on_inputs": _PROMPTS_TOO, "train_on_prompt": _PROMPTS_TOO,
+    "lora_target_linear": ("lora_target_modules",), "bf16": ("dtype",), "fp16": ("dtype",),
+    "flash_attn": ("attn_implementation",), "deepspeed": (*_SPREAD, "offload_optimizer",
+    "offload_params"), "fsdp": _SPREAD, "fsdp_config": (*_SPREAD, "offload_params"),
+    "adapter": (), "finetuning_type": ("method", "trainable_layers"),
+    "freeze_trainable_layers": ("trainable_layers",), "additional_target": ("modules_to_save",),
+    "max_samples": ("dataset",), "dataset_dir": ("dataset",),
+    **dict.fromkeys(SUBSETS, ("dataset",)), "packing_strategy": ("packing",),
+    **dict.fromkeys(_ATTENTIONS, ("attn_implementation",)), **dict.fromkeys(_BITS, _IN_BITS),
+    **dict.fromkeys(_BACKENDS, _IN_BITS),
+}  # fmt: skip
 # Of these, what are switches, and how people write one.
 _SWITCHES = ("train_on_inputs", "train_on_prompt", "lora_target_linear", "bf16", "fp16",
              *_ATTENTIONS)  # fmt: skip
@@ -132,7 +140,7 @@ def translate(
                            f"{_DOUBLE[0]}: true (load_in_4bit alone does not)")  # fmt: skip
 
     for key, given in values.items():
-        raw = _with_text_paths(given)
+        raw = plain(given)
         if key == "adapter" and raw is None and all(everything.get(n) is None for n in _METHODS):
             problems.append("adapter is empty, which trains the whole base in Axolotl; set method: "
                             "full, or adapter: lora")  # fmt: skip
@@ -318,10 +326,16 @@ def _data_sets(
     return names[0] if len(names) == 1 else names, columns, read
 
 
-def _with_text_paths(value: Any) -> Any:
-    """A value from Python, in which paths may be objects."""
-    if isinstance(value, list | tuple):
-        return [_with_text_paths(entry) for entry in value]
+def plain(value: Any) -> Any:
+    """A value from Python: paths are text, NumPy's numbers and arrays are numbers and lists."""
+    if isinstance(value, str | int | float | None):
+        return value.tolist() if hasattr(value, "tolist") else value  # numpy.float64 is a float
+    if isinstance(value, list | tuple | range):
+        return [plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    if hasattr(value, "tolist"):
+        return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 

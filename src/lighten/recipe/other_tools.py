@@ -171,15 +171,22 @@ _INSTEAD = {
     "strict": "remove it; every setting is checked",
 }  # fmt: skip
 # Which of our settings each says the rhythm of.
-_RHYTHMS = {
+RHYTHMS = {
     "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps",
     "save_strategy": "save_steps", "logging_strategy": "logging_steps",
 }  # fmt: skip
-NAMES = tuple(dict.fromkeys((*_RHYTHMS, *sorted(PASSED_OVER), *_ALREADY, *_INSTEAD)))
+NAMES = tuple(dict.fromkeys((*RHYTHMS, *sorted(PASSED_OVER), *_ALREADY, *_INSTEAD)))
 
 
 def instead(name: str) -> str | None:
     """What to do in place of a setting of another tool's, if it is a known one."""
+    return _INSTEAD.get(name)
+
+
+def meaning(name: str) -> str | None:
+    """What becomes of another tool's setting, if it is a known one that is none here."""
+    if name in PASSED_OVER:
+        return "a recipe may say it, and it changes nothing"
     return _INSTEAD.get(name)
 
 
@@ -195,7 +202,7 @@ def changes_nothing(name: str, value: Any) -> bool:
 
 def is_rhythm(name: str) -> bool:
     """Whether it says how often something is done: `eval_strategy: epoch`."""
-    return name in _RHYTHMS
+    return name in RHYTHMS
 
 
 def rhythm(
@@ -212,7 +219,7 @@ def rhythm(
     Raises:
         ValueError: It asks for what is not the same here; says what to change.
     """
-    steps, word = _RHYTHMS[name], str(value).strip().lower()
+    steps, word = RHYTHMS[name], str(value).strip().lower()
     if value is None:
         return {}
     if word == "steps":

@@ -44,7 +44,7 @@ def _steps_or_share(value: float) -> float:
 # Steps, or below 1 a share of all steps, as in transformers.
 StepsOrShare = Annotated[float, Field(ge=0.0, allow_inf_nan=False), AfterValidator(_steps_or_share)]
 # How often something is done.
-Every = Annotated[StepsOrShare, Field(gt=0.0)]
+Every = Annotated[float, Field(gt=0.0, allow_inf_nan=False), AfterValidator(_steps_or_share)]
 
 # What an adapter, and a base's own weights, learn at where nothing is said.
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from lighten.errors import UserError
 from lighten.recipe import aliases
 from lighten.recipe.fields import RecipeFields
 from lighten.recipe.sweeping import Range, SweepOptions
+
+if TYPE_CHECKING:
+    from lighten.recipe import Recipe
 
 # Losses of arms with different ones of these would be measured on different things.
 _MEASURED = (
@@ -33,15 +37,25 @@ _NEVER = {
 }
 
 
-def translate(settings: MutableMapping[str, Any]) -> list[str]:
-    """Give swept settings their canonical names, in place; a notice per alias."""
+def translate(settings: MutableMapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Give swept settings their canonical names, in place.
+
+    Returns:
+        A notice per alias, and a sentence per setting that is named twice.
+    """
     section = settings.get("sweep")
-    if not isinstance(section, MutableMapping):
-        return []
+    if not isinstance(section, Mapping):
+        return [], []
     renamed = {key: aliases.RENAMED.get(key, key) for key in section}
     settings["sweep"] = {renamed[key]: value for key, value in section.items()}
-    return [
+    notices = [
         f"sweep.{key} is called sweep.{name} here" for key, name in renamed.items() if key != name
+    ]
+    twice = {name for name in renamed.values() if [*renamed.values()].count(name) > 1}
+    return notices, [
+        f"sweep.{key} and another name of sweep.{name} both set the same thing; keep one"
+        for key, name in renamed.items()
+        if name in twice and key != name
     ]
 
 
@@ -50,21 +64,56 @@ def gathered(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
     A list of a setting that takes a list itself (`lora_target_modules`) is one value; to sweep it,
     write `sweep.lora_target_modules`.
+
+    Raises:
+        UserError: A setting is given under two names.
     """
     routed: dict[str, Any] = {}
-    for key, value in overrides.items():
-        name = aliases.RENAMED.get(key, key)
+    for key, given in overrides.items():
+        name, value = aliases.RENAMED.get(key, key), aliases.plain(given)
+        place = key
         if key in SweepOptions.model_fields and key != "grid":
-            routed[f"sweep.{key}"] = value
-        elif name in _NEVER or name not in RecipeFields.model_fields:
-            routed[key] = value
-        elif isinstance(value, Mapping) and {"min", "max"} <= set(value):
-            routed[f"sweep.{name}"] = value
-        elif isinstance(value, list | tuple) and not _takes_lists(name):
-            routed[f"sweep.{name}"] = list(value)
-        else:
-            routed[key] = value
+            place = f"sweep.{key}"
+        elif name not in _NEVER and name in RecipeFields.model_fields:
+            is_range = isinstance(value, Mapping) and {"min", "max"} <= set(value)
+            if is_range or (isinstance(value, list) and not _takes_lists(name)):
+                place = f"sweep.{name}"
+        if place in routed:
+            raise UserError(f"{key} and another name of {name} both set the same thing; keep one")
+        routed[place] = value
     return routed
+
+
+def overridden(recipe: Recipe, routed: Mapping[str, Any]) -> Recipe:
+    """The recipe in which a setting is what the command line says, alone or swept, and not both.
+
+    A single value takes the place of those that the file sweeps; values to sweep take that of a
+    list in the file, which would be crossed with them.
+
+    Args:
+        recipe: The file's, with the overrides in it.
+        routed: These, as `gathered` gives them.
+    """
+    single = aliases.translate({key: routed[key] for key in routed if "." not in key})[0]
+    listed = [key.removeprefix("sweep.") for key in routed if key.startswith("sweep.")]
+    settled = [key for key in recipe.sweep.grid if key in single and key not in listed]
+    crossed = [
+        key for key in listed if isinstance(getattr(recipe, key, None), list)
+        and not _takes_lists(key)
+    ]  # fmt: skip
+    if not (settled or crossed):
+        return recipe
+    section = recipe.sweep.model_dump(mode="json")
+    section["grid"] = {key: section["grid"][key] for key in section["grid"] if key not in settled}
+    # Of a list the first is what the scale over swept ranks is taken from.
+    changed = recipe.changed(
+        {"sweep": section, **{key: getattr(recipe, key)[0] for key in crossed}}
+    )
+    changed.notices.extend(
+        f"{key} {single[key]} takes the place of the recipe's sweep.{key}" for key in settled
+    )
+    changed.notices.extend(f"sweep.{key} takes the place of the recipe's {key}" for key in crossed)
+    return changed
 
 
 def _takes_lists(key: str) -> bool:

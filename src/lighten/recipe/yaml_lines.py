@@ -68,6 +68,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         location = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or "it cannot be parsed"
+        if "another document" in reason:
+            reason = "a second document begins there; a recipe is one, remove the ---"
         raise UserError(f"{location} is not valid YAML: {reason}") from error
     except (ValueError, RecursionError) as error:  # 2026-13-45 reads as a date
         deep = isinstance(error, RecursionError)
