@@ -307,3 +307,20 @@ def test_a_comparison_scores_the_references_that_the_evaluation_scored(
     }
     for row in evaluation["differences"]:
         assert compared[row["metric"]] == pytest.approx(row["difference"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"extra_metrics": ["rougel"]}, {"forgetting": "nowhere.txt"}, {"judge": "http://127.0.0.1:9"}],
+)
+def test_what_an_evaluation_lacks_is_told_before_the_training(
+    asked: dict[str, Any], chat_file: Path, tmp_path: Path
+) -> None:
+    """It was told after it, and nothing was quantised or reported then."""
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=r"rouge1|nowhere|judge"):
+        lighten.run(
+            model="m/m", dataset=str(chat_file), output_dir=str(folder), evaluate=asked,
+            progress=False,
+        )  # fmt: skip
+    assert not folder.exists()

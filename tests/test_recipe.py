@@ -104,6 +104,28 @@ def test_each_problem_names_the_place_where_its_setting_was_said(
     assert f"{path}:5: sweep.lora_rr is not a setting" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"evaluate": "chrf"}, "evaluate: 'chrf' does not do; use settings by name: {NAME: VALUE}"),
+        ({"adapters": ["r8"]}, "adapters.0: 'r8' does not do; use settings by name: {NAME: VALUE}"),
+        ({"load_in_4bit": "ja"}, "load_in_4bit: 'ja' does not do; use true or false"),
+        ({"packing": "Auto"}, "packing: 'Auto' does not do; use true or false, or 'auto'"),
+        ({"added_tokens": "<x>"}, "added_tokens: '<x>' does not do; use a list: [A, B]"),
+        ({"lora_r": [8, "x"]}, "lora_r.1: 'x' does not do; input should be a valid integer, unable "
+         "to parse string as an integer"),
+        ({"lora_r": {"min": 8, "max": 32}}, "lora_r: {'min': 8, 'max': 32} does not do; use one "
+         "value, or sweep it: sweep: {lora_r: {min: ..., max: ...}}"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_form_is_told_once_in_words_of_a_recipe(
+    values: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_values({**values, **settings})
+    assert str(error.value) == f"recipe: {message}"
+
+
 def test_a_section_that_is_left_empty_asks_for_nothing(tmp_path: Path, chat_file: Path) -> None:
     path = write_recipe(
         tmp_path, f"model: m/m\ndataset: {chat_file}\nevaluate:\nquantize:\nsweep:\n  # lora_r: 8\n"

@@ -246,6 +246,7 @@ def test_what_the_command_line_says_of_a_setting_is_all_that_is_said_of_it(
     assert [arm.name for arm in expand(recipe)] == ["r2", "r4", "r8"]
     assert {scale(arm) for arm in expand(recipe)} == {2.0}
     assert read(swept, lora_r=[4, 8]).sweep.grid == {"lora_r": [4, 8], "seed": [0, 1]}
+    assert read("", lora_r=64, sweep={"lora_rank": [4, 8]}).sweep.grid == {"lora_r": [4, 8]}
     names = {"lora_target_modules": ["q_proj"]}
     assert read("lora_target_modules: [k_proj, q_proj]\n", **names).lora_target_modules == [
         "q_proj"

@@ -15,7 +15,7 @@ from lighten.parallel import launch, meeting
 from lighten.parallel.foreign import MEND
 from lighten.parallel.launch import Launch
 from lighten.quantization.verbs import quantize
-from lighten.recipe import Recipe, aliases, spread
+from lighten.recipe import EvaluateOptions, Recipe, aliases, spread
 from lighten.runs import Run
 from lighten.training import restarting
 
@@ -226,7 +226,12 @@ def run(
         Interrupted: As for `train`.
     """
     chosen = recipe_of(recipe, **overrides)
-    if chosen.quantize.to:  # what it needs is missed before the training, not after
+    # What the steps after the training need is missed before it, not after.
+    if chosen.evaluate != EvaluateOptions():
+        from lighten.evaluation.evaluation import require
+
+        require(chosen.evaluate)
+    if chosen.quantize.to:
         _require_quantizable(chosen)
     trained = train(
         chosen, resume=resume, progress=progress, planned=planned, force=force,

@@ -135,11 +135,10 @@ def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, An
         return positionals[0], settings
     if len(positionals) == 1:
         folder = path_checks.run_folder(positionals[0])
-        recipe = path_checks.recipe_in(folder)
-        if isinstance(recipe, Path):  # a project's, whose run goes elsewhere
-            return recipe, settings
-        if recipe is not None:
-            return recipe, {"output_dir": str(folder), **settings}
+        if (recipe := path_checks.recipe_in(folder)) is not None:
+            # The file of a project, whose run goes elsewhere, or the recipe of a run.
+            place = {} if isinstance(recipe, Path) else {"output_dir": str(folder)}
+            return recipe, {**place, **settings}
         if any(aliases.RENAMED.get(name, name) == "dataset" for name in settings):
             return None, {"model_name_or_path": positionals[0], **settings}
         raise UserError(

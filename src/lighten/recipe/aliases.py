@@ -328,14 +328,12 @@ def _data_sets(
 
 def plain(value: Any) -> Any:
     """A value from Python: paths are text, NumPy's numbers and arrays are numbers and lists."""
-    if isinstance(value, str | int | float | None):
-        return value.tolist() if hasattr(value, "tolist") else value  # numpy.float64 is a float
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if isinstance(value, list | tuple | range):
         return [plain(entry) for entry in value]
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
-    if hasattr(value, "tolist"):
-        return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 

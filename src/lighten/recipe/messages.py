@@ -16,6 +16,12 @@ from lighten.recipe.sweeping import Range, SweepOptions
 
 # A setting at the beginning of a sentence about it.
 _SETTING = re.compile(r"[\w.-]+(?=[: ])")
+_BY_NAME = "settings by name: {NAME: VALUE}"
+# What pydantic says of these in words of its own.
+_FORMS = {
+    "bool_parsing": "true or false", "bool_type": "true or false", "model_type": _BY_NAME,
+    "dict_type": _BY_NAME, "model_attributes_type": _BY_NAME, "list_type": "a list: [A, B]",
+}  # fmt: skip
 _KEYS = frozenset(
     name
     for section in (
@@ -73,12 +79,19 @@ def of_validation(error: ValidationError, places: Places, section: str | None = 
         places: Where settings were said.
         section: That was validated alone; None: the whole recipe.
     """
-    problems: dict[str, str] = {}  # pydantic tells a union's every branch
+    problems: dict[str, str] = {}
     for item in error.errors():
         unknown = item["type"] == "extra_forbidden"
         key = f"{section}.{item['loc'][0]}" if section else _key(item["loc"], unknown=unknown)
-        problems.setdefault(key, f"{places.of(key)}: {_sentence(key, item)}")
-    return list(problems.values())
+        if key not in problems:  # pydantic tells a union's every branch
+            problems[key] = f"{places.of(key)}: {_sentence(key, item)}"
+        elif item["type"] == "literal_error":  # a word beside: auto
+            problems[key] += f", or {item['ctx']['expected']}"
+    # Of a list that may be one value too, the entry that is wrong says it all.
+    return [
+        problem for key, problem in problems.items()
+        if not any(other.startswith(f"{key}.") for other in problems)
+    ]  # fmt: skip
 
 
 def _key(loc: tuple[int | str, ...], *, unknown: bool) -> str:
@@ -98,6 +111,9 @@ def _sentence(key: str, item: Mapping[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{key} is missing; add it"
     reason = str(item["msg"]).removeprefix("Value error, ")
-    choices = item.get("ctx", {}).get("expected")
+    choices = item.get("ctx", {}).get("expected") or _FORMS.get(item["type"])
+    is_range = isinstance(item["input"], Mapping) and {"min", "max"} <= set(item["input"])
+    if is_range and not key.startswith("sweep."):
+        choices = f"one value, or sweep it: sweep: {{{key}: {{min: ..., max: ...}}}}"
     mend = f"use {choices}" if choices else reason[0].lower() + reason[1:]
     return f"{key}: {item['input']!r:.300} does not do; {mend}"

@@ -96,6 +96,8 @@ def overridden(recipe: Recipe, routed: Mapping[str, Any]) -> Recipe:
     """
     single = aliases.translate({key: routed[key] for key in routed if "." not in key})[0]
     listed = [key.removeprefix("sweep.") for key in routed if key.startswith("sweep.")]
+    if isinstance(section := routed.get("sweep"), Mapping):  # from Python, as in a file
+        listed += [str(aliases.RENAMED.get(key, key)) for key in section]
     settled = [key for key in recipe.sweep.grid if key in single and key not in listed]
     crossed = [
         key for key in listed if isinstance(getattr(recipe, key, None), list)
@@ -103,11 +105,11 @@ def overridden(recipe: Recipe, routed: Mapping[str, Any]) -> Recipe:
     ]  # fmt: skip
     if not (settled or crossed):
         return recipe
-    section = recipe.sweep.model_dump(mode="json")
-    section["grid"] = {key: section["grid"][key] for key in section["grid"] if key not in settled}
+    options = recipe.sweep.model_dump(mode="json")
+    options["grid"] = {key: options["grid"][key] for key in options["grid"] if key not in settled}
     # Of a list the first is what the scale over swept ranks is taken from.
     changed = recipe.changed(
-        {"sweep": section, **{key: getattr(recipe, key)[0] for key in crossed}}
+        {"sweep": options, **{key: getattr(recipe, key)[0] for key in crossed}}
     )
     changed.notices.extend(
         f"{key} {single[key]} takes the place of the recipe's sweep.{key}" for key in settled
