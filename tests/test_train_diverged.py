@@ -12,7 +12,7 @@ from lighten.adapters import ops
 from lighten.errors import UserError
 from lighten.recipe import Recipe
 from lighten.runs import Run
-from lighten.training import checkpoints
+from lighten.training import checkpoints, loop
 from lighten.training.run import train as train_verb
 from tests.tiny_runs import eight_steps, train
 
@@ -109,6 +109,48 @@ def test_an_adapter_that_is_no_number_is_never_the_best_nor_measured_once_it_lef
     run = train(settings, output_dir=str(tmp_path / "again"))
     evaluations = [m for m in run.metrics() if m["kind"] == "eval"]
     assert [m["step"] for m in evaluations if m["adapter"] == bad["name"]] == [1]
+
+
+@pytest.mark.parametrize("when", ["a step", "the last checkpoint"])
+def test_an_adapter_that_was_stopped_early_is_kept_where_the_last_other_one_diverges(
+    settings: dict[str, Any], when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"early_stopping_patience": 1, "eval_steps": 1, "save_steps": 100, "max_steps": 6,
+                 "learning_rate": [1e-12, 3e-3], "lr_scheduler_type": "constant"}  # fmt: skip
+    plain, broken_in = loop.train_step, {"a step": 4, "the last checkpoint": 6}[when]
+
+    def breaking(batches: Any, adapters: Any, *args: Any, **options: Any) -> Any:
+        """Weights that are no numbers, before a step or after the last one."""
+        last = adapters[-1]
+        report = None
+        if when == "the last checkpoint":
+            report = plain(batches, adapters, *args, **options)
+        if last.progress.steps + (report is None) == broken_in:
+            for parameter in last.parameters.values():
+                parameter.data.fill_(float("inf"))
+        return report or plain(batches, adapters, *args, **options)
+
+    monkeypatch.setattr(loop, "train_step", breaking)
+    run = train(settings)
+    stopped, diverged = run.info()["adapters"]
+    assert run.info()["status"] == "finished"
+    assert (stopped["steps"], stopped["diverged"]) == (2, False)
+    assert (diverged["steps"], diverged["diverged"]) == (broken_in - (when == "a step"), True)
+    assert list(run.adapters()) == [stopped["name"]]
+    newest, _ = checkpoints.newest_complete(run.folder / "checkpoints")
+    assert newest is not None
+    assert checkpoints.read_state(newest).members[diverged["name"]].diverged
+    run.update(status="interrupted")
+    shutil.rmtree(run.folder / "adapters")
+    assert list(train(settings, resume=True).adapters()) == [stopped["name"]]
+
+
+def test_adapters_that_all_diverged_leave_no_finished_run(settings: dict[str, Any]) -> None:
+    """What is no number has no gain, and must not count as stopped early."""
+    with pytest.raises(UserError, match="weights that are not finite after step 1"):
+        train(settings, lora_r=2, learning_rate=1e39, warmup_steps=0, eval_steps=1,
+              early_stopping_patience=1)  # fmt: skip
+    assert Run(settings["output_dir"]).info()["status"] == "failed"
 
 
 @pytest.mark.gpu

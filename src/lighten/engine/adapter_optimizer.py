@@ -44,7 +44,8 @@ class AdapterOptimizerProgress:
         best_step: The run's step where that was.
         evaluations_without_gain: In a row, for early stopping.
         stopped: The adapter has left the batch.
-        infinite: It left because its weights were no numbers any more.
+        diverged: It left because its loss, gradient or weights were no numbers any more.
+        infinite: Its weights were not.
     """
 
     steps: int = 0
@@ -52,6 +53,7 @@ class AdapterOptimizerProgress:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     stopped: bool = False
+    diverged: bool = False
     infinite: bool = False
 
 

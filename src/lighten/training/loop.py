@@ -68,7 +68,7 @@ class Loop:
         retries: Make a step for which memory runs out again with smaller micro-batches. A benchmark
             leaves it off: it would measure something else than it says.
         pruner: May take adapters out early. An adapter that diverges leaves with or without one;
-            the last one ends the run.
+            where all have, the run fails.
         saves: Write checkpoints. A measurement leaves none.
     """
 
@@ -118,12 +118,13 @@ class Loop:
                 while state.step < setup.total_steps and self._active():
                     began = time.perf_counter()
                     report = self._step(self._active(), state.step)
-                    state.step += 1
-                    self._after_step(report, time.perf_counter() - began)
+                    if report:  # else the last ones diverged, and others were stopped before
+                        state.step += 1
+                        self._after_step(report, time.perf_counter() - began)
 
                     last = state.step == setup.total_steps
                     best = False
-                    if setup.rows.held_out and (last or self._due(recipe.eval_steps)):
+                    if report and setup.rows.held_out and (last or self._due(recipe.eval_steps)):
                         best = self._evaluate(self._active()) and recipe.load_best_model_at_end
                     self._prune()
                     finished = last or not self._active()
@@ -266,8 +267,7 @@ class Loop:
 
     def _prune(self) -> None:
         """Take out what the pruner names."""
-        if self.pruner is not None:
-            active = self._active()
+        if self.pruner is not None and (active := self._active()):
             names = [adapter.name for adapter in active]
             leaving = self.pruner.leaving(self.state.step, self._losses, names)
             for adapter in active:
@@ -277,18 +277,22 @@ class Loop:
     def _dropped_diverged(
         self, adapters: Sequence[AdapterOptimizer], error: TrainingDiverged
     ) -> bool:
-        """Take out what diverged, if others go on; none of theirs has moved."""
+        """Take out what diverged, if others go on or were stopped; none of theirs has moved."""
         diverged = [adapter for adapter in adapters if adapter.name in error.sentences]
         for adapter in adapters:
             adapter.optimizer.zero_grad(set_to_none=True)
-        if self.pruner is None and len(diverged) == len(self._active()):
+        others = any(
+            not (adapter.name in error.sentences or adapter.progress.diverged)
+            for adapter in self.setup.adapters
+        )
+        if self.pruner is None and not others:
             return False
         for adapter in diverged:
-            adapter.progress.stopped = True
+            adapter.progress.stopped = adapter.progress.diverged = True
             if self.pruner is not None:
                 self.pruner.diverged(self.state.step, adapter.name)
             self.progress.note(f"step {self.state.step + 1}: {adapter.name} diverged and leaves")
-        return bool(self._active())
+        return others
 
     def _due(self, every: float | None) -> bool:
         steps = in_steps(every or self.setup.steps_per_epoch, self.setup.total_steps)
@@ -400,26 +404,26 @@ class Loop:
     def _drop_infinite(self) -> None:
         """Take out adapters whose weights are no numbers any more: no checkpoint is whole of them.
 
-        One that has left already may be of these: its next loss has told.
+        One that has left already may be of these: its next loss has told, or its held-out loss was
+        no number and so no gain.
 
         Raises:
-            TrainingDiverged: No other is left.
+            TrainingDiverged: All are of these.
         """
-        active = self._active()
         finite = ranks.agreed_all(
             self.setup.accelerator, *(adapter.is_finite() for adapter in self.setup.adapters)
         )
         sentences = {}
         for adapter, is_finite in zip(self.setup.adapters, finite, strict=True):
             adapter.progress.infinite = not is_finite
-            if not is_finite and not adapter.progress.stopped:
+            if not is_finite and not adapter.progress.diverged:
                 sentences[adapter.name] = (
                     f"adapter {adapter.name!r}: weights that are not finite after step "
                     f"{self.state.step} (a lower learning_rate than "
                     f"{adapter.settings.learning_rate:g} may help)"
                 )
         error = TrainingDiverged(sentences)
-        if sentences and not self._dropped_diverged(active, error):
+        if sentences and not self._dropped_diverged(self.setup.adapters, error):
             raise error
 
     def _save(self) -> None:
