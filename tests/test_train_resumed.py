@@ -375,12 +375,12 @@ def test_resuming_on_changed_data_is_refused(
     copy = tmp_path / "data.jsonl"
     copy.write_bytes(chat_file.read_bytes())
     train(settings, max_steps=2, dataset=str(copy))
-    Run(settings["output_dir"]).update(status="interrupted")
+    before = Run(settings["output_dir"]).update(status="interrupted")
     copy.write_bytes(chat_file.read_bytes().replace(b"please", b"kindly"))
     with pytest.raises(UserError, match=r"the dataset .* has changed since the run began"):
         train(settings, max_steps=2, dataset=str(copy), resume=True)
     # It is as it was, and not replaced by a new one.
-    assert Run(settings["output_dir"]).info()["status"] == "interrupted"
+    assert Run(settings["output_dir"]).info() == before
     with pytest.raises(UserError, match="holds an unfinished run"):
         train(settings, max_steps=2, dataset=str(copy))
 
@@ -439,3 +439,24 @@ def test_resuming_with_an_edited_tokenizer_is_refused(
         run.update(status="interrupted", data=data)
         shutil.rmtree(run.folder / "adapters")
         assert train(settings, resume=True).info()["status"] == "finished"
+
+
+def test_a_best_checkpoint_that_is_gone_or_torn_is_said_and_sought_anew(
+    settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"load_best_model_at_end": True, "eval_steps": 2, "lora_r": [2, 2],
+                 "lr_scheduler_type": "constant", "learning_rate": [3e-3, 1e-12]}  # fmt: skip
+    run = train(settings)
+    falling, flat = run.info()["adapters"]
+    assert (falling["best_step"], flat["best_step"]) == (8, 2)
+    cut = cut_short(run, tmp_path / "cut", keep=slice(2))  # steps 2 and 4
+    shutil.rmtree(cut.folder / "checkpoints" / "checkpoint-2")
+    resumed = lighten.train(resume=True, **{**settings, "output_dir": str(cut.folder)})
+    said = " ".join(capfd.readouterr().err.split())
+    sentence = "checkpoint-2, the best so far, cannot be put back (it is gone)"
+    assert f"{flat['name']}: {sentence}" in said
+    assert f"{falling['name']}: checkpoint" not in said
+    falling, flat = resumed.info()["adapters"]
+    assert falling["best_step"] == 8
+    assert flat["best_step"] in (6, 8)
+    assert weights(resumed)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from accelerate import Accelerator
 
 from lighten import models
+from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.errors import UserError
+from lighten.machine.hardware import Choice
 from lighten.parallel import ranks
 from lighten.recipe import Recipe
 from lighten.runs import RECIPE, Run
+from lighten.training import checkpoints
+from lighten.training.checkpoints import TrainerState
+from lighten.training.progress import TrainingProgress
 from lighten.training.rows import Rows
+from lighten.training.setup import Setup
 
 
 def require_same_inputs(run: Run, base: models.Base, rows: Rows) -> None:
@@ -105,3 +114,93 @@ def require_folder_on_ranks(accelerator: Accelerator, recipe: Recipe, run: Run) 
                 f"best checkpoint, and rank {rank} does not see {run.folder.absolute()}; put the "
                 "run's folder where every machine sees it, or set load_best_model_at_end to false"
             )
+
+
+def newest_of(
+    run: Run, accelerator: Accelerator, progress: TrainingProgress
+) -> tuple[Path | None, TrainerState]:
+    """The newest whole checkpoint, which one rank looks for, and what its state says.
+
+    Raises:
+        UserError: Another rank does not see it, or another version wrote it.
+        PeerLost: A rank has ended.
+    """
+    newest_and_broken: tuple[Path | None, list[str]] = (None, [])
+    if accelerator.is_main_process:
+        newest_and_broken = checkpoints.newest_complete(run.folder / "checkpoints")
+    newest, broken = ranks.of_main(accelerator, newest_and_broken)
+    for sentence in broken:
+        progress.note(sentence)
+    if newest is None:
+        progress.note(f"{run.folder} has no whole checkpoint; starting from the first step")
+        return None, TrainerState()
+    if not newest.is_dir():
+        raise UserError(
+            f"rank {accelerator.process_index} does not see {newest.absolute()}, from which rank 0 "
+            "goes on; put the run's folder where every machine sees it"
+        )
+    return newest, checkpoints.read_state(newest)
+
+
+def put_back(newest: Path, setup: Setup, progress: TrainingProgress) -> TrainerState:
+    """Put a checkpoint back.
+
+    Raises:
+        UserError: It is of another cohort.
+        PeerLost: A rank has ended.
+    """
+    state = checkpoints.restore(newest, setup.trained, setup.adapters)
+    if state.scaler:
+        setup.scaler.load_state_dict(state.scaler)
+    progress.note(f"going on after step {state.step} ({newest.name})")
+    if setup.recipe.load_best_model_at_end:
+        for sentence in _forget_lost_bests(setup.accelerator, newest, setup.adapters):
+            progress.note(sentence)
+    return state
+
+
+def _forget_lost_bests(
+    accelerator: Accelerator, newest: Path, adapters: Sequence[AdapterOptimizer]
+) -> list[str]:
+    """Forget best states whose checkpoints are gone or torn: at the end none could be put back.
+
+    Args:
+        accelerator: The ranks; the main one looks.
+        newest: The checkpoint that the run goes on from, whose files were looked at.
+        adapters: With their progress.
+
+    Returns:
+        A sentence for each that was forgotten.
+
+    Raises:
+        PeerLost: A rank has ended.
+    """
+    faults: dict[int, str] = {}
+    if accelerator.is_main_process:
+        for step in {adapter.progress.best_step for adapter in adapters}:
+            checkpoint = newest.with_name(f"checkpoint-{step}")
+            if step is None or checkpoint == newest:
+                continue
+            fault = checkpoints.fault(checkpoint) if checkpoint.is_dir() else "it is gone"
+            if fault is not None:
+                faults[step] = fault
+    faults = ranks.of_main(accelerator, faults)
+    sentences = []
+    for adapter in adapters:
+        step = adapter.progress.best_step
+        if step is not None and step in faults:
+            sentences.append(
+                f"{adapter.name}: checkpoint-{step}, the best so far, cannot be put back "
+                f"({faults[step]}); the best is looked for from here on"
+            )
+            adapter.progress.best_step = adapter.progress.best_loss = None
+    return sentences
+
+
+def steps_in_time(run: Run) -> dict[str, Choice]:
+    """How many steps the run's `max_time` gave it when it began, if it has one."""
+    return {
+        choice["what"]: Choice(choice["value"], choice["reason"])
+        for choice in run.info().get("choices") or []
+        if choice["what"] == "steps"
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -24,7 +23,7 @@ from lighten.parallel import launch, ranks
 from lighten.paths import exists
 from lighten.recipe import Recipe, spread
 from lighten.runs import INFO, PLAN, RECIPE, Run, now, write_json
-from lighten.training import checkpoints, offloaded, quantization_aware, streaming, trackers
+from lighten.training import offloaded, quantization_aware, streaming, trackers
 from lighten.training.base import agreed_dtype, load_base, require_trainable, tokenizer_of
 from lighten.training.best_state import is_spread, put_best_back
 from lighten.training.checkpoints import TrainerState
@@ -37,9 +36,12 @@ from lighten.training.prepare import layers_later, prepare
 from lighten.training.progress import TrainingProgress
 from lighten.training.restarting import agreed as agreed_restart
 from lighten.training.resuming import (
+    newest_of,
+    put_back,
     require_folder_on_ranks,
     require_same_inputs,
     require_same_on_ranks,
+    steps_in_time,
 )
 from lighten.training.rows import load_rows
 from lighten.training.setup import Setup
@@ -219,7 +221,9 @@ def _train(
     rows = prediction.rows if prediction is not None else None
     if rows is None:  # what is wrong with them is told before a base is loaded
         rows = load_rows(recipe, tokenizer_of(recipe), progress.encoding)
-    newest, saved_state = _newest(run, accelerator, progress) if resume else (None, TrainerState())
+    newest, saved_state = (
+        newest_of(run, accelerator, progress) if resume else (None, TrainerState())
+    )
     base = load_base(
         recipe, str(accelerator.device), learns=True,
         layers_later=layers_later(recipe, accelerator), ranks=accelerator.num_processes,
@@ -244,13 +248,15 @@ def _train(
     _report_setup(setup, progress)
     if resume and accelerator.is_main_process:  # the others have read the same
         require_same_inputs(run, base, rows)
-    state = _resume(newest, setup, progress) if newest is not None else TrainerState()
+    state = put_back(newest, setup, progress) if newest is not None else TrainerState()
     state.examples_per_step = setup.examples_per_step
     if state.step == 0:
         go_on_from_adapter(recipe, setup.trained)
     run.before_resumed = None
     if accelerator.is_main_process:
         run.truncate_metrics(state.step)
+        if state.total_steps:
+            setup.choices |= steps_in_time(run)
         run.update(
             base=facts,
             data=rows.facts,
@@ -312,36 +318,6 @@ def _compare_with_plan(run: Run, progress: TrainingProgress) -> None:
         if figures is not None and figures["measured"]
     ]
     progress.note("; ".join(comparisons))
-
-
-def _newest(
-    run: Run, accelerator: Accelerator, progress: TrainingProgress
-) -> tuple[Path | None, TrainerState]:
-    """The newest whole checkpoint, which one rank looks for, and what its state says."""
-    newest_and_broken: tuple[Path | None, list[str]] = (None, [])
-    if accelerator.is_main_process:
-        newest_and_broken = checkpoints.newest_complete(run.folder / "checkpoints")
-    newest, broken = ranks.of_main(accelerator, newest_and_broken)
-    for sentence in broken:
-        progress.note(sentence)
-    if newest is None:
-        progress.note(f"{run.folder} has no whole checkpoint; starting from the first step")
-        return None, TrainerState()
-    if not newest.is_dir():
-        raise UserError(
-            f"rank {accelerator.process_index} does not see {newest.absolute()}, from which rank 0 "
-            "goes on; put the run's folder where every machine sees it"
-        )
-    return newest, checkpoints.read_state(newest)
-
-
-def _resume(newest: Path, setup: Setup, progress: TrainingProgress) -> TrainerState:
-    """Put a checkpoint back."""
-    state = checkpoints.restore(newest, setup.trained, setup.adapters)
-    if state.scaler:
-        setup.scaler.load_state_dict(state.scaler)
-    progress.note(f"going on after step {state.step} ({newest.name})")
-    return state
 
 
 def _report_setup(setup: Setup, progress: TrainingProgress) -> None:
