@@ -108,9 +108,23 @@ def test_a_run_that_goes_on_keeps_its_number_of_steps(
         raise AssertionError("the speed was tried again")
 
     monkeypatch.setattr(TimeBudget, "measure", measured_again)
+    known: list[float] = []
+    made = TimeBudget.__init__
+
+    def noted(self: TimeBudget, *arguments: Any) -> None:
+        made(self, *arguments)
+        known.append(self._evaluation_s)
+
+    monkeypatch.setattr(TimeBudget, "__init__", noted)
     resumed = train(settings, resume=True, output_dir=str(folder))
     assert losses(resumed) == losses(uninterrupted)
     assert same_tensors(weights(resumed), weights(uninterrupted))
+    measured = [m["seconds"] for m in uninterrupted.metrics()
+                if (m["kind"], m["step"]) == ("eval", 5)]  # fmt: skip
+    assert known == [pytest.approx(sum(measured))]  # of the adapters together
+    choices = [[entry for entry in run.info()["choices"] if entry["what"] == "steps"]
+               for run in (resumed, uninterrupted)]  # fmt: skip
+    assert choices[0] == choices[1] != []
 
 
 def test_steps_that_take_much_longer_than_those_tried_become_fewer(
@@ -121,7 +135,9 @@ def test_steps_that_take_much_longer_than_those_tried_become_fewer(
         TimeBudget, "fewer_steps", lambda _self, step, _total, _s: 8 if step == 6 else None
     )
     run = lighten.train(**{**settings, "lora_r": 2})
-    assert "8 in all instead of 30, so that max_time holds" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "8 in all instead of 30, so that max_time holds" in said
+    assert "step 8/8 " in said
     lines = [m for m in run.metrics() if m["kind"] == "train"]
     assert [m["step"] for m in lines] == list(range(1, 9))
     # The rate ends its course where the run ends.
@@ -136,9 +152,9 @@ def test_the_clock_counts_what_was_spent_before_and_bears_a_little(
     now = [1000.0]
     monkeypatch.setattr(time_budget.time, "monotonic", lambda: now[0])
 
-    def after_five(step_s: float, spent_s: float = 0.0) -> int | None:
+    def after_five(step_s: float, spent_s: float = 0.0, evaluation_s: float = 0.0) -> int | None:
         now[0] = 1000.0
-        clock = TimeBudget("100s", spent_s, every=1000)
+        clock = TimeBudget("100s", spent_s, every=1000, evaluation_s=evaluation_s)
         for step in range(1, 6):
             now[0] += step_s
             fewer = clock.fewer_steps(step, 50, step_s)
@@ -148,6 +164,8 @@ def test_the_clock_counts_what_was_spent_before_and_bears_a_little(
     assert after_five(2.2) is None  # 110 s in all: near enough
     assert after_five(4.0) == 25
     assert after_five(2.0, spent_s=40.0) == 30
+    assert after_five(2.0, evaluation_s=10.0) is None
+    assert after_five(2.0, spent_s=60.0, evaluation_s=10.0) == 15
     assert after_five(200.0) == 6  # the time is over: one more, at the end of the rate's course
 
 

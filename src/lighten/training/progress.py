@@ -137,6 +137,12 @@ class TrainingProgress:
         self._total, self._began_s, self._began_at = total_steps, time.monotonic(), done
         self._task = self._bar.add_task("training", total=total_steps, completed=done, facts="")
 
+    def end_at(self, total_steps: int) -> None:
+        """The run that has begun ends after so many steps."""
+        self._total = total_steps
+        if self._task is not None:
+            self._bar.update(self._task, total=total_steps)
+
     def step(self, step: int, loss: float, tokens_per_s: float, peak_bytes: int) -> None:
         """Show a step: its loss, speed and the peak memory so far."""
         facts = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {peak_bytes / 2**30:.2f} GiB"

@@ -83,12 +83,15 @@ class TimeBudget:
         max_time: The recipe's.
         spent_s: What earlier sessions of the run took.
         every: Steps between evaluations, or below 1 their share of all.
+        evaluation_s: Of one evaluation, where earlier sessions made some.
     """
 
-    def __init__(self, max_time: str, spent_s: float, every: float) -> None:
+    def __init__(
+        self, max_time: str, spent_s: float, every: float, evaluation_s: float = 0.0
+    ) -> None:
         self.max_time, self.budget_s, self.every = max_time, seconds(max_time), every
         self._began = time.monotonic() - spent_s
-        self._pace: Pace | None = None
+        self._evaluation_s = evaluation_s
         self._last_s: list[float] = []
 
     def spent_s(self) -> float:
@@ -117,8 +120,8 @@ class TimeBudget:
             step_times.append(rehearse())
             over = time.monotonic() - began > TRIED_SHARE * self.budget_s
             enough = agree(over or len(step_times) == TRIES)
-        self._pace = Pace(sum(step_times) / len(step_times), evaluation_s())
-        return self._pace
+        self._evaluation_s = evaluation_s()
+        return Pace(sum(step_times) / len(step_times), self._evaluation_s)
 
     def steps(self, pace: Pace, most: int) -> int:
         """Of the whole run."""
@@ -149,7 +152,7 @@ class TimeBudget:
         self._last_s = [*self._last_s[1 - WATCHED :], step_s]
         if len(self._last_s) < WATCHED or step >= total:
             return None
-        pace = Pace(sum(self._last_s) / WATCHED, self._pace.evaluation_s if self._pace else 0.0)
+        pace = Pace(sum(self._last_s) / WATCHED, self._evaluation_s)
         left_s = self.budget_s - self.spent_s()
         if pace.of_steps(total - step, self.every) <= LATE * self.budget_s - self.spent_s():
             return None
@@ -172,7 +175,10 @@ class StepsInTime:
     ) -> None:
         self.setup, self.state, self.progress, self.folder = setup, state, progress, folder
         every = setup.recipe.eval_steps or setup.steps_per_epoch
-        self.budget = TimeBudget(str(setup.recipe.max_time), state.elapsed_s, every)
+        evaluation_s = 0.0
+        if state.step and setup.accelerator.is_main_process:  # whose answers count
+            evaluation_s = _last_evaluation_s(runs.Run(folder))
+        self.budget = TimeBudget(str(setup.recipe.max_time), state.elapsed_s, every, evaluation_s)
 
     def fit(
         self,
@@ -236,6 +242,7 @@ class StepsInTime:
         """Take the number of steps for the rest of the run and its checkpoints, and say so."""
         self.state.total_steps = total
         self.setup.set_total_steps(total)
+        self.progress.end_at(total)
         self.progress.note(sentence)
         if self.setup.accelerator.is_main_process:
             run = runs.Run(self.folder)
@@ -245,3 +252,9 @@ class StepsInTime:
             run.update(
                 choices=[*other_choices, {"what": "steps", "value": str(total), "reason": sentence}]
             )
+
+
+def _last_evaluation_s(run: runs.Run) -> float:
+    """Seconds of a run's last evaluation, all adapters together; 0 before there was one."""
+    lines = [line for line in run.metrics() if line["kind"] == "eval"]
+    return float(sum(line["seconds"] for line in lines if line["step"] == lines[-1]["step"]))
