@@ -11,7 +11,7 @@ import pytest
 
 from lighten import api
 from lighten.planning import predict
-from lighten.planning.changes import ALONE, SHORTEST, cheapest, ideas
+from lighten.planning.changes import ALONE, SHORTEST, cheapest, ideas, smaller_micro_batch
 from lighten.planning.result import Change, Memory, MemoryPart, Plan, Shape, StepTime
 from lighten.planning.trace import plan_recipe
 from lighten.recipe import Recipe
@@ -215,3 +215,14 @@ def test_a_cohort_s_runs_apart_are_planned_by_its_largest_adapter(tiny_folder: P
     assert apart.what == "2 runs, one per adapter"
     (alone,) = recipe.changed(apart.settings).cohort()
     assert alone == recipe.cohort()[1].model_copy(update={"name": "default"})
+
+
+def test_a_micro_batch_of_several_adapters_is_halved_too(tiny_folder: Path) -> None:
+    """Where they share passes (a streamed base, gathered layers), it has rows of each of them."""
+    recipe = recipe_for(tiny_folder).changed({"lora_r": [4, 8, 16], "offload_base": "disk"})
+    sizes = []
+    rows = 3 * recipe.per_device_train_batch_size
+    while step := smaller_micro_batch(recipe, rows, 512):
+        recipe, rows = recipe.changed(step[0]), rows // 2
+        sizes.append((recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps))
+    assert sizes == [(4, 2), (2, 4), (1, 8)]

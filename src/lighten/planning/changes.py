@@ -139,13 +139,15 @@ def smaller_micro_batch(
 
     Args:
         recipe: As it is.
-        rows: Rows of the largest micro-batch.
+        rows: Rows of the largest micro-batch, of all adapters that share it.
         tokens_per_row: The longest of them.
     """
     batch, steps = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
-    if rows <= 1:
+    # Of several adapters in one pass a micro-batch has as many rows of each.
+    each = min(rows, batch)
+    if each <= 1:
         return None
-    half = max(1, rows // 2)
+    half = each // 2
     if rows < batch and recipe.tokens_per_microbatch is not None:
         # The token budget cuts the micro-batch, not the number of rows.
         tokens = half * tokens_per_row
