@@ -65,6 +65,25 @@ def test_a_mistake_is_told_once_in_the_rank_s_own_words(capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", "")
 
 
+def test_where_the_console_tells_all_of_its_processes_nobody_is_told_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Windows, whose `Popen.send_signal` refuses SIGINT: ranks would be ended unsaved."""
+    monkeypatch.setattr(spawn, "PASSES_ON", False)
+    ranks = spawn._Ranks([], 1, tmp_path, device="cpu", shown=True)
+    told: list[int] = []
+
+    class Process:
+        poll = staticmethod(lambda: None)
+        send_signal = staticmethod(told.append)
+
+    ranks._processes = [Process()]  # type: ignore[list-item]
+    ranks._send(signal.SIGINT)
+    assert told == []
+    ranks._send(signal.SIGTERM)
+    assert told == [signal.SIGTERM]
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"processes": 2, "gpus": 2}, "not both"),
     ({"processes": 0}, "--processes is 0; give 1 or more"),

@@ -27,6 +27,9 @@ from lighten.parallel.launch import ERROR_FILE, PORTS
 # collective is told to end, and then ended. Together well below half a minute.
 SETTLE_S, END_S, POLL_S = 5.0, 10.0, 0.05
 LOST = "PeerLost"
+# Whether ranks hear of a stop from here alone. On Windows the console tells all of its processes of
+# Ctrl-C, and nobody can send it to one of them.
+PASSES_ON = os.name == "posix"
 LAST_LINES = 15
 
 
@@ -104,7 +107,7 @@ class _Ranks:
                 env={**shared, **variables},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
                 # Ctrl-C of a terminal goes to this process alone, which passes it on once.
-                process_group=0 if os.name == "posix" else None,
+                process_group=0 if PASSES_ON else None,
                 preexec_fn=forks.end_with_parent if forks.possible() else None,
             )  # fmt: skip
 
@@ -131,6 +134,8 @@ class _Ranks:
         self._received.append(self._stopped)
 
     def _send(self, number: signal.Signals) -> None:
+        if not PASSES_ON and number != signal.SIGTERM:
+            return
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
