@@ -212,6 +212,8 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: s
         ({"lora_r": []}, "is an empty list"),
         ({"adapters": [{"name": "a"}], "lora_r": [1, 2]}, "adapters: spells the cohort out"),
         ({"adapters": [{"name": "a"}, {"name": "a"}]}, "two are called 'a'"),
+        ({"adapters": [{"name": "Ko"}, {"name": "ko"}]}, "'Ko' and 'ko' are one folder"),
+        ({"adapters": [{"name": "\uac00"}, {"name": "\u1100\u1161"}]}, "are one folder"),
         ({"adapters": [{"name": "base"}]}, "'base' is what the untouched model is called"),
         ({"adapters": [{"name": "../a"}]}, "adapters.0.name"),
         ({"dataset": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
@@ -534,3 +536,11 @@ def test_trap52_every_setting_is_read_by_something() -> None:
     # `adapters` is read through Recipe.cohort(), output_dir through Recipe.run_folder,
     # trainable_layers through Recipe.last_layers, the last through Recipe.compute_dtype.
     assert unread <= {"output_dir", "trainable_layers", "bnb_4bit_compute_dtype"}, unread
+
+
+@pytest.mark.parametrize("written", [0, 0.0, "0", None])
+def test_a_gradient_norm_of_0_clips_nothing_as_in_transformers(
+    values: dict[str, Any], written: Any
+) -> None:
+    assert Recipe.from_values({**values, "max_grad_norm": written}).max_grad_norm is None
+    assert Recipe.from_values({**values, "max_grad_norm": 0.5}).max_grad_norm == 0.5

@@ -319,6 +319,7 @@ def _contradictions(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
             f"adapters: two are called {name!r}; give each its own name"
             for name in sorted({n for n in names if names.count(n) > 1})
         ]
+        problems += places.one_folder("adapters", names)
         if "base" in names:
             problems.append(
                 "adapters: 'base' is what the untouched model is called beside its adapters; give "

@@ -263,7 +263,9 @@ class RecipeFields(Section):
     adam_beta1: Share = _field(0.9, "training", "first decay of AdamW and Lion")
     adam_beta2: Share = _field(0.999, "training", "second decay of AdamW and Lion")
     adam_epsilon: Rate = _field(1e-8, "training", "AdamW's epsilon")
-    max_grad_norm: Rate | None = _field(1.0, "training", "clip each adapter's gradient; null: off")
+    max_grad_norm: Rate | None = _field(
+        1.0, "training", "clip each adapter's gradient; null or 0: off"
+    )
     gradient_checkpointing: bool = _field(
         False, "training", "recompute layers in the backward pass: less memory, more time"
     )
@@ -394,6 +396,12 @@ class RecipeFields(Section):
     sweep: SweepOptions = _field(
         SweepOptions(), "sweep", "what lighten sweep tries: a list or a range per swept setting"
     )
+
+    @field_validator("max_grad_norm", mode="before")
+    @classmethod
+    def _unclipped(cls, value: Any) -> Any:
+        """As in transformers, TRL and DeepSpeed."""
+        return None if str(value).strip() in ("0", "0.0") else value
 
     @field_validator("report_to", mode="before")
     @classmethod

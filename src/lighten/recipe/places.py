@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,22 @@ def json_in(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error})") from error
+
+
+def one_folder(setting: str, names: Sequence[str]) -> list[str]:
+    """Names that file systems of macOS and Windows take for the same one, a sentence each.
+
+    Args:
+        setting: Whose.
+        names: Of folders beside each other; those that are equal are not told.
+    """
+    problems = []
+    folders: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        other = folders.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            problems.append(
+                f"{setting}: {other!r} and {name!r} are one folder where a disk does not tell "
+                "capitals, or ways to write a letter, apart; give one another name"
+            )
+    return problems
