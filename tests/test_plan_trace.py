@@ -568,3 +568,18 @@ def test_a_checkpoint_has_8_bits_of_state_where_the_optimiser_has(tmp_path: Path
     )
     assert dense / lion == pytest.approx((2 * 12 + 4) / (2 * 8 + 4), rel=0.01)
     assert paged == lion
+
+
+def test_the_best_checkpoint_of_each_adapter_takes_room_beside_the_newest_ones(
+    tmp_path: Path,
+) -> None:
+    folder = folder_of(tmp_path)
+    settings = {"save_total_limit": 1, "lora_r": [8, 8], "val_size": 5}
+    newest, best = (
+        plan_recipe(
+            recipe_of(folder, load_best_model_at_end=kept, **settings), Card(2**34)
+        ).disk_bytes
+        for kept in (False, True)
+    )
+    # Of each number 12 bytes in a checkpoint, and 4 in the result.
+    assert best / newest == pytest.approx((4 * 12 + 4) / (2 * 12 + 4), rel=0.01)

@@ -216,8 +216,13 @@ def _converts(
 
 
 def _written(traced: Traced, recipe: Recipe) -> int:
-    """Bytes of the run's files: checkpoints with weights and optimiser state, and the result."""
-    return _checkpoint(traced) * ((recipe.save_total_limit or 1) + 1) + _numbers(traced) * 4
+    """Bytes of the run's files: checkpoints with weights and optimiser state, and the result.
+
+    Each adapter's best may be older than those that the limit keeps, and stays beside them.
+    """
+    limit = recipe.save_total_limit
+    best = len(traced.setup.adapters) if limit is not None and recipe.load_best_model_at_end else 0
+    return _checkpoint(traced) * ((limit or 1) + best + 1) + _numbers(traced) * 4
 
 
 def _checkpoint(traced: Traced) -> int:
