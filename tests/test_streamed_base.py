@@ -25,6 +25,7 @@ from lighten.recipe import RecipeError
 from lighten.runs import Run
 from tests.caches import new_cache
 from tests.cut_runs import cut_short, weights
+from tests.mapped_files import resident_bytes
 from tests.processes import python
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -351,18 +352,6 @@ def test_tensors_are_read_in_any_format_in_stretches(
             assert torch.equal(into, value.to(dtype)), (name, dtype)
 
 
-def resident_bytes(path: Path) -> int:
-    """How much of a mapped file this process has in memory (Linux)."""
-    lines = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
-    total, counts = 0, False
-    for line in lines:
-        if "-" in line.split(" ", 1)[0]:  # a mapping's first line, with its addresses
-            counts = line.endswith(str(path))
-        elif counts and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
-
-
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_what_lies_as_products_take_it_is_computed_with_where_it_lies(
     stored: torch.dtype, tmp_path: Path
@@ -482,8 +471,8 @@ def test_an_embedding_in_its_files_format_stays_there(
 
     monkeypatch.setattr(Shards, "mapped", note_mapped)
     streamed = train(run_settings, offload_base="disk")
-    outside = sorted(name for name in mapped if ".layers." not in name)
-    assert outside == ["lm_head.weight", "model.embed_tokens.weight"]
+    outside = {name for name in mapped if ".layers." not in name}
+    assert outside == {"lm_head.weight", "model.embed_tokens.weight"}
     assert_same(streamed, train(run_settings, tmp_path / "resident"), within=1e-6)
 
 

@@ -116,7 +116,8 @@ def beside_a_tower() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("arch", "changes"),
     [("gemma4", {}), ("hyperclovax", {"logits_scaling": 0.25}),
-     ("recurrent_gemma", {"logits_soft_cap": 3.0, "attention_window_size": 64, "lru_width": 32})],
+     ("recurrent_gemma", {"logits_soft_cap": 3.0, "attention_window_size": 64, "lru_width": 32,
+                          "num_hidden_layers": 3})],  # the third attends
 )  # fmt: skip
 def test_what_a_model_does_to_its_logits_is_known(arch: str, changes: dict[str, Any]) -> None:
     """Else whole rows of logits are formed, or a cap that changes the loss little is left out."""

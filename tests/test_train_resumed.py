@@ -453,9 +453,9 @@ def test_a_best_checkpoint_that_is_gone_or_torn_is_said_and_sought_anew(
     shutil.rmtree(cut.folder / "checkpoints" / "checkpoint-2")
     resumed = lighten.train(resume=True, **{**settings, "output_dir": str(cut.folder)})
     said = " ".join(capfd.readouterr().err.split())
-    sentence = "checkpoint-2, the best so far, cannot be put back (it is gone)"
-    assert f"{flat['name']}: {sentence}" in said
-    assert f"{falling['name']}: checkpoint" not in said
+    sentence = "checkpoint-2, cannot be put back (it is gone)"
+    assert f"the best state of {flat['name']}, {sentence}" in said
+    assert f"the best state of {falling['name']}" not in said
     falling, flat = resumed.info()["adapters"]
     assert falling["best_step"] == 8
     assert flat["best_step"] in (6, 8)

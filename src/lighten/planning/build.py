@@ -102,7 +102,11 @@ def fake_base(
     file_bytes = loaded_bytes(model, stored.itemsize)  # before it is made otherwise
     if storage is not None:
         _quantise(model, storage, compute, stored_in(config))
-    feed = None if recipe.offload_base == "none" else streamed.stream(model, compute)
+    feed = None
+    if recipe.offload_base != "none":
+        feed = streamed.stream(model, compute)
+        if device == "cpu" and stored == compute:
+            streamed.without_embeddings(model)
     model.requires_grad_(False)
     for tensor in feed.slots if feed is not None else ():
         tracker.mark(tensor, "base weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.frozen import out_in_features
 from lighten.errors import UserError
 from lighten.models.load import weight_files
+from lighten.parallel.streamed.build import LEFT_IN_FILE_BYTES
 from lighten.parallel.streamed.feed import SLOTS, LayerPieces, Piece
 from lighten.parallel.streamed.layers import (
     Absent,
@@ -87,6 +89,20 @@ def stream(model: PreTrainedModel, compute: torch.dtype) -> PlannedFeed:
     for _, absent_weights in absent:
         absent_weights.feed = feed
     return feed
+
+
+def without_embeddings(model: PreTrainedModel) -> None:
+    """Take the memory of embeddings, which lie in their files, but for what is the head too.
+
+    Args:
+        model: On fake tensors, of whose files a processor reads the format that it computes in.
+    """
+    used = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for module in model.modules():
+        weight = module.weight if isinstance(module, nn.Embedding) else None
+        if weight is not None and used[id(weight)] == 1 and weight.nbytes >= LEFT_IN_FILE_BYTES:
+            hole = weight.new_empty((1, 1)).expand(weight.shape)
+            module.weight = nn.Parameter(hole, requires_grad=False)
 
 
 def _streamed(

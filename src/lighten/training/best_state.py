@@ -22,26 +22,45 @@ def put_best_back(run_folder: Path, setup: Setup, progress: TrainingProgress) ->
         setup: Whose adapters.
         progress: Told of what is damaged.
     """
-    # Where one left before it was ever evaluated there is none.
+    folder = run_folder / "checkpoints"
+    forget_damaged(folder, setup, progress, then="its last one is taken")
+    for adapter in setup.adapters:
+        step = adapter.progress.best_step  # none where one left before it was ever evaluated
+        # The main rank writes what it holds itself.
+        if step is not None and (setup.accelerator.is_main_process or is_spread(adapter)):
+            checkpoints.restore_weights(folder / f"checkpoint-{step}", setup.trained, adapter.name)
+
+
+def forget_damaged(folder: Path, setup: Setup, progress: TrainingProgress, *, then: str) -> None:
+    """Forget best states that are gone or torn, each adapter's for itself.
+
+    Args:
+        folder: Of the run's checkpoints; the main rank looks.
+        setup: Whose adapters.
+        progress: Told of each that is forgotten.
+        then: What is done without it.
+    """
     best = {
-        a.name: a.progress.best_step for a in setup.adapters if a.progress.best_step is not None
+        a.name: f"checkpoint-{a.progress.best_step}"
+        for a in setup.adapters
+        if a.progress.best_step is not None
     }
-    places = {n: run_folder / "checkpoints" / f"checkpoint-{step}" for n, step in best.items()}
     faults: dict[str, str | None] = {}
     if setup.accelerator.is_main_process:
-        folder = setup.trained.folder
-        faults = {n: checkpoints.fault(place, f"{folder}/{n}/") for n, place in places.items()}
+        for name, checkpoint in best.items():
+            faults[name] = (
+                checkpoints.fault(folder / checkpoint, f"{setup.trained.folder}/{name}/")
+                if (folder / checkpoint).is_dir()
+                else "it is gone"
+            )
     faults = ranks.of_main(setup.accelerator, faults)
     for adapter in setup.adapters:
         if (fault := faults.get(adapter.name)) is not None:
             progress.note(
-                f"warning: the best state of {adapter.name}, {places[adapter.name].name}, is not "
-                f"whole ({fault}); its last one is taken"
+                f"warning: the best state of {adapter.name}, {best[adapter.name]}, cannot be put "
+                f"back ({fault}); {then}"
             )
-            adapter.progress.best_step = None
-        # The main rank writes what it holds itself.
-        elif adapter.name in places and (setup.accelerator.is_main_process or is_spread(adapter)):
-            checkpoints.restore_weights(places[adapter.name], setup.trained, adapter.name)
+            adapter.progress.best_step = adapter.progress.best_loss = None
 
 
 def is_spread(adapter: AdapterOptimizer) -> bool:

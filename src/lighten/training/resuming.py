@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from lighten import models
-from lighten.engine.adapter_optimizer import AdapterOptimizer
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
 from lighten.parallel import ranks
 from lighten.recipe import Recipe
 from lighten.runs import RECIPE, Run
-from lighten.training import checkpoints
+from lighten.training import best_state, checkpoints
 from lighten.training.checkpoints import TrainerState
 from lighten.training.progress import TrainingProgress
 from lighten.training.rows import Rows
@@ -154,47 +152,9 @@ def put_back(newest: Path, setup: Setup, progress: TrainingProgress) -> TrainerS
         setup.scaler.load_state_dict(state.scaler)
     progress.note(f"going on after step {state.step} ({newest.name})")
     if setup.recipe.load_best_model_at_end:
-        for sentence in _forget_lost_bests(setup.accelerator, newest, setup.adapters):
-            progress.note(sentence)
+        then = "the best is looked for from here on"
+        best_state.forget_damaged(newest.parent, setup, progress, then=then)
     return state
-
-
-def _forget_lost_bests(
-    accelerator: Accelerator, newest: Path, adapters: Sequence[AdapterOptimizer]
-) -> list[str]:
-    """Forget best states whose checkpoints are gone or torn: at the end none could be put back.
-
-    Args:
-        accelerator: The ranks; the main one looks.
-        newest: The checkpoint that the run goes on from, whose files were looked at.
-        adapters: With their progress.
-
-    Returns:
-        A sentence for each that was forgotten.
-
-    Raises:
-        PeerLost: A rank has ended.
-    """
-    faults: dict[int, str] = {}
-    if accelerator.is_main_process:
-        for step in {adapter.progress.best_step for adapter in adapters}:
-            checkpoint = newest.with_name(f"checkpoint-{step}")
-            if step is None or checkpoint == newest:
-                continue
-            fault = checkpoints.fault(checkpoint) if checkpoint.is_dir() else "it is gone"
-            if fault is not None:
-                faults[step] = fault
-    faults = ranks.of_main(accelerator, faults)
-    sentences = []
-    for adapter in adapters:
-        step = adapter.progress.best_step
-        if step is not None and step in faults:
-            sentences.append(
-                f"{adapter.name}: checkpoint-{step}, the best so far, cannot be put back "
-                f"({faults[step]}); the best is looked for from here on"
-            )
-            adapter.progress.best_step = adapter.progress.best_loss = None
-    return sentences
 
 
 def steps_in_time(run: Run) -> dict[str, Choice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,7 @@ def build(
             packed = quantised(folder, shards, linears, storage, dtype)
         feed = _from_files(model, linears, packed if storage else shards, dtype, where, keeps)
     _fill(name, model, names, where)
+    _give_rows_back(model, names)
     finish(model, storage, dtype, device)  # linear layers outside of the decoder's
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -330,7 +332,7 @@ def _fill(name: str, model: PreTrainedModel, names: Names, device: torch.device)
 def _resident(names: Names, weight: str, like: Tensor) -> Tensor:
     """A weight that stays: a large one in its file's format is left there, page by page in memory.
 
-    Of an embedding the rows that are looked up are, and the system takes back what it needs.
+    The system takes back what it needs.
     """
     name, stored = names.dense(weight, tuple(like.shape))
     if DTYPES[stored.kind] == like.dtype and stored.bytes >= LEFT_IN_FILE_BYTES:
@@ -338,6 +340,22 @@ def _resident(names: Names, weight: str, like: Tensor) -> Tensor:
     weight_in_memory = torch.empty(like.shape, dtype=like.dtype)
     names.shards.read(name, weight_in_memory)
     return weight_in_memory
+
+
+def _give_rows_back(model: PreTrainedModel, names: Names) -> None:
+    """Let an embedding that lies in its file leave memory after each look-up.
+
+    Linux maps a file in pieces of up to 2 MiB, as it holds them in its page cache: a few rows here
+    and there bring all of it. One that is the head, too, is needed whole.
+    """
+    used = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or used[id(module.weight)] > 1:
+            continue
+        name, _ = names.dense(f"{path}.weight", tuple(module.weight.shape))
+        in_place = names.shards.in_place(name, module.weight.dtype)
+        if in_place is not None and in_place.data_ptr() == module.weight.data_ptr():
+            module.register_forward_hook(lambda *_, name=name: names.shards.drop(name))
 
 
 def _follow_passes(model: PreTrainedModel, feed: LayerFeed | RankFeed) -> None:
