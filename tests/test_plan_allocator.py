@@ -254,7 +254,7 @@ def test_the_context_is_measured_once_for_a_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[list[str]] = []
-    context_json = '{"bytes": 90000000, "worker_bytes": 50000000}'
+    context_json = '{"bytes": 90000000, "worker_bytes": 50000000, "saving_bytes": 7}'
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         calls.append(command)
@@ -265,7 +265,7 @@ def test_the_context_is_measured_once_for_a_machine(
     assert (
         process_overhead.context_of(path)
         == process_overhead.context_of(path)
-        == Context(90_000_000, 50_000_000)
+        == Context(90_000_000, 50_000_000, 7)
     )
     assert len(calls) == 1
     monkeypatch.setattr(process_overhead, "processor_name", lambda: "another")
@@ -291,6 +291,8 @@ def test_a_quantised_base_brings_what_bitsandbytes_imports(tmp_path: Path) -> No
     )
     assert quantised.bytes - dense.bytes > 15 * 2**20
     assert quantised.bytes - dense.bytes < 150 * 2**20
+    # PEFT, which comes with the first adapter that is saved, imports it too.
+    assert 0 < quantised.saving_bytes < dense.saving_bytes - 15 * 2**20 < 150 * 2**20
 
 
 def test_a_process_that_a_rank_measures_takes_no_rank_s_place(
@@ -302,7 +304,7 @@ def test_a_process_that_a_rank_measures_takes_no_rank_s_place(
                }  # fmt: skip
     for name, value in of_rank.items():
         monkeypatch.setenv(name, value)
-    context_json = '{"bytes": 90000000, "worker_bytes": 50000000}'
+    context_json = '{"bytes": 90000000, "worker_bytes": 50000000, "saving_bytes": 7}'
     code = f"from accelerate import Accelerator; Accelerator(cpu=True); print('{context_json}')"
     run = subprocess.run
 
@@ -311,4 +313,4 @@ def test_a_process_that_a_rank_measures_takes_no_rank_s_place(
 
     monkeypatch.setattr(process_overhead.subprocess, "run", meets)
     context = process_overhead.context_of(tmp_path / "context.json")
-    assert context == Context(90_000_000, 50_000_000)
+    assert context == Context(90_000_000, 50_000_000, 7)

@@ -410,7 +410,12 @@ def test_every_further_lane_is_a_process_with_activations_of_its_own(
     loading = memory.Loading(0, 0, 0)
     one, two, three = (
         memory.processor_memory(
-            traced.timeline, loading, context=Context(7, 5), workers=workers, arena=True, margin=0.1
+            traced.timeline,
+            loading,
+            context=Context(7, 5, 0),
+            workers=workers,
+            arena=True,
+            margin=0.1,
         )
         for workers in (1, 2, 3)
     )
@@ -425,7 +430,7 @@ def test_every_further_lane_is_a_process_with_activations_of_its_own(
 def test_while_a_base_is_loaded_nothing_of_its_first_products_is_there(tmp_path: Path) -> None:
     """SmolLM2 in bfloat16 from float32 files: 775 MiB, 770 of them weights and their files."""
     traced = follow(recipe_of(folder_of(tmp_path)), (1, 16))
-    context, files, tokenizer = Context(10**9, 5), 2 * 10**9, 10**6
+    context, files, tokenizer = Context(10**9, 5, 0), 2 * 10**9, 10**6
     loading, step = (
         memory.processor_memory(
             traced.timeline, memory.Loading(mapped, 0, tokenizer), context=context, arena=True,
@@ -462,7 +467,7 @@ def test_what_comes_before_lanes_is_there_once(tmp_path: Path) -> None:
         memory.processor_memory(
             traced.timeline,
             memory.Loading(),
-            context=Context(7, 5),
+            context=Context(7, 5, 0),
             workers=workers,
             arena=True,
             margin=0.1,
@@ -471,6 +476,20 @@ def test_what_comes_before_lanes_is_there_once(tmp_path: Path) -> None:
     )
     assert one.when == two.when == "forward"
     assert one.expected == two.expected
+
+
+def test_code_that_saving_loads_counts_where_nothing_of_a_step_is_left(tmp_path: Path) -> None:
+    """PEFT's, 80 MB: the peak of a streamed base, of which little is in memory."""
+    traced = follow(recipe_of(folder_of(tmp_path)), (2, 64))
+    step, little, saving = (
+        memory.processor_memory(
+            traced.timeline, memory.Loading(), context=Context(7, 5, saved), arena=True, margin=0.1
+        )
+        for saved in (0, 1000, 10**9)
+    )
+    assert step.expected == little.expected
+    assert saving.when == "saving"
+    assert part(saving, "device context") - part(step, "device context") == 10**9
 
 
 @pytest.mark.parametrize(("dtype", "kernels"), [("bfloat16", True), ("float32", False)])

@@ -5,12 +5,14 @@ python -m lighten.planning.measured_overhead training|quantised|answering
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from lighten.models.resident import resident_bytes
 from lighten.planning import probe
 from lighten.planning.process_overhead import UNMEASURED, AnswerContext, Context
 from lighten.recipe import Recipe
@@ -27,7 +29,12 @@ def training(*, quantised: bool) -> Context:
     with tempfile.TemporaryDirectory(prefix="lighten-context-") as folder:
         recipe = _recipe(folder).changed({"load_in_4bit": quantised})
         measured = probe.measure(recipe, "cpu", [TOKENS] * ROWS)
-    return Context(measured["settled_bytes"], measured.get("worker_bytes", UNMEASURED.worker_bytes))
+    trained = resident_bytes()
+    importlib.import_module("peft")  # `adapters.files` does that when it saves
+    return Context(
+        measured["settled_bytes"], measured.get("worker_bytes", UNMEASURED.worker_bytes),
+        resident_bytes() - trained,
+    )  # fmt: skip
 
 
 def answering() -> AnswerContext:
@@ -37,7 +44,7 @@ def answering() -> AnswerContext:
 
     from lighten import models
     from lighten.cpu import allocator
-    from lighten.models.resident import load_code, resident_bytes
+    from lighten.models.resident import load_code
     from lighten.planning import build
     from lighten.training import run
 

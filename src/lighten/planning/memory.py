@@ -127,7 +127,7 @@ def processor_memory(
     # Free pages are given back before a checkpoint is written, too.
     alive = timeline.alive_at(len(phases) - 1)
     mapped = {"temporary buffers": alive.get("temporary buffers", 0) + verified}
-    stages.append(_Stage("saving", {**alive, **mapped}, 0, process_bytes))
+    stages.append(_Stage("saving", {**alive, **mapped}, 0, process_bytes + context.saving_bytes))
     # Pages that an earlier stage wrote are there in a later one, as its overhead: where both hold
     # as much, it is the earlier that needs them.
     enough = ALIKE * max(stage.bytes for stage in stages)

@@ -34,10 +34,12 @@ class Context:
     Attributes:
         bytes: Resident in the process that trains, a tokenizer's aside.
         worker_bytes: Of each further process that computes micro-batches, beside what it shares.
+        saving_bytes: That come when an adapter is first saved: PEFT's code, and what it imports.
     """
 
     bytes: int
     worker_bytes: int
+    saving_bytes: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class AnswerContext:
 
 _Figures = TypeVar("_Figures", Context, AnswerContext)
 # Where it cannot be measured: a Xeon with AMX, torch 2.13.
-UNMEASURED = Context(115 * MIB, 100 * MIB)
+UNMEASURED = Context(115 * MIB, 100 * MIB, 75 * MIB)
 # The same: an EPYC with AVX512-BF16, torch 2.13.
 UNMEASURED_ANSWER = AnswerContext(25 * MIB, 15 * MIB)
 

@@ -125,8 +125,11 @@ def plan_recipe(
         notes += (note,)
     if device.kind == "cpu":
         verified = _verified(traced, whole_base=recipe.method == "full")
+        context = context_of(quantised=storage is not None)
+        if recipe.method == "full":
+            context = replace(context, saving_bytes=0)
         peak = memory.processor_memory(
-            timeline, loading, context=context_of(quantised=storage is not None),
+            timeline, loading, context=context,
             verified=verified, workers=workers, sums=traced.further_sums(workers), arena=arena,
             margin=margin,
         )  # fmt: skip
