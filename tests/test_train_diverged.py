@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import lighten
+from lighten import wording
 from lighten.adapters import ops
 from lighten.errors import UserError
 from lighten.recipe import Recipe
@@ -143,6 +146,32 @@ def test_an_adapter_that_was_stopped_early_is_kept_where_the_last_other_one_dive
     run.update(status="interrupted")
     shutil.rmtree(run.folder / "adapters")
     assert list(train(settings, resume=True).adapters()) == [stopped["name"]]
+
+
+def test_what_diverged_with_finite_weights_is_told_wherever_it_goes(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its run, card and exports said nothing of it."""
+    run = train(settings, learning_rate=[1e-2, 1e30], lora_dropout=0.0, warmup_steps=0,
+                max_grad_norm=None, max_steps=4, eval_steps=1, save_steps=1)  # fmt: skip
+    good, bad = run.info()["adapters"]
+    assert (good["diverged"], bad["diverged"], bad["steps"]) == (False, True, 1)
+    assert run.is_finished()
+    assert list(run.adapters()) == [good["name"], bad["name"]]
+    sentence = "Its training diverged after 1 step; its weights are those before that."
+    exported = lighten.export(
+        run, "adapter", adapter=bad["name"], output_dir=tmp_path / "bad", verify=False
+    )
+    assert sentence in exported.notes
+    assert json.loads((tmp_path / "bad" / "export.json").read_text(encoding="utf-8"))["diverged"]
+    for place in (run.adapters()[bad["name"]], tmp_path / "bad"):
+        assert sentence in (place / "README.md").read_text(encoding="utf-8")
+    other = lighten.export(
+        run, "merged", adapter=good["name"], output_dir=tmp_path / "good", verify=False
+    )
+    assert "diverged" not in (other.folder / "README.md").read_text(encoding="utf-8")
+    best = "Its training diverged after 4 steps; its weights are those of step 2, its best."
+    assert wording.diverged(4, 2) == best
 
 
 def test_adapters_that_all_diverged_leave_no_finished_run(settings: dict[str, Any]) -> None:

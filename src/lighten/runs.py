@@ -143,7 +143,11 @@ class Run:
         """Whether it has ended as it should, and all that it trained is there."""
         recipe = self.recipe()
         has_model = self.model() is not None
-        lost = sum(bool(adapter.get("diverged")) for adapter in self.info().get("adapters", []))
+        # One that diverged is there as it was before, unless its weights are no numbers.
+        lost = sum(
+            bool(adapter.get("diverged")) and not adapter.get("file_bytes")
+            for adapter in self.info().get("adapters", [])
+        )
         expected = len(recipe.cohort()) - lost
         complete = has_model if recipe.method == "full" else len(self.adapters()) == expected
         return complete and self.info().get("status") == "finished"

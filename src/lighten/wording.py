@@ -26,6 +26,17 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def diverged(steps: int, best_step: int | None) -> str:
+    """What weights are of which the training did not come to its end.
+
+    Args:
+        steps: That they had made.
+        best_step: The run's step at which they were best and of which they are; None: the last.
+    """
+    which = "before that" if best_step is None else f"of step {best_step}, its best"
+    return f"Its training diverged after {counted(steps, 'step')}; its weights are those {which}."
+
+
 def significant(value: float, digits: int) -> str:
     """A number in so many digits, all of those before its point shown: 0.98, 39.1, 1,081."""
     return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"

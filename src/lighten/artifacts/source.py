@@ -14,6 +14,7 @@ from lighten import runs
 from lighten.errors import UserError
 from lighten.paths import data_names, expanded, name_of
 from lighten.peft_config import CONFIG, is_adapter, read_config
+from lighten.wording import diverged
 
 # What stands beside weights and tells other software how a model is spoken to, or shown pictures.
 COMPANIONS = (
@@ -46,7 +47,8 @@ class Artefact:
         adapter: Folder of the adapter in PEFT's format; None: a model of its own.
         companions: Folder of tokenizer, chat template and generation settings.
         run: The run that it is of.
-        facts: What its card says where it is known: `data`, `data_sha256`, `license` of the base.
+        facts: What its card says where it is known: `data`, `data_sha256`, `license` of the base,
+            and `diverged`, a sentence, where its training did not come to its end.
         quantization: The settings of `lighten.models.load` under which the run quantised its base;
             empty where it did not.
         added_tokens: Special tokens that the run gave its base.
@@ -170,6 +172,10 @@ def _of_run(run: runs.Run, adapter: str | None) -> Artefact:
     if name not in trained:
         raise UserError(f"{run.folder} has no adapter {name!r}; it has {', '.join(trained)}")
     base = recipe.model_name_or_path
+    records = {entry["name"]: entry for entry in info.get("adapters") or []}
+    if (record := records.get(name, {})).get("diverged"):
+        best = record.get("best_step") if recipe.load_best_model_at_end else None
+        facts["diverged"] = diverged(record["steps"], best)
     return Artefact(
         run.name if len(trained) == 1 else f"{run.name}-{name}", base,
         _folder(base, recipe.revision), recipe.revision, trained[name], trained[name], run, facts,

@@ -189,6 +189,8 @@ def export(
         if rounded is not None:
             write = functools.partial(_executorch, keep=rounded)
         exported = write(artefact, target, kind or dtype, onto == DEQUANTIZED)
+        if "diverged" in artefact.facts:
+            exported = replace(exported, notes=(artefact.facts["diverged"], *exported.notes))
         if artefact.stored is not None and form in MERGED and receipt:
             log("measuring the held-out loss on either base")
             exported = _with_losses(exported, artefact)

@@ -103,6 +103,7 @@ def write_manifest(artefact: Artefact, folder: Path, form: str, **facts: Any) ->
         "base_sha256": base.get("checksum"),
         "license": artefact.facts.get("license"),
         "adapter": adapter.name if adapter else None,
+        "diverged": "diverged" in artefact.facts,
         "run": run.name if run else None,
         "data": artefact.facts.get("data"),
         "data_sha256": artefact.facts.get("data_sha256"),
@@ -121,6 +122,8 @@ def card(artefact: Artefact, notes: list[str]) -> str:
         trained = f"\nTrained on `{artefact.facts['data']}`" + (
             f" (SHA-256 `{checksum}`).\n" if checksum else ".\n"
         )
+    if "diverged" in artefact.facts:
+        trained += f"{artefact.facts['diverged']}\n"
     bullets = "".join(f"\n- {note}" for note in notes)
     licence = artefact.facts.get("license")
     head = f"license: {licence.lower()}\n" if licence else ""

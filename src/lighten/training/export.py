@@ -24,6 +24,7 @@ from lighten.parallel.offloaded import stores
 from lighten.paths import data_names
 from lighten.training.setup import Setup
 from lighten.training.spread_model import SpreadModel
+from lighten.wording import diverged
 
 # What other tools and the hub's web pages can fetch without trouble.
 SHARD_SIZE = "5GB"
@@ -172,7 +173,8 @@ def _adapter_card(setup: Setup, name: str) -> str:
         f"---\n{card_line(base.name)}library_name: peft\ntags: [lora, lighten]\n---\n\n"
         f"# {name}\n\nA {method} adapter ({setup.trained.describe(name)}) for "
         f"`{card_name(base.name)}`, "
-        f"{_training_summary(setup)}.{_learned_on(base)}{_new_tokens(setup)}\n\n{serving}"
+        f"{_training_summary(setup)}.{_learned_on(base)}{_new_tokens(setup)}"
+        f"{_diverged(setup, name)}\n\n{serving}"
         f"```python\n{snippet(setup)}```\n"
     )
 
@@ -216,6 +218,15 @@ def _new_tokens(setup: Setup) -> str:
         f" It uses new tokens: {names}. The base's embedding has to grow by them before the "
         f"adapter is loaded, as below.{learnt}"
     )
+
+
+def _diverged(setup: Setup, name: str) -> str:
+    """That an adapter's training did not come to its end, where it did not."""
+    progress = next(a.progress for a in setup.adapters if a.name == name)
+    if not progress.diverged:
+        return ""
+    best = progress.best_step if setup.recipe.load_best_model_at_end else None
+    return f" {diverged(progress.steps, best)}"
 
 
 def _learned_on(base: Base) -> str:

@@ -360,7 +360,7 @@ def _finish(
                 **setup.trained.facts(adapter.name),
                 "trainable_parameters": sum(p.numel() for p in adapter.parameters.values()),
                 "file_bytes": export(setup, adapter.name, run) if exported else 0,
-                "diverged": not exported,
+                "diverged": adapter.progress.diverged,
                 "steps": adapter.progress.steps,
                 "best_step": adapter.progress.best_step,
                 "eval_loss": _last_held_out(run, adapter.name, setup, adapter.progress.best_step),
