@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -47,6 +48,26 @@ def test_float32_beside_sixteen_bits_stays_float32(half: torch.dtype, tmp_path: 
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "wanted", dtype="bfloat16")
     wanted = load_file(tmp_path / "wanted" / "model.safetensors")
     assert {tensor.dtype for tensor in wanted.values()} == {torch.bfloat16}
+
+
+def test_what_peft_merges_in_memory_keeps_float32_too(tmp_path: Path) -> None:
+    """It was rounded there, routers and their biases with the rest."""
+    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
+    weights = load_file(base / "model.safetensors")
+    torch.manual_seed(2)
+    weights[NORM] = torch.randn(weights[NORM].shape)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = IA3Config(target_modules=["v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    for dtype, kept in {"auto": torch.float32, "bfloat16": torch.bfloat16}.items():
+        exported = lighten.export(
+            tmp_path / "adapter", "merged", dtype=dtype, output_dir=tmp_path / dtype, verify=False
+        )
+        assert any("in memory" in note for note in exported.notes)
+        merged = load_file(tmp_path / dtype / "model.safetensors")
+        assert torch.equal(merged[NORM], weights[NORM].to(kept))
+        assert {t.dtype for name, t in merged.items() if name != NORM} == {torch.bfloat16}
 
 
 def test_a_file_in_float16_keeps_updates_that_bfloat16_rounds_away(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def trained(folder: Path, dtype: torch.dtype, last: int | None = None) -> WholeB
     ("qwen2", torch.bfloat16, "20KB", None),
     ("llama", torch.bfloat16, "5GB", 1),
     ("mixtral", torch.bfloat16, "30KB", None),  # its experts are one tensor in memory
+    ("glm4_moe", torch.bfloat16, "5GB", None),  # its routers are float32
 ])  # fmt: skip
 def test_the_files_are_those_of_a_model_written_whole(
     tmp_path: Path, architecture: str, dtype: torch.dtype, shard_size: str, last: int | None
@@ -46,9 +47,8 @@ def test_the_files_are_those_of_a_model_written_whole(
     base = save_tiny(tmp_path / "base", architecture, num_hidden_layers=3)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     calls: list[int] = []
-    model = SpreadModel(
-        trained(base, dtype, last).model, dtype, shard_size, lambda: calls.append(1)
-    )  # fmt: skip
+    whole = trained(base, dtype, last)
+    model = SpreadModel(whole.model, whole.format_of, shard_size, lambda: calls.append(1))
     model.write(ours)
     trained(base, dtype, last).fuse("default").save_pretrained(theirs, max_shard_size=shard_size)
     expected = written(theirs)
@@ -63,7 +63,8 @@ def test_the_files_are_those_of_a_model_written_whole(
 def test_a_full_disk_leaves_the_older_model(tmp_path: Path) -> None:
     """A limit on a file's size ends the writing of the weights in the middle."""
     base = save_tiny(tmp_path / "base", "llama")
-    model = SpreadModel(trained(base, torch.float32).model, torch.float32, "5GB", lambda: None)
+    whole = trained(base, torch.float32)
+    model = SpreadModel(whole.model, whole.format_of, "5GB", lambda: None)
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "older").touch()

@@ -208,6 +208,20 @@ def test_more_layers_than_there_are_is_said() -> None:
         whole_base("llama", last=3)
 
 
+def test_what_a_base_has_in_float32_beside_16_bits_stays_so_when_it_learnt(tmp_path: Path) -> None:
+    """transformers loads these routers in float32; the finished model's were rounded."""
+    save_tiny(tmp_path / "base", "glm4_moe")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    router = model.get_parameter(name := "model.layers.1.mlp.gate.weight")
+    assert router.dtype == torch.float32
+    trained = WholeBase(model, dtype=torch.bfloat16)
+    learnt = router.data.add_(1e-5).clone()
+    trained.fuse("default").save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert torch.equal(loaded.get_parameter(name), learnt)
+    assert loaded.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
 def test_quantised_weights_are_refused() -> None:
     model = tiny_model("llama")
     layer = model.base_model.layers[1].mlp.up_proj

@@ -30,7 +30,8 @@ class WholeBase(Trained):
 
     Args:
         model: The base; what learns of it becomes float32.
-        dtype: Format of the products, and of the frozen weights and the finished model.
+        dtype: Format of the products, and of the frozen weights and the finished model, but for
+            what the base has in float32 beside 16 bits (routers of experts).
         last: Train the last so many decoder layers only; None: everything.
         name: What the base is called where adapters have names.
         qat_group_size: Compute as once quantised to int8 activations and int4 weights in groups of
@@ -70,6 +71,7 @@ class WholeBase(Trained):
                 "everything"
             )
         learning = layers[-last:] if last is not None else [model]
+        self._wide = _in_float32(model)
         model.requires_grad_(False)
         for parameter in (p for module in learning for p in module.parameters()):
             if not parameter.is_floating_point():
@@ -156,11 +158,15 @@ class WholeBase(Trained):
         fake_quant.make_plain(self.model)
         return self.model
 
+    def format_of(self, key: str) -> torch.dtype:
+        """What a weight that learnt is rounded to in the finished model."""
+        return torch.float32 if key in self._wide else self._dtype
+
     @torch.no_grad()
     def fuse(self, name: str) -> PreTrainedModel:
-        """The plain model, its weights rounded once to the base's format, nothing learning."""
-        for parameter in self.parameters(name).values():
-            parameter.data = parameter.data.to(self._dtype)
+        """The plain model, its weights rounded once to the base's formats, nothing learning."""
+        for key, parameter in self.parameters(name).items():
+            parameter.data = parameter.data.to(self.format_of(key))
             parameter.grad = None
             parameter.requires_grad_(False)
         return self.detach()
@@ -183,6 +189,14 @@ class WholeBase(Trained):
         out = call[-1]
         floating = isinstance(out, Tensor) and out.is_floating_point()
         return out.to(self._dtype) if floating else out
+
+
+def _in_float32(model: PreTrainedModel) -> frozenset[str]:
+    """Weights that a model in 16 bits has in float32, which is so on purpose."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    if not any(value.dtype in (torch.bfloat16, torch.float16) for value in weights.values()):
+        return frozenset()
+    return frozenset(key for key, value in weights.items() if value.dtype == torch.float32)
 
 
 @torch.no_grad()

@@ -26,7 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lighten import safetensors_stream
@@ -131,6 +135,31 @@ def _dtype(weights: dict[str, Weight], requested: str) -> torch.dtype:
     return torch.float16 if kinds["F16"] > kinds["BF16"] else torch.bfloat16
 
 
+def _has_16_bits(weights: dict[str, Weight]) -> bool:
+    return any(weight.kind in ("F16", "BF16") for weight in weights.values())
+
+
+def in_float32(base: Path, model: Any) -> frozenset[str]:
+    """Names, in a model, of what the base's files hold in float32 beside weights in 16 bits.
+
+    Args:
+        base: Its folder.
+        model: The model of it.
+    """
+    weights = read_weights(base)
+    if not _has_16_bits(weights):
+        return frozenset()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, own = model.base_model_prefix, model.state_dict()
+    return frozenset(
+        rename_source_key(key, renamings, converters, prefix, own)[0]
+        for key, weight in weights.items()
+        if weight.kind in _WIDE
+    )
+
+
 class _Plan:
     """Every tensor of the merged model, and where its numbers come from.
 
@@ -151,8 +180,7 @@ class _Plan:
         self._rounding = rounding
         self._weights = read_weights(base)
         self._dtype = _dtype(self._weights, dtype)
-        halves = any(weight.kind in ("F16", "BF16") for weight in self._weights.values())
-        self._keeps_float32 = dtype == "auto" and halves
+        self._keeps_float32 = dtype == "auto" and _has_16_bits(self._weights)
         self._config = read_adapter_config(adapter)
         self._model = build_empty(str(base), read_config(base))
         self._changes: Changes = read_changes(adapter, self._config)

@@ -15,7 +15,7 @@ from lighten.models.load import weight_files
 from lighten.peft_config import WEIGHTS, read_config, tensor_shapes
 from lighten.quantization.export_card import DEQUANTIZED, ONTO_KEY, ORIGINAL, card, write_manifest
 from lighten.quantization.gguf_source import read_json
-from lighten.quantization.merge import Unmergeable, merge, require_range
+from lighten.quantization.merge import Unmergeable, in_float32, merge, require_range
 from lighten.quantization.rounding import rounding_of
 from lighten.runs import whole_folder
 from lighten.safetensors_header import index_of
@@ -135,10 +135,14 @@ def _merge_in_memory(
         raise  # in a sentence already
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise UserError(f"{artefact.adapter} cannot be merged: {first_line(error)}") from error
-    for name, weight in whole.named_parameters():
+    kept = in_float32(artefact.base_folder, whole) if dtype == "auto" else frozenset()
+    for name, weight in (*whole.named_parameters(), *whole.named_buffers()):
+        if not weight.is_floating_point() or name in kept:
+            continue
         require_range(weight.detach(), name, getattr(torch, dtype_name))
+        weight.data = weight.data.to(getattr(torch, dtype_name))
     with whole_folder(target) as partial:
-        whole.to(getattr(torch, dtype_name)).save_pretrained(partial)
+        whole.save_pretrained(partial)
         add_companions(partial)
 
 

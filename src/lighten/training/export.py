@@ -133,7 +133,7 @@ def _is_spread(trained: WholeBase) -> bool:
 
 
 def _spread_model(trained: WholeBase) -> SpreadModel:
-    return SpreadModel(trained.model, trained.dtype, SHARD_SIZE, stores.release_all)
+    return SpreadModel(trained.model, trained.format_of, SHARD_SIZE, stores.release_all)
 
 
 def _ranks_of(setup: Setup) -> AbstractContextManager[None]:

@@ -50,18 +50,18 @@ class SpreadModel:
 
     Args:
         model: Whose.
-        dtype: What the weights that learn are rounded to.
+        format_of: What a weight that learns is rounded to, by its name.
         max_shard_size: Of a file, as transformers says it.
         release: Is called when a weight was gathered: what was read for it is not needed any more.
     """
 
     def __init__(
-        self, model: PreTrainedModel, dtype: torch.dtype, max_shard_size: str,
+        self, model: PreTrainedModel, format_of: Callable[[str], torch.dtype], max_shard_size: str,
         release: Callable[[], None],
     ) -> None:  # fmt: skip
-        self._model, self._dtype, self._release = model, dtype, release
+        self._model, self._format_of, self._release = model, format_of, release
         self._weights: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
-        empty = {key: torch.empty(value.shape, dtype=self._dtype_of(value), device="meta")
+        empty = {key: torch.empty(value.shape, dtype=self._dtype_of(key), device="meta")
                  for key, value in self._weights.items()}  # fmt: skip
         for key in model._keys_to_ignore_on_save or ():
             empty.pop(key, None)
@@ -86,7 +86,7 @@ class SpreadModel:
         """
         config, model = self._model.config, self._model
         model.save_pretrained(folder, state_dict={})
-        floating = (value for value in model.parameters() if value.is_floating_point())
+        floating = (key for key, value in model.named_parameters() if value.is_floating_point())
         config.dtype = self._dtype_of(next(floating))  # of what learns it says the format of now
         config.save_pretrained(folder)
         for file, names in self._files():
@@ -122,19 +122,21 @@ class SpreadModel:
         source = self._sources[name]
         if source != self._gathered[0]:
             self._gathered = (None, {})  # lets go of the last before the next one comes
-            made = {key: self._whole(self._weights[key]) for key in source.keys}
+            made = {key: self._whole(key) for key in source.keys}
             if not source.as_it_is:
                 made = revert_weight_conversion(self._model, made)
             self._gathered = source, made
         return self._gathered[1][name]
 
-    def _whole(self, value: Tensor) -> Tensor:
-        whole = dtensors.full_tensor(value.detach().to(self._dtype_of(value))).cpu()
+    def _whole(self, key: str) -> Tensor:
+        value = self._weights[key].detach().to(self._dtype_of(key))
+        whole = dtensors.full_tensor(value).cpu()
         self._release()
         return whole
 
-    def _dtype_of(self, value: Tensor) -> torch.dtype:
-        return self._dtype if value.requires_grad else value.dtype
+    def _dtype_of(self, key: str) -> torch.dtype:
+        value = self._weights[key]
+        return self._format_of(key) if value.requires_grad else value.dtype
 
     def _verify(self, folder: Path) -> None:
         """Each tensor is in its file with its format and shape, by the files' own account.
