@@ -229,6 +229,21 @@ def test_what_only_peft_can_merge_is_merged_by_it(tmp_path: Path) -> None:
     assert export.receipt.passed
 
 
+def test_a_learnt_prompt_is_not_merged(tmp_path: Path) -> None:
+    """It was refused with what Python says of an attribute that PEFT's model lacks."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    base = save_tiny(tmp_path / "base")
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / CONFIG
+    said = json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}
+    path.write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"PROMPT_TUNING learns a prompt .* changes no weight"):
+        lighten.export(tmp_path / "a", "merged", output_dir=tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_layers_that_share_their_weights_are_not_merged(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     trained(tiny_model("llama"), tmp_path / "a", layer_replication=[[0, 2], [1, 2]])

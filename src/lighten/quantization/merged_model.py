@@ -130,6 +130,11 @@ def _merge_in_memory(
         grow(base, max(added_words(artefact), brought))
         untie(base, artefact.adapter)
         model: Any = PeftModel.from_pretrained(base, artefact.adapter)
+        if not hasattr(model.base_model, "merge_and_unload"):
+            raise UserError(
+                f"{artefact.adapter} cannot be merged: {model.active_peft_config.peft_type.value} "
+                "learns a prompt in front of the text and changes no weight; use it in PEFT"
+            )
         whole = model.merge_and_unload(safe_merge=True)
     except UserError:
         raise  # in a sentence already
