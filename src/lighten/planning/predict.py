@@ -240,12 +240,15 @@ def _within_time(
         return count, count * step.seconds, (
             f"max_time {limit}: about {counted(count, 'step')} of this size, evaluations left out"
         )  # fmt: skip
-    count = min(steps, max(1, int(steps * limit_s / run_s)))
+    fitting = steps * limit_s / run_s
+    count = min(steps, max(1, int(fitting)))
     sentence = (
         f"max_time {limit}: about {counted(count, 'step')} of {steps:,}, {count / epoch:.2g} of an "
         "epoch"
     )
-    if count == steps:
+    if fitting < 1:
+        sentence = f"max_time {limit} is too short for a step, and one is made all the same"
+    elif count == steps:
         sentence = f"max_time {limit} is enough for all {counted(steps, 'step')}"
     return count, run_s * count / steps, f"{sentence}, at the predicted speed without evaluations"
 

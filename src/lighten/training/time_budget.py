@@ -133,6 +133,8 @@ class TimeBudget:
         speed = f"a step takes about {pace.step_s:.2g} s"
         if pace.evaluation_s:
             speed += f", an evaluation {pace.evaluation_s:.2g} s"
+        if steps == 1 and pace.of_steps(1, self.every) > self.budget_s - self.spent_s():
+            return f"max_time {self.max_time} is too short: one step is made all the same; {speed}"
         if steps == most:
             minutes = pace.of_steps(steps, self.every) / 60
             return (
