@@ -97,7 +97,8 @@ def test_deepspeed_itself_gives_these_rates(
 
 def test_what_a_schedule_leaves_open_is_the_recipe_s(chat_file: Path) -> None:
     chosen = scheduled(chat_file, "WarmupDecayLR", warmup_max_lr="auto", warmup_num_steps="auto",
-                       warmup_min_lr="auto", total_num_steps="auto")  # fmt: skip
+                       warmup_min_lr="auto", total_num_steps="auto",
+                       last_batch_iteration=-1)  # fmt: skip
     assert (chosen.lr_scheduler_type, chosen.warmup_steps) == ("linear", None)
     assert chosen.learning_rate == Recipe.model_fields["learning_rate"].default
     assert scheduled(chat_file, "WarmupLR", warmup_num_steps=1).warmup_steps == 2  # as there
@@ -111,6 +112,7 @@ def test_what_a_schedule_leaves_open_is_the_recipe_s(chat_file: Path) -> None:
     ("WarmupLR", {"warmup_min_lr": 1e-6}, "warmup_min_lr is 1e-06, and .* begins and ends at 0"),
     ("WarmupLR", {"total_num_steps": 40}, "WarmupLR has no total_num_steps; correct it"),
     ("WarmupLR", {"warmup_max_lr": 1e-3, "warmup_num_steps": "many"}, "warmup_steps"),
+    ("WarmupLR", {"last_batch_iteration": 10}, "WarmupLR has no last_batch_iteration; correct it"),
     ("WarmupDecayLR", {"total_num_steps": 41}, "total_num_steps is 41, and the learning rate ends"),
     ("WarmupCosineLR", {"cos_min_ratio": 0.0001}, "cos_min_ratio is 0.0001, and lr_scheduler_type"),
     ("WarmupCosineLR", {"warmup_min_ratio": 0.1}, "warmup_min_ratio is 0.1"),
@@ -147,6 +149,18 @@ def test_a_schedule_that_ours_is_not_is_told(scheduler: Any, message: str, chat_
                    "sync_module_states": True, "use_orig_params": True,
                    "backward_prefetch": "backward_pre", "forward_prefetch": False,
                    "limit_all_gathers": True, "state_dict_type": "FULL_STATE_DICT"}, "fsdp", False),
+    # Axolotl's examples, and accelerate's words in them.
+    (["full_shard", "auto_wrap"],
+     {"fsdp_limit_all_gathers": True, "fsdp_sync_module_states": True, "fsdp_offload_params": False,
+      "fsdp_use_orig_params": False, "fsdp_cpu_ram_efficient_loading": True,
+      "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_state_dict_type": "FULL_STATE_DICT",
+      "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+      "fsdp_backward_prefetch_policy": "BACKWARD_PRE", "fsdp_sharding_strategy": "FULL_SHARD"},
+     "fsdp", False),
+    (True, {"sharding_strategy": 2}, "zero2", False),
+    (True, {"sharding_strategy": "FULL_SHARD", "reshard_after_forward": True, "version": 2,
+            "final_state_dict_type": "FULL_STATE_DICT", "cpu_offload_pin_memory": False},
+     "fsdp", False),
 ])  # fmt: skip
 def test_settings_of_transformers_fsdp_are_read(
     fsdp: Any, config: dict[str, Any], strategy: str, recomputes: bool, chat_file: Path,
@@ -173,7 +187,12 @@ def test_settings_of_transformers_fsdp_are_read(
     ({"fsdp": True, "fsdp_config": {"reshard_after_forward": "full_shard"}}, "use true or false"),
     ({"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaMLP"]}},
      "LlamaMLP is no class of decoder layers"),
-    ({"fsdp": True, "fsdp_config": {"sharding_strategy": 1}}, "no sharding_strategy; correct it"),
+    ({"fsdp": True, "fsdp_config": {"sharding": 1}}, "no sharding; correct it"),
+    ({"fsdp": True, "fsdp_config": {"sharding_strategy": "HYBRID_SHARD"}},
+     "sharding_strategy: 'HYBRID_SHARD' of FSDP 1 is not built; use full_shard"),
+    ({"fsdp": "full_shard", "fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP"}},
+     "full_shard and fsdp_config: sharding_strategy contradict"),
+    ({"fsdp": True, "fsdp_config": {"mixed_precision_policy": "bf16"}}, "dtype says what is comp"),
     ({"fsdp": "full_shard", "fsdp_config": {"reshard_after_forward": False}}, "contradict"),
     ({"fsdp": True, "gradient_checkpointing": False,
       "fsdp_config": {"activation_checkpointing": True}}, "both set the same thing"),
@@ -185,3 +204,16 @@ def test_settings_of_fsdp_that_ours_are_not_are_told(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(chat_file, **settings)
+
+
+def test_axolotl_asks_for_fsdp_by_its_version(chat_file: Path) -> None:
+    config = {"offload_params": False, "cpu_ram_efficient_loading": True,
+              "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",
+              "transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "reshard_after_forward": True,
+              "activation_checkpointing": True}  # fmt: skip
+    chosen = recipe(chat_file, fsdp_version=2, fsdp_config=config)
+    assert (chosen.strategy, chosen.gradient_checkpointing) == ("fsdp", True)
+    chosen = recipe(chat_file, fsdp_version=2, fsdp_config={"reshard_after_forward": False},
+                    fsdp_final_state_dict_type="FULL_STATE_DICT")  # fmt: skip
+    assert chosen.strategy == "zero2"
+    assert recipe(chat_file, fsdp_version=2).strategy == "auto"

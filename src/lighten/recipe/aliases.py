@@ -215,12 +215,14 @@ def translate(
                 put(key, "dtype", "auto")
             elif value:
                 put(key, "dtype", dtype)
-        elif key in ("deepspeed", "fsdp"):
+        elif key in ("deepspeed", "fsdp") or (key == "fsdp_config" and _alone(everything)):
             try:
                 converted = (
                     foreign.deepspeed(value, folder, everything.get("max_steps"))
                     if key == "deepspeed"
-                    else foreign.fsdp(value, everything.get("fsdp_config"), folder)
+                    else foreign.fsdp(
+                        value if key == "fsdp" else True, everything.get("fsdp_config"), folder
+                    )
                 )
             except ValueError as error:
                 problems.append(f"{key}: {error}")
@@ -302,6 +304,11 @@ def translate(
     if passed_over:
         notices.append(f"passed over, as they change nothing here: {', '.join(passed_over)}")
     return out, notices, problems
+
+
+def _alone(everything: Mapping[str, Any]) -> bool:
+    """Whether `fsdp_config` asks for FSDP by itself, as it does in Axolotl beside a version."""
+    return not everything.get("fsdp") and bool(everything.get("fsdp_version"))
 
 
 def _data_sets(

@@ -66,19 +66,22 @@ _SCHEDULERS = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear",
 # Where they begin and end. Ours begin at 0 and end there, which two of these have by themselves.
 _FROM_ZERO = {"warmup_min_lr": 0, "warmup_min_ratio": 0, "cos_min_ratio": 0.0001}
 _WARMUP_STEPS, _DECAYS_FROM = 1000, 0.001  # where nobody says how long, and from which rate
-# What transformers' `fsdp_config` says of order and loading alone.
+# What `fsdp_config` of transformers, accelerate and Axolotl says of order and loading alone.
 _FSDP_MOVING = {"cpu_ram_efficient_loading", "sync_module_states", "backward_prefetch",
-                "forward_prefetch", "use_orig_params", "limit_all_gathers"}  # fmt: skip
+                "backward_prefetch_policy", "forward_prefetch", "use_orig_params",
+                "limit_all_gathers", "cpu_offload_pin_memory"}  # fmt: skip
 # What means nothing here unless it is off.
 _FSDP_OFF = {
     "xla": "there is no training on TPUs", "xla_fsdp_v2": "there is no training on TPUs",
     "xla_fsdp_grad_ckpt": "there is no training on TPUs",
     "xla_fsdp_settings": "there is no training on TPUs",
     "min_num_params": "ranks gather decoder layers, whatever their size",
+    "mixed_precision_policy": "dtype says what is computed in",
 }  # fmt: skip
 # What means the same as here with these words alone.
 _FSDP_SAME = {
     "version": ("1", "2"), "state_dict_type": ("FULL_STATE_DICT",),
+    "final_state_dict_type": ("FULL_STATE_DICT",),
     "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
 }  # fmt: skip
 # That a rank's part of weights, gradients and state waits in main memory, by either's name.
@@ -161,9 +164,9 @@ def fsdp(value: Any, config: Any = None, folder: Path | None = None) -> dict[str
                 f"{word!r} is not built; use full_shard, shard_grad_op or no_shard, with auto_wrap "
                 "and offload"
             )
-    strategy, settings = _fsdp_config(config, folder)
-    if strategy is not None:
-        named.setdefault(strategy, "fsdp_config: reshard_after_forward")
+    of_config, settings = _fsdp_config(config, folder)
+    for strategy, key in of_config.items():
+        named.setdefault(strategy, f"fsdp_config: {key}")
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named.values())} contradict each other; keep one")
     if value and not named:  # as transformers has it since its version 5
@@ -171,10 +174,10 @@ def fsdp(value: Any, config: Any = None, folder: Path | None = None) -> dict[str
     return ({"strategy": next(iter(named))} if named else {}) | offload | settings
 
 
-def _fsdp_config(source: Any, folder: Path | None) -> tuple[str | None, dict[str, Any]]:
-    """The strategy that `reshard_after_forward` asks for, if it is there, and other settings."""
+def _fsdp_config(source: Any, folder: Path | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """The strategies that are asked for, each with the key that does, and other settings."""
     if source is None:
-        return None, {}
+        return {}, {}
     config = source if isinstance(source, Mapping) else _read("fsdp_config", str(source), folder)
     values = {
         str(key).removeprefix("fsdp_"): value for key, value in config.items() if value is not None
@@ -193,29 +196,36 @@ def _fsdp_config(source: Any, folder: Path | None) -> tuple[str | None, dict[str
             raise ValueError(f"fsdp_config: transformer_layer_cls_to_wrap: {name} is no class of "
                              "decoder layers, which are what ranks gather; remove it")  # fmt: skip
     read = {"transformer_layer_cls_to_wrap", "activation_checkpointing", "reshard_after_forward",
-            *_FSDP_OFFLOAD}  # fmt: skip
+            "sharding_strategy", *_FSDP_OFFLOAD}  # fmt: skip
     if unknown := sorted(
         values.keys() - read - _FSDP_MOVING - _FSDP_OFF.keys() - _FSDP_SAME.keys()
     ):
         raise ValueError(f"fsdp_config has no {unknown[0]}; correct it, or remove it")
     recomputes = _switch(values, "activation_checkpointing", default=False)
-    strategy = None
-    if "reshard_after_forward" in values:
-        if str(values.get("version", "2")) == "1":
-            strategy = SHARDING.get(str(values["reshard_after_forward"]).lower())
-            if strategy is None:
-                raise ValueError(
-                    f"fsdp_config: reshard_after_forward: {values['reshard_after_forward']!r} of "
-                    "FSDP 1 is not built; use full_shard, shard_grad_op or no_shard"
-                )
-        else:
-            reshards = _switch(values, "reshard_after_forward", default=True)
-            strategy = "fsdp" if reshards else "zero2"
     settings: dict[str, Any] = {"gradient_checkpointing": True} if recomputes else {}
     if any(values[key] and _switch(values, key, default=False)
            for key in _FSDP_OFFLOAD if key in values):  # fmt: skip
         settings["offload_params"] = "cpu"
-    return strategy, settings
+    return _fsdp_strategies(values), settings
+
+
+def _fsdp_strategies(values: Mapping[str, Any]) -> dict[str, str]:
+    """The strategies that `fsdp_config` asks for, each with the key that does."""
+    named: dict[str, str] = {}
+    by_word = ["sharding_strategy"]
+    if str(values.get("version", "2")) == "1":
+        by_word.append("reshard_after_forward")
+    elif "reshard_after_forward" in values:
+        reshards = _switch(values, "reshard_after_forward", default=True)
+        named["fsdp" if reshards else "zero2"] = "reshard_after_forward"
+    for key in by_word:
+        if key in values:
+            strategy = SHARDING.get(str(values[key]).lower())
+            if strategy is None:
+                raise ValueError(f"fsdp_config: {key}: {values[key]!r} of FSDP 1 is not built; use "
+                                 "full_shard, shard_grad_op or no_shard")  # fmt: skip
+            named.setdefault(strategy, key)
+    return named
 
 
 def _switch(values: Mapping[str, Any], key: str, *, default: bool) -> bool:
@@ -307,6 +317,8 @@ def _scheduler(section: Mapping[str, Any], max_steps: Any) -> dict[str, Any]:
         raise ValueError(f"scheduler {name} has no equal here; set lr_scheduler_type in the recipe")
     ours = _SCHEDULERS[name]
     values = {key: value for key, value in _section(section, "params").items() if value != "auto"}
+    if values.get("last_batch_iteration") == -1:  # as transformers' own example has it
+        del values["last_batch_iteration"]
     own = f"lr_scheduler_type: {ours} and warmup_steps in the recipe"
     if (kind := values.pop("warmup_type", "log")) != "linear":
         raise ValueError(

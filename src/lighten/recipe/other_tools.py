@@ -38,6 +38,7 @@ _ALREADY = {
     "evals_per_epoch": ("1",), "saves_per_epoch": ("1",), "roles_to_train": ("['assistant']",),
     "train_on_eos": ("turn",), "shuffle_dataset": ("true", "false"),
     "truncation_mode": ("keep_start",), "hub_strategy": ("every_save",),
+    "fsdp_version": ("1", "2"), "fsdp_final_state_dict_type": ("full_state_dict",),
 }  # fmt: skip
 _OFF = ("none", "false", "no", "off", "0", "0.0", "", "[]", "{}")
 _UPLOAD = "remove it; lighten push uploads what lighten export writes"
@@ -127,6 +128,8 @@ _INSTEAD = {
     "torch_compile_mode": _COMPILED_LAYER,
     "accelerator_config": _BY_STRATEGY,
     "parallelism_config": _BY_STRATEGY,
+    "fsdp_version": "set it to 1 or 2, or remove it",
+    "fsdp_final_state_dict_type": "remove it; a finished model is written whole",
     "train_sampling_strategy": "set group_by_length: true or false",
     "dataloader_drop_last": "remove it; no row is left out",
     "average_tokens_across_devices": "remove it; every token of a step counts the same",
