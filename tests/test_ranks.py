@@ -347,6 +347,23 @@ def test_a_launcher_is_recognised_by_its_environment() -> None:
     assert launch.recognise({"SLURM_PROCID": "0", "SLURM_NTASKS": "7"}) == Launch()
 
 
+def test_what_is_typed_in_the_shell_of_a_slurm_task_is_alone() -> None:
+    """`srun --ntasks 4 --pty bash` gives the first task a terminal, and the others nothing."""
+    task = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_JOB_ID": "77",
+            "SLURM_STEP_NODELIST": "gpu03", "PMI_SIZE": "4", "PMI_RANK": "0",
+            "SLURM_PTY_PORT": "34889"}  # fmt: skip
+    # An interactive shell's jobs have process groups of their own: seen from one, the shell has.
+    with subprocess.Popen(["sleep", "60"], process_group=0) as shell:
+        assert launch.recognise({**task, "SLURM_TASK_PID": str(shell.pid)}) == Launch()
+        shell.kill()
+    # Tasks themselves, of `srun --pty python -m lighten` or of one typed in that shell.
+    is_task = {**task, "SLURM_TASK_PID": str(os.getpid())}
+    assert launch.recognise(is_task) == Launch("srun", 0, 4, 0, 4)
+    elsewhere = {**task, "SLURM_TASK_PID": str(2**22 + 1)}  # outside of this container
+    assert launch.recognise(elsewhere) == Launch("srun", 0, 4, 0, 4)
+
+
 def test_a_launcher_may_say_the_local_rank_as_an_option(tmp_path: Path) -> None:
     """As `deepspeed --module lighten ...` does, before all else."""
     plain, launched = (processes.call(*words, "runs", "list", cwd=tmp_path)

@@ -90,8 +90,9 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> Launch:
     # names are ours.
     if "RANK" not in variables or TRANSLATED in variables:
         # Of several machines mpirun reaches the others by srun, with a task for each.
-        launch = _from_mpi(variables) or _from_slurm(variables)
-        if launch is None and (count := _number(variables, "PMI_SIZE", 1)) > 1:
+        typed = _in_shell_of_task(variables)
+        launch = None if typed else _from_mpi(variables) or _from_slurm(variables)
+        if not (typed or launch) and (count := _number(variables, "PMI_SIZE", 1)) > 1:
             raise UserError(
                 f"PMI_SIZE is {count}, so an MPI launcher started several ranks, but "
                 "MPI_LOCALRANKID does not say which device is this one's; start with torchrun"
@@ -275,6 +276,20 @@ def _from_slurm(variables: MutableMapping[str, str]) -> Launch | None:
     variables.setdefault("MASTER_PORT", str(_port_of(job)))
     rank = _number(variables, "SLURM_PROCID", 0)
     return Launch("srun", rank, world_size, place, local, own_gpu=own_gpu)
+
+
+def _in_shell_of_task(variables: Mapping[str, str]) -> bool:
+    """Whether this was typed in a shell that `srun --pty` gave to its first task alone.
+
+    The other tasks' shells had nothing to read, and have ended. An interactive shell gives what it
+    starts a process group of its own; a task, and a script that is one, are in the task's.
+    """
+    if "SLURM_PTY_PORT" not in variables or not hasattr(os, "getpgid"):
+        return False
+    try:
+        return os.getpgid(_number(variables, "SLURM_TASK_PID", 0)) != os.getpgid(0)
+    except OSError:  # it has ended, or is outside of this container
+        return False
 
 
 def _from_mpi(variables: MutableMapping[str, str]) -> Launch | None:
