@@ -77,7 +77,9 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_bitwise_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+)
 def test_a_stopped_run_saves_says_so_and_resumes(
     settings: dict[str, Any], number: signal.Signals
 ) -> None:
@@ -154,6 +156,22 @@ def test_under_nohup_a_run_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch
         assert ended._stopped is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_scheduler_s_warning_is_heard_unless_somebody_else_listens_to_it() -> None:
+    """SLURM sends what `--signal=USR1@120` says; submitit starts the job again by it."""
+    with interrupt.StopSignals() as signals:
+        signal.raise_signal(signal.SIGUSR1)
+    assert signals.received == signal.SIGUSR1
+    heard_by_others = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard_by_others.append(number))
+    try:
+        with interrupt.StopSignals() as signals:
+            signal.raise_signal(signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert signals.received is None
+    assert heard_by_others == [signal.SIGUSR2]
 
 
 @pytest.mark.parametrize("damage", ["truncate weights", "truncate state", "remove optimizer"])

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal end a run after the step in hand, with its state saved."""
+"""What tells a run to stop ends it after the step in hand, with its state saved."""
 
 from __future__ import annotations
 
