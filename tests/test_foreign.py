@@ -206,6 +206,12 @@ def test_settings_of_fsdp_that_ours_are_not_are_told(
         recipe(chat_file, **settings)
 
 
+@pytest.mark.parametrize("nothing", ["", False, "false", None])
+def test_an_engine_that_is_left_empty_is_none(nothing: Any, chat_file: Path) -> None:
+    """As of `--deepspeed "$CONFIG"` where there is no such variable."""
+    assert recipe(chat_file, deepspeed=nothing, fsdp=nothing).strategy == "auto"
+
+
 def test_axolotl_asks_for_fsdp_by_its_version(chat_file: Path) -> None:
     config = {"offload_params": False, "cpu_ram_efficient_loading": True,
               "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",

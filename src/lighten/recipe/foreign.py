@@ -102,6 +102,8 @@ def deepspeed(
     Raises:
         ValueError: It cannot be read, or asks for what is not the same here; says what to change.
     """
+    if source in ("", False):  # of a shell's variable that is not set
+        return {}
     if isinstance(source, str) and source in STAGES.values():
         return {"strategy": source}
     if isinstance(source, str) and source in _SHORT_OFFLOAD:
