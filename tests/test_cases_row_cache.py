@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,31 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(
         assert begun.exists()  # its lock may come the next moment
         assert living.exists()
     assert not living.exists()
+
+
+def test_what_was_killed_a_moment_ago_goes_as_its_run_is_started_again(
+    cached: Path, tiny_folder: Path
+) -> None:
+    """The second start keeps the entry, and no later one would take the first one's bytes away."""
+    write = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lighten.training import row_cache\n"
+        "with row_cache._scratch(Path(sys.argv[1])) as folder:\n"
+        "    (folder / row_cache.ENTRY).mkdir()\n"
+        "    (folder / row_cache.ENTRY / 'train.ids').write_bytes(bytes(1000))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = cached / "cache" / "data"
+    root.mkdir(parents=True)
+    subprocess.run([sys.executable, "-c", write, str(root)], check=False)
+    assert len(entries(cached)) == 1
+    with row_cache._scratch(root) as living:
+        (living / row_cache.ENTRY).mkdir()
+        loaded(recipe_for(cached, tiny_folder), tiny_folder)
+        assert [entry for entry in entries(cached) if entry.name.startswith(row_cache.NEW)] == [
+            living
+        ]
 
 
 def test_room_is_made_before_an_entry_is_written(

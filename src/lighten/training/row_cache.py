@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import zlib
@@ -43,9 +44,10 @@ from lighten.training.encoding import tokenizer_facts
 LEAST_BYTES = 2**20
 # The entries that were not used for longest go, until the others and the new one take no more.
 MOST_BYTES = 8 * 2**30
-# Entries that are being written. One that nobody has locked is what a killed process left behind;
-# between its making and its lock pass moments.
-NEW, LOCK, LEFT_S = ".new-", "lock", 60.0
+# Entries that are being written: a folder, in it a lock, and once that is held the entry. One that
+# nobody has locked is what a killed process left behind; between its making and its lock pass
+# moments.
+NEW, LOCK, ENTRY, LEFT_S = ".new-", "lock", "entry", 60.0
 PACKAGES = ("lighten", "transformers", "tokenizers", "jinja2", "numpy", "pyarrow")
 _SETTINGS = (
     "dataset", "eval_dataset", "dataset_columns", "max_train_samples", "max_eval_samples",
@@ -144,7 +146,7 @@ class RowCache:
             root.mkdir(parents=True, exist_ok=True)
             _prune(root, self.folder, room=sum(map(_bytes, parts.values())))
             with _scratch(root) as scratch:
-                entry_folder = scratch / "entry"
+                entry_folder = scratch / ENTRY
                 entry_folder.mkdir()
                 stored_parts = {
                     name: _write(entry_folder, name, part) for name, part in parts.items()
@@ -277,8 +279,13 @@ def _lock(file: IO[bytes]) -> bool:
 
 
 def _left_behind(folder: Path) -> bool:
-    """Whether a folder that was being written never will be whole."""
-    if time.time() - folder.stat().st_mtime < LEFT_S:
+    """Whether a folder that was being written never will be whole.
+
+    At once, where it can be told: whoever starts a killed run again does so within the minute, and
+    writes the entry itself, after which nobody comes to look until other data are encoded.
+    """
+    told = sys.platform != "win32" and (folder / ENTRY).exists()
+    if not told and time.time() - folder.stat().st_mtime < LEFT_S:
         return False
     try:
         with (folder / LOCK).open("rb") as lock:
