@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,39 @@ def test_a_csv_record_with_stray_cells_or_long_ones_says_so(tmp_path: Path) -> N
     dataset = data.read(str(path), skip_bad_rows=True)
     assert [len(str(e.reference)) for e in dataset.examples] == [1, 200_000]
     assert [e.line for e in dataset.examples] == [2, 5]
+
+
+def test_lines_of_separators_alone_below_a_table_are_no_rows(tmp_path: Path) -> None:
+    """Excel writes them for cells that were once used."""
+    path = tmp_path / "d.csv"
+    path.write_text("text,note\nhello,1\n,\nworld,\n,\n,\n")
+    assert [(e.text, e.line) for e in data.read(str(path)).examples] == [("hello", 2), ("world", 4)]
+    path.write_text('text\nhello\n""\n')
+    with pytest.raises(UserError, match=r"d\.csv:3: text is empty"):
+        data.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ("instruction context response category",  # databricks-dolly-15k
+         "{instruction: instruction, input: context, output: response}"),
+        ("input output", "{instruction: input, output: output}"),
+        ("input instruction response", "{instruction: instruction, output: response}"),
+        ("question output", "{instruction: question, output: output}"),
+    ],
+)  # fmt: skip
+def test_half_an_alpaca_row_says_which_columns_may_be_meant(
+    columns: str, named: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({name: f"{name}?" for name in columns.split()}) + "\n")
+    with pytest.raises(UserError, match=re.escape(f"; set dataset_columns: {named}")):
+        data.read(str(path))
+    chosen = dict(pair.split(": ") for pair in named.strip("{}").split(", "))
+    (example,) = data.read(str(path), columns=chosen).examples
+    assert example.reference == f"{chosen['output']}?"
+    assert f"{chosen['instruction']}?" in example.messages[0].content
 
 
 @pytest.mark.parametrize(
@@ -293,11 +327,21 @@ def test_a_file_that_is_not_there_not_text_or_empty_says_so(tmp_path: Path) -> N
     with pytest.raises(UserError, match="does not exist"):
         data.read(str(tmp_path / "no.jsonl"))
     (tmp_path / "d.txt").write_text("x")
-    with pytest.raises(UserError, match=r"not one of \.jsonl"):
+    with pytest.raises(UserError, match=r"not one of \.jsonl.*; write each text as a line of JSON"):
         data.read(str(tmp_path / "d.txt"))
+    for name, mend in (("a.xlsx", "save the sheet as CSV in UTF-8"), ("b.jsonl.gz", "unpack it")):
+        folder = tmp_path / name[0]
+        folder.mkdir()
+        (folder / name).write_bytes(b"PK")
+        for path, told in ((folder / name, f"; {mend}"), (folder, f"; of {name}: {mend}")):
+            with pytest.raises(UserError, match=re.escape(told)):
+                data.read(str(path))
     (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "é"}'.encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.jsonl:2 is not UTF-8"):
         data.read(str(tmp_path / "latin.jsonl"))
+    (tmp_path / "excel.csv").write_bytes("text\n안녕\n".encode("cp949"))
+    with pytest.raises(UserError, match=r"excel\.csv:2 is not UTF-8 .* \(Excel saves Korean"):
+        data.read(str(tmp_path / "excel.csv"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no example"):
         data.read(str(tmp_path / "empty.jsonl"))

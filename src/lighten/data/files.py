@@ -20,6 +20,12 @@ _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 # Files that the hub and `datasets` put beside the data.
 _BESIDE = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
            "config.json", "metadata.json"}  # fmt: skip
+# What to do with files of kinds that are not read.
+_MENDS = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV in UTF-8"),
+    **dict.fromkeys((".gz", ".zip", ".zst", ".bz2", ".xz", ".7z"), "unpack it"),
+    ".txt": 'write each text as a line of JSON: {"text": "..."}',
+}
 # folder/config/data/train/part.parquet is as deep as the hub's layouts go.
 _DEPTH = 3
 _NUMBERED = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)(?:-of-(?P<total>\d+))?$")
@@ -66,7 +72,11 @@ def files_of(path: Path, split: str, config: Config | None = None) -> list[Path]
         groups = _groups(path, split)
         if not groups:
             expected = " or ".join(f"{split}{suffix}" for suffix in DATA_SUFFIXES)
-            raise UserError(f"the folder {path} has no {split} file ({expected})")
+            others = sorted(file for file in path.iterdir() if file.suffix.lower() in _MENDS)
+            raise UserError(
+                f"the folder {path} has no {split} file ({expected})"
+                + (f"; of {others[0].name}: {_MENDS[others[0].suffix.lower()]}" if others else "")
+            )
         if len(groups) > 1:
             first, second = groups[0][0].path, groups[1][0].path
             and_more = f" and {len(groups) - 2} more" if len(groups) > 2 else ""
@@ -78,7 +88,7 @@ def files_of(path: Path, split: str, config: Config | None = None) -> list[Path]
     if not exists(path) or not path.is_file():
         raise UserError(f"the dataset {path} does not exist")
     if path.suffix.lower() not in DATA_SUFFIXES:
-        raise UserError(f"{path} is not one of {', '.join(DATA_SUFFIXES)}")
+        raise UserError(_unread(path))
     return [path]
 
 
@@ -108,8 +118,14 @@ def _files_of_config(folder: Path, split: str, config: Config) -> list[Path]:
     if not files:
         raise UserError(f"{where}: its card names {', '.join(patterns)}, and no such file is there")
     if unread := [file for file in files if file.suffix.lower() not in DATA_SUFFIXES]:
-        raise UserError(f"{unread[0]} is not one of {', '.join(DATA_SUFFIXES)}")
+        raise UserError(_unread(unread[0]))
     return files
+
+
+def _unread(file: Path) -> str:
+    """Why a file is not read, and what to do with it."""
+    mend = _MENDS.get(file.suffix.lower())
+    return f"{file} is not one of {', '.join(DATA_SUFFIXES)}{f'; {mend}' if mend else ''}"
 
 
 def _splits_of(config: Config, split: str) -> list[str]:

@@ -58,22 +58,31 @@ def rows_of(
             else:
                 yield from json_rows(stream, file)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{_undecodable(file)} is not UTF-8 text; save the file as UTF-8"
-        ) from error
+        raise UserError(_not_utf8(file)) from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
 
-def _undecodable(file: Path) -> str:
-    """File and line of the first bytes that are not UTF-8."""
+def _not_utf8(file: Path) -> str:
+    """Where a file has the first bytes that are not UTF-8, and what to do."""
+    mend = "is not UTF-8 text; save the file as UTF-8"
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 line.decode()
             except UnicodeDecodeError:
-                return f"{file}:{number}"
-    return str(file)
+                korean = any("가" <= letter <= "힣" for letter in _as_cp949(line))
+                hint = " (Excel saves Korean as cp949 unless CSV UTF-8 is chosen)" * korean
+                return f"{file}:{number} {mend}{hint}"
+    return f"{file} {mend}"
+
+
+def _as_cp949(line: bytes) -> str:
+    """The line as Korean Windows writes it; nothing where it is not that either."""
+    try:
+        return line.decode("cp949")
+    except UnicodeDecodeError:
+        return ""
 
 
 def _csv(
@@ -108,7 +117,8 @@ def _csv(
             raise UserError(f"{file}:1 has two columns called {duplicates[0]!r}; rename one")
         line = reader.line_num + 1
         for record in reader:
-            if record:
+            # Excel writes separators alone for the lines below a table.
+            if len(record) == 1 or any(record):
                 yield line, _record(record, names, separator)
             line = reader.line_num + 1
     except csv.Error as error:

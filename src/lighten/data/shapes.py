@@ -35,6 +35,7 @@ COLUMNS = (*_SHAPE_OF, "system", "tools")
 _QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "input", "user")
 _ANSWERS = ("response", "answer", "output", "completion", "solution", "target", "chosen",
             "assistant", "reply")  # fmt: skip
+_CONTEXTS = ("context", "passage")
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _TEXTS = ("text", "content", "document", "body")
 # Columns of which one is in every row that has an answer.
@@ -161,6 +162,19 @@ def _describe_unknown_shape(row: Mapping[str, Any]) -> str:
     return f"{message}a row needs {SHAPES} (dataset_columns says which column is which)"
 
 
+def _of_pair(values: Mapping[str, Any]) -> str:
+    """Which columns of half an Alpaca row may be its question, what that is about, its answer."""
+    columns = {}
+    for ours, words in (("instruction", _QUESTIONS), ("input", _CONTEXTS), ("output", _ANSWERS)):
+        known = (name for name in (ours, *values) if name in values and name.lower() in words)
+        if (name := next(known, None)) is not None:
+            columns[ours] = name
+    if not {"instruction", "output"} <= columns.keys():
+        return ""
+    named = ", ".join(f"{ours}: {name}" for ours, name in columns.items())
+    return f"; set dataset_columns: {{{named}}}"
+
+
 def _keys_of_turns(value: Any) -> list[str] | None:
     """The keys of a conversation's first entry; None where a column holds no list of objects."""
     try:
@@ -178,7 +192,9 @@ def _alpaca(values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[Me
         if key not in values:
             if key in row:
                 raise BadRowError(f"{key} must be text, not nothing (null or NaN)")
-            raise BadRowError(f"{key} is missing beside {', '.join(map(str, row))}")
+            raise BadRowError(
+                f"{key} is missing beside {', '.join(map(str, row))}{_of_pair(values)}"
+            )
     parts = [text_of(values["instruction"], "instruction"), optional_text(values, "input")]
     messages: list[Message] = []
     if system := optional_text(values, "system"):
