@@ -65,6 +65,28 @@ def test_a_path_without_its_value_is_no_folder_called_true(words: list[str]) -> 
         overrides(words)
 
 
+@pytest.mark.parametrize("words", [["learning_rate="], ["--lr", ""], ["--output_dir", " "]])
+def test_a_variable_that_is_not_set_is_no_setting_left_out(words: list[str]) -> None:
+    """`learning_rate=$RATE` would train at the default rate."""
+    with pytest.raises(UserError, match="is given an empty value; write"):
+        overrides(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["m/m", "a.jsonl", "--dataset", "b.jsonl"], "a.jsonl and --dataset b.jsonl both set the"),
+        (["m/m", "a.jsonl", "--model", "n/n"], "m/m and --model n/n both set the same thing; keep"),
+        (["m/m", "--base_model", "n/n", "--dataset", "d"], "m/m and --base_model n/n both set"),
+        (["m/m", "--dataset", "a.jsonl", "--dataset", "b.jsonl"],
+         "--dataset is given twice; several data sets are one list: --dataset a.jsonl,b.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_model_or_data_given_twice_are_not_passed_over(words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        recipe_arguments(words)
+
+
 def test_a_folder_with_a_recipe_is_that_recipe_and_no_place_for_its_run(tmp_path: Path) -> None:
     """A run would have its files between the project's, and was refused."""
     project = tmp_path / "project"

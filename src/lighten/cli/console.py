@@ -36,8 +36,8 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
     """Settings from `--key value`, `--key=value`, `key=value` and lone `--flag` words.
 
     Raises:
-        UserError: A word that is none of these, a path without its value, or a number with a
-            decimal comma.
+        UserError: A word that is none of these, a setting without its value, a number with a
+            decimal comma, or a data set twice.
     """
     import yaml
 
@@ -62,6 +62,13 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
         is_text = RENAMED.get(name, name) in TEXTS
         if is_text and is_flag:
             raise UserError(f"--{name} needs a value: --{name} VALUE, or {name}=VALUE")
+        if not value.strip():  # a variable of the shell that is not set, as a rule
+            raise UserError(f"{name} is given an empty value; write {name}=VALUE, or leave it out")
+        if name in settings and RENAMED.get(name, name) in ("dataset", "eval_dataset"):
+            raise UserError(
+                f"--{name} is given twice; several data sets are one list: --{name} "
+                f"{settings[name]},{value}"
+            )
         listed = "," in value and not value.startswith(("[", "{", '"', "'"))
         if listed and (why := ambiguous_list(name, value, RecipeFields.model_fields)) is not None:
             raise UserError(why)
@@ -80,6 +87,22 @@ def take_positionals(words: list[str]) -> list[str]:
     while words and not words[0].startswith("--") and not is_assignment(words[0]):
         positionals.append(words.pop(0))
     return positionals
+
+
+def with_positionals(words: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with a model, and data perhaps, that were given without their names.
+
+    Raises:
+        UserError: One is among the settings too, by any of its names.
+    """
+    from lighten.errors import UserError
+    from lighten.recipe.aliases import RENAMED
+
+    positionals = dict(zip(("model_name_or_path", "dataset"), words, strict=False))
+    for name, value in settings.items():
+        if (said := positionals.get(RENAMED.get(name, name), value)) != value:
+            raise UserError(f"{said} and --{name} {value} both set the same thing; keep one")
+    return {**settings, **positionals}
 
 
 def is_assignment(word: str) -> bool:

@@ -29,6 +29,7 @@ from lighten.cli.console import (
     print_table,
     progress_bar,
     take_positionals,
+    with_positionals,
 )
 from lighten.cli.evaluate import print_evaluation
 from lighten.cli.export import export, push, verify
@@ -140,13 +141,13 @@ def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, An
             place = {} if isinstance(recipe, Path) else {"output_dir": str(folder)}
             return recipe, {**place, **settings}
         if any(aliases.RENAMED.get(name, name) == "dataset" for name in settings):
-            return None, {"model_name_or_path": positionals[0], **settings}
+            return None, with_positionals(positionals, settings)
         raise UserError(
             f"{positionals[0]} is neither a run's folder nor a recipe (recipe.yaml); a model needs "
             f"a data set beside it: lighten train {positionals[0]} DATA"
         )
     if len(positionals) == 2:
-        return None, {"model_name_or_path": positionals[0], "dataset": positionals[1], **settings}
+        return None, with_positionals(positionals, settings)
     if not positionals and settings:
         return None, settings
     raise UserError("give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA")
