@@ -102,6 +102,11 @@ def test_each_problem_names_the_place_where_its_setting_was_said(
         Recipe.from_file(path, {"warmup_steps": 3})
     assert f"{path}:3: warmup_ratio has no effect" in str(error.value)
     assert f"{path}:5: sweep.lora_rr is not a setting" in str(error.value)
+    path = write_recipe(tmp_path, f"{head}lora_rank: [8, x]\nquantize:\n  to: [int8, int9]\n")
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_file(path)
+    assert f"{path}:3: lora_r.1: 'x' does not do" in str(error.value)
+    assert f"{path}:5: quantize.to.1: 'int9' does not do" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,15 @@ def test_each_problem_names_the_place_where_its_setting_was_said(
          "to parse string as an integer"),
         ({"lora_r": {"min": 8, "max": 32}}, "lora_r: {'min': 8, 'max': 32} does not do; use one "
          "value, or sweep it: sweep: {lora_r: {min: ..., max: ...}}"),
+        ({"quantize": {"to": "int9"}}, "quantize.to.0: 'int9' does not do; use int8, "
+         "int8:bitsandbytes, nf4, int4, int4:rounded, int8-dynamic-act-int4-weight or gguf:TYPE "
+         "(gguf:q4_k_m)"),
+        ({"trainable_layers": "2"}, "trainable_layers: '2' does not do; use last_N, such as "
+         "last_2"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights: 'eva' does not do; use true, false, "
+         "gaussian, orthogonal, olora, pissa or pissa_niter_N"),
+        ({"adapters": [{"name": "a/b"}]}, "adapters.0.name: 'a/b' does not do; use letters, "
+         "digits, _, ., = and -, beginning with a letter, digit or _"),
     ],
 )  # fmt: skip
 def test_a_value_of_another_form_is_told_once_in_words_of_a_recipe(

@@ -28,23 +28,39 @@ from lighten.recipe.section import (
     Targets,
     listed,
     listed_names,
+    told_by_pattern,
 )
 from lighten.recipe.sweeping import SweepOptions
 
-AdapterName = Annotated[str, Field(pattern=r"^\w[\w.=-]*$", max_length=80)]
+AdapterName = Annotated[
+    str,
+    Field(max_length=80),
+    *told_by_pattern(
+        r"\w[\w.=-]*", "letters, digits, _, ., = and -, beginning with a letter, digit or _"
+    ),
+]
 # `lighten.quantization.targets` knows which of llama.cpp's types there are.
 QuantizedFormat = Annotated[
     str,
-    Field(
-        pattern=r"^(int8|int8:torchao|int8:bitsandbytes|nf4|int4|int4:rounded|"
-        r"int8-dynamic-act-int4-weight|gguf(:\w+)?)$"
+    *told_by_pattern(
+        r"int8|int8:torchao|int8:bitsandbytes|nf4|int4|int4:rounded|int8-dynamic-act-int4-weight|"
+        r"gguf(:\w+)?",
+        "int8, int8:bitsandbytes, nf4, int4, int4:rounded, int8-dynamic-act-int4-weight or "
+        "gguf:TYPE (gguf:q4_k_m)",
     ),
 ]
 # Initial weights that need no steps over the data; names of PEFT.
 Init = (
-    Annotated[str, Field(pattern=r"^(gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?)$")]
+    Annotated[
+        str,
+        *told_by_pattern(
+            r"gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?",
+            "true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N",
+        ),
+    ]
     | bool
 )
+LastLayers = Annotated[str, *told_by_pattern(r"last_[1-9][0-9]*", "last_N, such as last_2")]
 # Columns that rows are recognised by; `lighten.data.shapes` reads them.
 COLUMNS = (
     "instruction", "input", "output", "history", "prompt", "completion", "input_ids", "labels",
@@ -210,7 +226,7 @@ class RecipeFields(Section):
     method: Literal["lora", "full"] = _field(
         "lora", "training", "lora: adapters on a frozen base; full: the base's own weights"
     )
-    trainable_layers: Annotated[str, Field(pattern=r"^last_[1-9][0-9]*$")] | None = _field(
+    trainable_layers: LastLayers | None = _field(
         None,
         "training",
         "last_N: train the last N decoder layers whole and nothing else (method: full)",

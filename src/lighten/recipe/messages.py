@@ -50,6 +50,9 @@ class Places:
         if any(name in self.overridden for name in (key, key.partition(".")[0])):
             return "command line"
         name = key if key in self.lines else self._alias(key)
+        while name is None and key[key.rfind(".") + 1 :].isdigit():  # an entry of a list
+            key = key.rpartition(".")[0]
+            name = key if key in self.lines else self._alias(key)
         return self.source if name is None else f"{self.source}:{self.lines[name]}"
 
     def told(self, problem: str) -> str:

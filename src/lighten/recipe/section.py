@@ -104,6 +104,22 @@ def _expression(text: str) -> str:
 ModulePattern = Annotated[str, AfterValidator(_expression)]
 
 
+def told_by_pattern(pattern: str, words: str) -> tuple[BeforeValidator, Any]:
+    """What makes a text one of a pattern: pydantic would answer any other with the pattern itself.
+
+    Args:
+        pattern: Of the whole text; the JSON schema has it.
+        words: What to use, for people.
+    """
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"use {words}")
+        return value
+
+    return BeforeValidator(check), Field(json_schema_extra={"pattern": f"^({pattern})$"})
+
+
 def listed(value: Any) -> Any:
     """Words with commas, or one alone, are as good as a list."""
     if not isinstance(value, str):
