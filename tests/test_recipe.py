@@ -148,6 +148,35 @@ def test_a_section_that_is_left_empty_asks_for_nothing(tmp_path: Path, chat_file
     assert Recipe.from_file(path, {"evaluate.seed": 3}).evaluate.seed == 3
 
 
+def test_a_setting_that_is_left_empty_asks_for_nothing_by_any_of_its_names(
+    tmp_path: Path, chat_file: Path
+) -> None:
+    head = f"model: m/m\ndataset: {chat_file}\n"
+    path = write_recipe(tmp_path, f"{head}learning_rate:\ncutoff_len:\nevaluate:\n  seed:\n")
+    recipe = Recipe.from_file(path)
+    assert (recipe.learning_rate, recipe.max_length, recipe.evaluate.seed) == (2e-4, 1024, 0)
+    said = "left empty, which asks for nothing; what holds: learning_rate: 0.0002, max_length: 1024"
+    assert said in recipe.notices
+    assert Recipe.from_file(path, {"method": "full"}).learning_rate == 2e-5
+    over = {"learning_rate": 3e-4, "evaluate.seed": 5}
+    changed = Recipe.from_file(path, over)
+    assert (changed.learning_rate, changed.evaluate.seed) == (3e-4, 5)
+    path = write_recipe(tmp_path, f"{head}lr: 3e-4\nsave_total_limit:\nmax_grad_norm:\n")
+    kept = Recipe.from_file(path, {"learning_rate": None, "evaluate.seed": None})
+    assert (kept.learning_rate, kept.evaluate.seed) == (3e-4, 0)
+    assert (kept.save_total_limit, kept.max_grad_norm) == (None, None)  # which mean something
+    assert not any("left empty" in notice for notice in kept.notices)
+    path = write_recipe(tmp_path, "model_name_or_path:\ndataset:\nmax_length:\n")
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_file(path)
+    assert str(error.value).splitlines() == [
+        f"{path}:3: max_length is empty, with which TRL cuts no row; give the most tokens that a "
+        "row may have",
+        f"{path}:1: model_name_or_path is missing; add it",
+        f"{path}:2: dataset is missing; add it",
+    ]
+
+
 def test_a_recipe_of_the_folder_above_names_its_run_for_that_folder(
     tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

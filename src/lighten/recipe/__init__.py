@@ -21,6 +21,7 @@ from lighten.paths import (
 from lighten.recipe import (
     aliases,
     bits,
+    empty,
     messages,
     offloading,
     places,
@@ -139,13 +140,17 @@ class Recipe(RecipeFields):
         applied_adapter: str | None = None,
         folder: Path | None = None,
     ) -> Recipe:
-        settings, notices, problems = aliases.translate(values, folder, beside=overrides)
+        values, empty_names, problems = empty.left_out(values)
+        overrides, _, override_problems = empty.left_out(overrides or {})
+        settings, notices, faults = aliases.translate(values, folder, beside=overrides)
+        problems += faults
         if folder is not None:
             settings = places.beside(settings, folder)
-        over, override_notices, override_problems = aliases.translate(
-            overrides or {}, beside=values if folder is None else places.beside(values, folder)
+        over, override_notices, faults = aliases.translate(
+            overrides, beside=values if folder is None else places.beside(values, folder)
         )
-        where = messages.Places(source, lines, {*(overrides or {}), *over})
+        override_problems += faults
+        where = messages.Places(source, lines, {*overrides, *over})
         sweep_notices, sweep_problems = swept.translate(settings)
         for key, value in over.items():
             section, _, name = key.partition(".")
@@ -176,9 +181,11 @@ class Recipe(RecipeFields):
         if problems:
             raise RecipeError("\n".join(problems))
         override_notices += sweep_notices
-        recipe._notices = [*notices, *override_notices, *recipe._notices]
+        recipe._notices = [
+            *notices, *override_notices, *recipe._notices, *empty.told(empty_names, recipe)
+        ]  # fmt: skip
         recipe._packs_blocks = recipe.packing is True and not any(
-            said.get("padding_free") for said in (values, overrides or {})
+            said.get("padding_free") for said in (values, overrides)
         )
         return recipe
 
