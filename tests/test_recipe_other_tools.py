@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,9 @@ def test_what_is_a_setting_here_is_not_told_to_be_none() -> None:
         ({"push_to_hub": True}, "lighten push uploads what lighten export writes"),
         ({"warmup_steps": 2.5}, "warmup_steps: 2.5 does not do"),
         ({"additional_target": 3}, "modules_to_save: 3 does not do"),
+        ({"dataset_mixer": {"a/b": 1.0}}, "dataset_mixer is not a setting; set dataset to a list"),
+        ({"dataset_split": "train"}, "name#500 takes the first 500 rows"),
+        ({"full_finetuning": True}, "full_finetuning is not a setting; set method: full"),
         ({"evals_per_epoch": 4}, "set eval_steps, or remove it for one an epoch"),
         ({"eval_strategy": "steps"}, "eval_strategy: steps needs eval_steps beside it; add it"),
         ({"save_strategy": "epoch", "save_steps": 5}, "save_strategy: epoch and save_steps "
@@ -232,13 +236,40 @@ def test_what_is_so_here_too_changes_nothing(
     assert changed == Recipe.from_values({**values, **ours}).completed()
 
 
+def test_a_recipe_of_unsloth_s_settings_reads(tmp_path: Path) -> None:
+    """The names of `unsloth-cli.py`, which are those of its notebooks."""
+    notebook = """\
+        model_name: m
+        max_seq_length: 2048
+        dtype: null
+        load_in_4bit: true
+        dataset: rows.jsonl
+        r: 16
+        lora_alpha: 16
+        lora_dropout: 0
+        bias: none
+        use_gradient_checkpointing: unsloth
+        random_state: 3407
+        use_rslora: false
+        loftq_config: null
+        full_finetuning: false
+        optim: adamw_8bit
+        max_steps: 60
+        dataset_num_proc: 2
+    """
+    recipe = read(textwrap.dedent(notebook), tmp_path)
+    assert (recipe.model_name_or_path, recipe.lora_r, recipe.seed) == ("m", 16, 3407)
+    assert (recipe.max_length, recipe.dtype, recipe.gradient_checkpointing) == (2048, "auto", True)
+    assert "r is called lora_r here; read as lora_r: 16" in recipe.notices
+
+
 def test_what_axolotl_s_datasets_ask_for_and_is_not_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         read(
             AXOLOTL.replace("split: train", "split: train[:10%]\n    roles_to_train: [user]"),
             tmp_path,
         )
-    assert "datasets: split is not read; remove it" in str(caught.value)
+    assert "datasets: split is not read; set dataset to the file itself, or" in str(caught.value)
     assert "datasets: roles_to_train is not read; remove it; the assistant's" in str(caught.value)
 
 

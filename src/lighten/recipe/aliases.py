@@ -14,6 +14,7 @@ from lighten.recipe.axolotl_datasets import SUBSETS
 RENAMED = {
     "base_model": "model_name_or_path",
     "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
     "base": "model_name_or_path",
     "train_file": "dataset",
     "dataset_name": "dataset",
@@ -33,6 +34,7 @@ RENAMED = {
     "lorap_lr_ratio": "loraplus_lr_ratio",
     "fine_tune_type": "method",
     "lora_rank": "lora_r",
+    "r": "lora_r",
     "lanes": "workers",
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",
@@ -53,6 +55,7 @@ RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
     "use_gradient_checkpointing": "gradient_checkpointing",
+    "random_state": "seed",
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
     "peft_init_lora_weights": "init_lora_weights",
@@ -154,6 +157,8 @@ def translate(
         half = key in ("bf16", "fp16") and value == "auto"
         if key in _SWITCHES and not (isinstance(value, bool) or half):
             problems.append(f"{key}: {raw!r} does not do; use true or false")
+        elif key == "use_gradient_checkpointing" and value == "unsloth":
+            put(key, "gradient_checkpointing", True)  # which moves them to main memory there
         elif key in RENAMED and not (key == "data" and isinstance(value, Mapping)):
             put(key, RENAMED[key], value)
         elif key == "data":

@@ -58,6 +58,13 @@ _BY_STRATEGY = "remove it; strategy says what ranks hold"
 _NEXT_TOKEN = "remove it; what is trained predicts the next token"
 _NO_BIAS = "remove it; biases are not trained beside LoRA"
 _BY_PATTERN = "set lora_target_modules to a regular expression over the modules' paths"
+_SPLITS = (
+    "set dataset to the file itself, or to owner/name/FOLDER of the hub; name#500 takes the first "
+    "500 rows"
+)
+_MIXED = "set dataset to a list: [owner/name, other.jsonl#5000], with as many rows as # says"
+_SYSTEM_ROWS = "remove it, and give rows a system message, or a column system"
+_BY_TEMPLATE = "remove it; the chat template says where answers are"
 _BY_RAY = "remove it; sweep.executor: ray spreads a sweep"
 _OTHER_METHODS = (
     "remove it; examples are what is learnt from, by their columns (messages, prompt and "
@@ -166,6 +173,15 @@ _INSTEAD = {
     "create_new_adapter": "remove it; lighten export merges the first one",
     "export_dir": "remove it; lighten export writes artefacts",
     "export_quantization_bit": "remove it; lighten quantize RUN --to int4 is the command",
+    "split": _SPLITS, "train_split": _SPLITS, "eval_split": _SPLITS, "dataset_split": _SPLITS,
+    "dataset_splits": _SPLITS, "dataset_mixer": _MIXED, "dataset_mixture": _MIXED,
+    "system": _SYSTEM_ROWS, "system_prompt": _SYSTEM_ROWS, "default_system": _SYSTEM_ROWS,
+    "instruction_template": _BY_TEMPLATE, "response_template": _BY_TEMPLATE,
+    "eval_table_size": "remove it; lighten report shows answers",
+    "eval_max_new_tokens": "set evaluate: {max_new_tokens: N}",
+    "full_finetuning": "set method: full", "loftq_config": _NOT_BUILT,
+    "block_size": "set max_length", "mixed_precision": "set dtype",
+    "validation_split_percentage": "set val_size to a share below 1",
     "media_dir": _TEXT_ONLY, "image_max_pixels": _TEXT_ONLY, "video_max_pixels": _TEXT_ONLY,
     "freeze_vision_tower": _TEXT_ONLY, "freeze_multi_modal_projector": _TEXT_ONLY,
     "ray_run_name": _BY_RAY,
