@@ -80,9 +80,16 @@ def test_a_variable_that_is_not_set_is_no_setting_left_out(words: list[str]) -> 
         (["m/m", "--base_model", "n/n", "--dataset", "d"], "m/m and --base_model n/n both set"),
         (["m/m", "--dataset", "a.jsonl", "--dataset", "b.jsonl"],
          "--dataset is given twice; several data sets are one list: --dataset a.jsonl,b.jsonl"),
+        (["m/m", "a.jsonl", "b.jsonl"], "several data sets are one list: m/m a.jsonl,b.jsonl"),
+        (["r.yaml", "a.jsonl"], "r.yaml is a recipe, which names its own data; to take others: "
+                                "--dataset a.jsonl"),
+        (["r.yaml", "-lora_r", "8"], "'-lora_r' is not a setting; write --name value"),
+        (["m/m", "-o"], "'-o' is not a setting; write --name value or name=value"),
     ],
 )  # fmt: skip
-def test_a_model_or_data_given_twice_are_not_passed_over(words: list[str], told: str) -> None:
+def test_words_that_are_no_model_and_data_are_told_as_what_they_are(
+    words: list[str], told: str
+) -> None:
     with pytest.raises(UserError, match=told):
         recipe_arguments(words)
 
@@ -157,7 +164,7 @@ def test_words_in_brackets_and_between_colons_are_shown(capsys: pytest.CaptureFi
     [
         (("train", "m", "nowhere.jsonl"), "error: recipe: dataset: 'nowhere.jsonl' does not exist"),
         (("train", "missing.yaml"), "error: cannot read the recipe missing.yaml"),
-        (("train", "a", "b", "c"), "error: give a recipe"),
+        (("train", "a", "b", "c"), "error: b, c behind the model a: several data sets are"),
         (("train", "--resume", "runs/nothing"), "error: runs/nothing is neither a run's folder"),
         (("run", "some/model"), "data set beside it: lighten train some/model DATA"),
         (("train", "m", "--dataset", "n.jsonl"), "error: recipe: dataset: 'n.jsonl' does not"),

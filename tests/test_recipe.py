@@ -106,6 +106,8 @@ def test_each_problem_names_the_place_where_its_setting_was_said(
     with pytest.raises(RecipeError) as error:
         Recipe.from_file(path)
     assert f"{path}:3: lora_r.1: 'x' does not do" in str(error.value)
+    with pytest.raises(RecipeError, match=r"command line: quantize\.to\.0: 'int7' does not do"):
+        Recipe.from_file(path, {"quantize.to": "int7", "lora_rank": 8})
     assert f"{path}:5: quantize.to.1: 'int9' does not do" in str(error.value)
 
 

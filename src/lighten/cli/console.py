@@ -84,9 +84,33 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
 def take_positionals(words: list[str]) -> list[str]:
     """Take the words before the first setting off the list."""
     positionals: list[str] = []
-    while words and not words[0].startswith("--") and not is_assignment(words[0]):
+    while words and not words[0].startswith("-") and not is_assignment(words[0]):
         positionals.append(words.pop(0))
     return positionals
+
+
+def require_model_and_data(words: Sequence[str]) -> None:
+    """The words before the first setting may be a model and a data set.
+
+    Raises:
+        UserError: They are others, or too many.
+    """
+    from lighten.errors import UserError
+
+    if len(words) > 1 and words[0].endswith((".yaml", ".yml")):
+        raise UserError(
+            f"{words[0]} is a recipe, which names its own data; to take others: --dataset "
+            f"{','.join(words[1:])}"
+        )
+    if len(words) > 2:
+        raise UserError(
+            f"{', '.join(words[1:])} behind the model {words[0]}: several data sets are one list: "
+            f"{words[0]} {','.join(words[1:])}"
+        )
+    if len(words) < 2:
+        raise UserError(
+            "give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA"
+        )
 
 
 def with_positionals(words: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from lighten.cli.console import (
     print_json,
     print_table,
     progress_bar,
+    require_model_and_data,
     take_positionals,
     with_positionals,
 )
@@ -146,11 +147,10 @@ def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, An
             f"{positionals[0]} is neither a run's folder nor a recipe (recipe.yaml); a model needs "
             f"a data set beside it: lighten train {positionals[0]} DATA"
         )
-    if len(positionals) == 2:
-        return None, with_positionals(positionals, settings)
     if not positionals and settings:
         return None, settings
-    raise UserError("give a recipe (recipe.yaml), or a model and a data set: lighten train M DATA")
+    require_model_and_data(positionals)
+    return None, with_positionals(positionals, settings)
 
 
 @contextmanager

@@ -50,9 +50,9 @@ class Places:
         if any(name in self.overridden for name in (key, key.partition(".")[0])):
             return "command line"
         name = key if key in self.lines else self._alias(key)
-        while name is None and key[key.rfind(".") + 1 :].isdigit():  # an entry of a list
-            key = key.rpartition(".")[0]
-            name = key if key in self.lines else self._alias(key)
+        whole, _, entry = key.rpartition(".")
+        if name is None and entry.isdigit():  # of a list
+            return self.of(whole)
         return self.source if name is None else f"{self.source}:{self.lines[name]}"
 
     def told(self, problem: str) -> str:
