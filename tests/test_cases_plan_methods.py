@@ -9,7 +9,16 @@ import pytest
 
 from lighten import api
 from lighten.cpu import products
-from tests.test_plan_trace import folder_of, follow, really, recipe_of, same_course, steps_of
+from lighten.machine.devices import named
+from lighten.planning.trace import plan_recipe
+from tests.test_plan_trace import (
+    folder_of,
+    follow,
+    really,
+    recipe_of,
+    same_course,
+    steps_of,
+)
 
 PROMPT = {"num_virtual_tokens": 4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -80,3 +89,20 @@ def test_a_plan_says_which_method_it_is_of(tmp_path: Path) -> None:
         plan = api.plan(None, model_name_or_path=folder, device="t4", max_length=64,
                         **METHODS[method])  # fmt: skip
         assert plan.method == name
+
+
+@pytest.mark.parametrize("device", ["h100", "rtx4090", "t4", "cpu"])
+def test_latent_attention_whose_values_are_narrower_than_its_keys_is_planned(
+    device: str, tmp_path: Path
+) -> None:
+    """No flash kernel of a GPU takes it, so it was no plan: DeepSeek, MiniCPM3, Kimi Linear."""
+    recipe = recipe_of(folder_of(tmp_path, "deepseek_v3"))
+    assert plan_recipe(recipe, named(device)).memory.expected > 0
+
+
+def test_a_model_that_converts_its_layers_as_they_are_made_is_planned(tmp_path: Path) -> None:
+    folder = folder_of(
+        tmp_path, "inkling_text", head_dim=8, num_experts_per_tok=2, n_routed_experts=4,
+        moe_intermediate_size=16,
+    )  # fmt: skip
+    assert plan_recipe(recipe_of(folder), named("h100")).memory.expected > 0

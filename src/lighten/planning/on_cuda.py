@@ -90,7 +90,8 @@ def _attend(
 ) -> Tensor:
     aten = torch.ops.aten
     half = query.dtype in (torch.float16, torch.bfloat16)
-    narrow = max(query.shape[-1], value.shape[-1]) <= MOST_FEATURES
+    # Flash attention wants values as wide as keys, which those of latent attention are not.
+    narrow = query.shape[-1] == value.shape[-1] <= MOST_FEATURES
     if has_flash and half and narrow and attn_mask is None:
         out: Tensor = _Flash.apply(query, key, value, dropout_p, is_causal, scale, at_once)
         return out

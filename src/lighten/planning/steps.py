@@ -227,7 +227,8 @@ def follow_recipe(
     with ExitStack() as stack:
         stack.enter_context(fake)
         stack.enter_context(tracker)
-        base = fake_base(recipe, config, dtype, kind, tracker, capability)
+        with converted_in_place():  # some models convert layers as they are made
+            base = fake_base(recipe, config, dtype, kind, tracker, capability)
         sizes = _sizes(base)
         # No rows, but as many tokens as one of them has: how many workers pay is a matter of that.
         counts = EncodingCounts(tokens=_mean_tokens(recipe, rows_tokens))
