@@ -55,14 +55,15 @@ def memory_bytes() -> int:
 def free_memory_bytes() -> int:
     """Main memory that can still be taken without swapping, by the machine and by the group.
 
-    File contents that the group was the first to read count as held, but go when room is wanted.
+    File contents that the group was the first to read count as held, but go when room is wanted,
+    those that were read again too: the kernel's own figure for a machine (MemAvailable) has both.
     """
     room = psutil.virtual_memory().available
     for group in _groups("memory"):
         limit = _memory_limit(group)
         held = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes")
         if limit is not None:
-            room = min(room, max(0, limit - max(0, (held or 0) - _inactive_files(group))))
+            room = min(room, max(0, limit - max(0, (held or 0) - _file_contents(group))))
     return room
 
 
@@ -86,12 +87,15 @@ def _quota(group: Path) -> float | None:
     return quota / period if quota > 0 and period > 0 else None
 
 
-def _inactive_files(group: Path) -> int:
+def _file_contents(group: Path) -> int:
     values = {}
     for line in _text(group / "memory.stat").splitlines():
         key, _, value = line.partition(" ")
         values[key] = int(value) if value.strip().isdecimal() else 0
-    return values.get("total_inactive_file", values.get("inactive_file", 0))
+    return sum(
+        values.get(f"total_{name}", values.get(name, 0))
+        for name in ("inactive_file", "active_file")
+    )
 
 
 def _groups(resource: str) -> Iterator[Path]:

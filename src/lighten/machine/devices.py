@@ -139,13 +139,12 @@ def _listed_by_driver(driver_name: str, memory_bytes: int) -> Device | None:
 
 
 def usable_memory_bytes() -> int:
-    """Main memory that this process can still take without swapping, with what it holds now.
+    """Main memory that this process can take without swapping, beside what it holds now.
 
-    A container's limit counts too (cgroup 2 and 1), and so does `ulimit -v`.
+    A plan counts the same: what comes on top of the process as it was before the model. A
+    container's limit counts too (cgroup 2 and 1), and so does `ulimit -v`.
     """
-    memory = psutil.Process().memory_info()
-    room = min(containers.free_memory_bytes() + memory.rss, containers.memory_bytes())
-    return min(room, _address_limit(memory.vms) + memory.rss)
+    return min(containers.free_memory_bytes(), _address_limit(psutil.Process().memory_info().vms))
 
 
 def _address_limit(used_bytes: int) -> int:
