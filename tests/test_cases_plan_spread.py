@@ -16,6 +16,7 @@ from torch import nn
 from lighten import api
 from lighten.adapters.decoder import decoder_layers
 from lighten.adapters.whole import WholeBase
+from lighten.errors import UserError
 from lighten.machine.devices import DEVICES
 from lighten.planning import distributed, predict
 from lighten.planning.distributed import Distributed, Strategy
@@ -37,7 +38,8 @@ STAGES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp_
 
 def alone(folder: Path, arch: str, **settings: Any) -> Plan:
     """The plan of one GPU."""
-    tiny_config(arch, num_hidden_layers=LAYERS).save_pretrained(folder)
+    width = {name: settings.pop(name) for name in ("hidden_size",) if name in settings}
+    tiny_config(arch, num_hidden_layers=LAYERS, **width).save_pretrained(folder)
     recipe = api.plannable(
         None, model_name_or_path=str(folder), **{"max_length": 32, **settings}
     )  # fmt: skip
@@ -182,6 +184,49 @@ def test_no_rank_is_planned_below_its_share_of_all_states(tmp_path: Path) -> Non
             assert sharded.device_bytes > least
             assert before is None or sharded.device_bytes <= before, stage
             before = sharded.device_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy", "why"),
+    [({"offload_base": "cpu"}, None, "offload_base: cpu trains in one process"),
+     ({"strategy": "single"}, None, "strategy: single trains in one process"),
+     ({"method": "full", "optim": "adamw_8bit"}, "zero2", "optim: adamw_8bit needs whole"),
+     ({"use_dora": True}, "zero3", "need whole weights"),
+     ({"use_dora": True}, "fsdp_hybrid", "need whole weights")],
+)  # fmt: skip
+def test_what_ranks_refuse_is_no_plan_that_fits(
+    settings: dict[str, Any], strategy: Strategy | None, why: str, tmp_path: Path
+) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    recipe = api.plannable(None, model_name_or_path=str(tmp_path), max_length=32, **settings)
+    with pytest.raises(UserError, match=why):
+        api.plan_spread(recipe, device="a100-80", gpus=2, strategy=strategy)
+
+
+def test_the_strategy_that_is_found_is_one_that_trains_the_recipe(tmp_path: Path) -> None:
+    """Over two ranks of zero3 it would fit, and DoRA is refused there."""
+    tiny_config(
+        "llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=50,
+        num_attention_heads=64, num_key_value_heads=8,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    settings: dict[str, Any] = {
+        "model": str(tmp_path), "device": "a100-80", "gpus": 8, "max_length": 32, "lora_r": 2,
+        "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    assert api.plan_spread(**settings).strategy == "zero3"
+    with_dora = api.plan_spread(**settings, use_dora=True)
+    assert (with_dora.strategy, with_dora.fits()) == ("ddp", False)
+
+
+def test_ranks_are_advised_of_nothing_that_they_refuse(tmp_path: Path) -> None:
+    tiny_config("llama", hidden_size=2048, num_hidden_layers=LAYERS).save_pretrained(tmp_path)
+    recipe = api.plannable(None, model_name_or_path=str(tmp_path), max_length=32)
+    advised = []
+    for ranks in (1, 2):
+        planner = predict.planner_for(DEVICES["a100-80"], ranks=ranks)
+        changes, _ = predict.changes_of(recipe, planner(recipe), planner)
+        advised.append(any("offload_base" in change.settings for change in changes))
+    assert advised == [True, False]
 
 
 def test_the_command_of_the_docs() -> None:

@@ -207,6 +207,8 @@ def plan_spread(
     where = devices.named(device if processes is None else "cpu")
     ranks = gpus * nodes if processes is None else processes
     full = chosen.method == "full"
+    named = chosen if strategy is None else chosen.model_copy(update={"strategy": strategy})
+    spread_rules.require_ranks(named, ranks)
     on_disk = not offload and offloaded.on_disk(chosen)
     offload = offload or offloaded.places(chosen, where.kind)
     layers = predict.described(chosen).layers
@@ -215,6 +217,11 @@ def plan_spread(
     def alone_of(cut: str) -> Plan:
         recipe = chosen.model_copy(update={"strategy": cut, "offload_params": "none"})
         return predict.plan(recipe, where, changes=False, ranks=ranks)
+
+    def faults(name: Strategy) -> list[str]:
+        """What a recipe that names this strategy is refused for."""
+        trained = "fsdp" if name == "fsdp_hybrid" else name
+        return spread_rules.problems(chosen.model_copy(update={"strategy": trained}))
 
     def spread_by(name: Strategy) -> Distributed:
         # Where layers are gathered, micro-batches hold rows of all adapters.
@@ -227,9 +234,11 @@ def plan_spread(
                       offload=tuple(offload), on_disk=on_disk)  # fmt: skip
 
     if strategy is None and chosen.strategy == "auto" and (processes is not None or not offload):
-        best = cheapest(map(spread_by, TRAINED))
+        best = cheapest(spread_by(name) for name in TRAINED if not faults(name))
         if best is not None:
             return best
+    if strategy is not None and (refused := faults(strategy)):
+        raise UserError("\n".join(refused))
     return spread_by(strategy or of_recipe(chosen.strategy))
 
 

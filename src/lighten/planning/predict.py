@@ -28,6 +28,7 @@ from lighten.planning.result import Change, Plan, StepTime
 from lighten.planning.trace import plan_recipe
 from lighten.recipe import Recipe
 from lighten.recipe.section import seconds
+from lighten.recipe.spread import require_ranks
 from lighten.recipe.steps import rows_per_step, steps_per_epoch, total_steps
 from lighten.training.base import require_trainable, tokenizer_of
 from lighten.training.rows import Rows, cached_rows, load_rows, sample_rows
@@ -129,6 +130,7 @@ def planner_for(
     pairs = calibration.pairs() if machine else []
 
     def planned(recipe: Recipe) -> Plan:
+        require_ranks(recipe, ranks)
         cut = _longest_rows(recipe)
         if lengths is not None:
             cut = [min(length, recipe.max_length) for length in lengths]

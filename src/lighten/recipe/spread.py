@@ -87,12 +87,12 @@ def require_ranks(recipe: Recipe, count: int) -> None:
     """
     if recipe.strategy == "single" and count > 1:
         raise UserError(
-            f"strategy: single trains in one process, but {count} ranks were started; leave it "
-            "out, or start one"
+            f"strategy: single trains in one process, but {count} ranks are wanted; leave it out, "
+            "or take one"
         )
     if recipe.offload_base != "none" and count > 1:
         raise UserError(
-            f"offload_base: {recipe.offload_base} trains in one process, and {count} ranks were "
-            "started, each of which would read the whole base; start one, or set offload_base to "
+            f"offload_base: {recipe.offload_base} trains in one process, and {count} ranks are "
+            "wanted, each of which would read the whole base; take one, or set offload_base to "
             "none"
         )
