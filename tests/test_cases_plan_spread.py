@@ -186,6 +186,19 @@ def test_no_rank_is_planned_below_its_share_of_all_states(tmp_path: Path) -> Non
             before = sharded.device_bytes
 
 
+def test_paged_state_waits_in_main_memory_on_every_rank(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings: dict[str, Any] = {"method": "full", "hidden_size": 512}
+    usual, paged = (
+        spread(alone(tmp_path, "llama", optim=optim, **settings), "ddp")
+        for optim in ("adamw_8bit", "paged_adamw_8bit")
+    )
+    moved = usual.states.optimiser - paged.states.optimiser
+    assert moved == paged.states.paged > usual.states.optimiser / 2
+    assert paged.host_bytes - usual.host_bytes == moved
+    assert usual.device_bytes - paged.device_bytes == pytest.approx(moved, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("settings", "strategy", "why"),
     [({"offload_base": "cpu"}, None, "offload_base: cpu trains in one process"),

@@ -74,7 +74,7 @@ class Distributed:
         device_bytes: Expected peak of each rank's GPU, or process.
         low: It surely reaches.
         high: It surely stays below.
-        host_bytes: Per rank for what is offloaded.
+        host_bytes: Per rank for what is offloaded or paged.
         volume: What it sends per optimiser step.
         communication_s: Time of that, were nothing hidden behind computing.
         step_s: Seconds per step with all of it hidden as far as it can be, and with none.
@@ -364,7 +364,8 @@ def spread(
         step = (max(plan.time.seconds, busy), plan.time.seconds + busy)
     return Distributed(
         strategy, ranks, nodes, offload, peak, max(peak - below, min(peak, device_states.total)),
-        peak + above, host, volume, busy, step, plan.capacity, states, device.kind, on_disk,
+        peak + above, host + states.paged, volume, busy, step, plan.capacity, states, device.kind,
+        on_disk,
     )  # fmt: skip
 
 

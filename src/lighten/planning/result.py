@@ -108,6 +108,8 @@ class States:
             base that has any.
         adapters: Of those that learn what stands beside the base: it stays whole on every rank.
         layers: Of the base's those of decoder layers, learning or not; None: all of them.
+        paged: Optimiser state in main memory, which a paged optimiser brings to a GPU that has
+            room; no part of `optimiser`.
     """
 
     frozen: float
@@ -117,6 +119,7 @@ class States:
     packed: float = 0.0
     adapters: float = 0.0
     layers: float | None = None
+    paged: float = 0.0
 
     @property
     def total(self) -> float:

@@ -108,6 +108,10 @@ def plan_recipe(
     if device.kind == "cuda" and optimizer.startswith("paged_"):
         timeline, paged = offloaded.without_paged_state(timeline, optimizer)
     workers = workers_of(traced)
+        states = replace(states, optimiser=states.optimiser - paged, paged=paged)
+    read_from = gguf.converted_already(path) if source == "gguf" else path
+    if read_from is None:  # the copy in float32, which is made first
+        disk_bytes += gguf.conversion_bytes(path)[0]
     arena = device.is_here and allocator.has_arena()
     time = time_of(traced, device)
     notes: tuple[str, ...] = ()
