@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lighten import models
+from lighten import api, models
 from lighten.errors import UserError
+from lighten.machine.devices import named
 from lighten.models import gguf
 from lighten.models.gguf_header import read_header
+from lighten.planning import predict
 from tests.gguf_files import llama3_factors, write_gguf
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -322,3 +325,18 @@ def test_gpt2_splits_text_its_own_way_without_a_word(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_model("gpt2"), pre=None)
     ids = tiny_tokenizer()("the answer is 42").input_ids
     assert gguf.read_tokenizer(path)("the answer is 42").input_ids == ids
+
+
+def test_a_plan_counts_the_copy_that_is_not_made_yet_and_times_reading_the_one_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama", num_hidden_layers=4))
+    settings: dict[str, Any] = {"offload_base": "disk", "max_length": 16}
+    recipe = api.plannable(None, model_name_or_path=str(path), **settings)
+    before = predict.plan(recipe, named("cpu"), changes=False)
+    assert "as they are read, are not on this machine yet" in " ".join(before.notes)
+    gguf.converted(path)
+    after = predict.plan(recipe, named("cpu"), changes=False)
+    assert re.search(r"each step reads .* MB/s \(measured on ", " ".join(after.notes))
+    assert before.disk_bytes - after.disk_bytes == gguf.conversion_bytes(path)[0] > 0

@@ -12,6 +12,7 @@ from lighten.cpu import products
 from lighten.machine.devices import named
 from lighten.planning.trace import plan_recipe
 from tests.test_plan_trace import (
+    Card,
     folder_of,
     follow,
     really,
@@ -19,6 +20,7 @@ from tests.test_plan_trace import (
     same_course,
     steps_of,
 )
+from tests.tiny import tiny_model
 
 PROMPT = {"num_virtual_tokens": 4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -89,6 +91,20 @@ def test_a_plan_says_which_method_it_is_of(tmp_path: Path) -> None:
         plan = api.plan(None, model_name_or_path=folder, device="t4", max_length=64,
                         **METHODS[method])  # fmt: skip
         assert plan.method == name
+
+
+@pytest.mark.parametrize("settings", [{"method": "full"}, {"trainable_layers": "last_1"}], ids=str)
+def test_disk_counts_the_whole_model_that_a_base_that_learns_becomes(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A checkpoint has what learns, the result the whole model in the format of the products."""
+    recipe = recipe_of(folder_of(tmp_path), dtype="bfloat16", save_total_limit=1, **settings)
+    plan = plan_recipe(recipe, Card(2**34))
+    total = tiny_model("llama", num_hidden_layers=2).num_parameters()
+    states = plan.states
+    assert states is not None
+    checkpoints = 2 * 3 * states.trained
+    assert plan.disk_bytes - (plan.download_bytes or 0) == checkpoints + 2 * total
 
 
 @pytest.mark.parametrize("device", ["h100", "rtx4090", "t4", "cpu"])

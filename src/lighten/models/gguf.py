@@ -83,9 +83,9 @@ def converted(path: Path) -> Path:
             is no room for the copy.
     """
     header = read_header(path)
+    if (done := converted_already(path)) is not None:
+        return done
     folder = _cache_path(header, "model")
-    if (folder / "config.json").is_file():
-        return folder
     config_of(header)  # what it refuses costs nothing yet
     tokenizer = read_tokenizer(path)
     needed_bytes = sum(4 * tensor.numbers for tensor in header.tensors.values())
@@ -103,6 +103,16 @@ def converted(path: Path) -> Path:
         if older != folder.parent:
             shutil.rmtree(older, ignore_errors=True)  # of an earlier layout
     return folder
+
+
+def converted_already(path: Path) -> Path | None:
+    """The folder that `converted` gives where it is there already.
+
+    Raises:
+        UserError: `gguf` is missing, or the file cannot be read.
+    """
+    folder = _cache_path(read_header(path), "model")
+    return folder if (folder / "config.json").is_file() else None
 
 
 def conversion_bytes(path: Path) -> tuple[int, int]:

@@ -130,7 +130,7 @@ def _streamed(
 
 
 def with_reading(
-    time_of_step: StepTime, feed: Any, passes: int, folder: Path, *, where: str,
+    time_of_step: StepTime, feed: Any, passes: int, folder: Path | None, *, where: str,
     stored: torch.dtype, is_here: bool, on_gpu: bool, link: float | None = None,
 ) -> tuple[StepTime, str]:  # fmt: skip
     """The time of a step that reads the base, and a sentence about it.
@@ -141,7 +141,7 @@ def with_reading(
         time_of_step: Of the computation.
         feed: What is streamed.
         passes: Micro-batches of the step; each reads the base up and down.
-        folder: The model's files.
+        folder: The files that are read; None: they are made of others, and are not there yet.
         where: `disk`, or `cpu` for main memory.
         stored: Format of dense weights in their files.
         is_here: The device is this machine's.
@@ -196,12 +196,12 @@ def _is_converted(feed: Any, stored: torch.dtype) -> bool:
 
 
 def read_rate(
-    folder: Path, *, where: str, is_here: bool, link: float | None, copied: bool
+    folder: Path | None, *, where: str, is_here: bool, link: float | None, copied: bool
 ) -> tuple[float | None, str]:
     """Bytes per second that layers are read at, and how that is known.
 
     Args:
-        folder: The model's files.
+        folder: As of `with_reading`.
         where: `disk`, or `cpu` for main memory.
         is_here: The device is this machine's.
         link: From main memory to it, in bytes per second, if known.
@@ -224,8 +224,8 @@ def read_rate(
         return None, "copies from main memory to the GPU are not measured"
     if not is_here:
         return None, "the disk is another machine's"
-    if not weight_files(folder):
-        return None, "the model is not on this machine"
+    if folder is None or not weight_files(folder):
+        return None, "the model's weights, as they are read, are not on this machine yet"
     return _measured(folder, copied)
 
 

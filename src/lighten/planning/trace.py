@@ -13,6 +13,7 @@ from lighten.adapters.spec import OWN_INITS
 from lighten.cpu import allocator
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
+from lighten.models import gguf
 from lighten.models.load import weight_files
 from lighten.models.quantized import Storage
 from lighten.models.stored import stored_as
@@ -107,18 +108,18 @@ def plan_recipe(
     optimizer, paged = traced.setup.choices["optimizer"].value, 0
     if device.kind == "cuda" and optimizer.startswith("paged_"):
         timeline, paged = offloaded.without_paged_state(timeline, optimizer)
-    workers = workers_of(traced)
         states = replace(states, optimiser=states.optimiser - paged, paged=paged)
     read_from = gguf.converted_already(path) if source == "gguf" else path
     if read_from is None:  # the copy in float32, which is made first
         disk_bytes += gguf.conversion_bytes(path)[0]
+    workers = workers_of(traced)
     arena = device.is_here and allocator.has_arena()
     time = time_of(traced, device)
     notes: tuple[str, ...] = ()
     link = getattr(device, "host_link", None)
     if feed is not None and time is not None:
         time, note = streamed.with_reading(
-            time, feed, len(traced.batches), path, where=recipe.offload_base, stored=stored,
+            time, feed, len(traced.batches), read_from, where=recipe.offload_base, stored=stored,
             is_here=device.is_here, on_gpu=device.kind != "cpu", link=link,
         )  # fmt: skip
         notes = (note,)
@@ -163,7 +164,7 @@ def plan_recipe(
         time=time,
         capacity=device.memory_bytes,
         host_bytes=host,
-        disk_bytes=download + _written(traced, recipe) + disk_bytes,
+        disk_bytes=download + _written(traced, recipe, dtype) + disk_bytes,
         download_bytes=download,
         choices=_choices(traced, dtype, loading) | offloaded.choices(recipe, device.kind),
         outside=outside,
@@ -222,14 +223,17 @@ def _converts(
     return str(stored).removeprefix("torch.") != target
 
 
-def _written(traced: Traced, recipe: Recipe) -> int:
+def _written(traced: Traced, recipe: Recipe, dtype: Choice) -> int:
     """Bytes of the run's files: checkpoints with weights and optimiser state, and the result.
 
     Each adapter's best may be older than those that the limit keeps, and stays beside them.
     """
     limit = recipe.save_total_limit
     best = len(traced.setup.adapters) if limit is not None and recipe.load_best_model_at_end else 0
-    return _checkpoint(traced) * ((limit or 1) + best + 1) + _numbers(traced) * 4
+    result = _numbers(traced) * 4
+    if recipe.method == "full":  # the whole model, in the format of the products
+        result = traced.frozen + _numbers(traced) * getattr(torch, dtype.value).itemsize
+    return _checkpoint(traced) * ((limit or 1) + best + 1) + result
 
 
 def _checkpoint(traced: Traced) -> int:
