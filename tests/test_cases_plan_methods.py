@@ -107,6 +107,14 @@ def test_disk_counts_the_whole_model_that_a_base_that_learns_becomes(
     assert plan.disk_bytes - (plan.download_bytes or 0) == checkpoints + 2 * total
 
 
+def test_a_sweep_is_said_to_be_left_out(tmp_path: Path) -> None:
+    folder = str(folder_of(tmp_path))
+    settings: dict[str, Any] = {"model": folder, "device": "t4", "max_length": 16}
+    plan = api.plan(**settings, sweep={"lora_r": [4, 8], "learning_rate": [1e-4, 1e-3]})
+    assert any("sweep of lora_r, learning_rate is left out" in note for note in plan.notes)
+    assert not any("sweep" in note for note in api.plan(**settings).notes)
+
+
 @pytest.mark.parametrize("device", ["h100", "rtx4090", "t4", "cpu"])
 def test_latent_attention_whose_values_are_narrower_than_its_keys_is_planned(
     device: str, tmp_path: Path

@@ -160,6 +160,21 @@ def test_whole_weights_that_do_not_fit_are_told_that_their_state_can_wait(tmp_pa
     assert {"offload_optimizer": "nvme"} in on_disk
 
 
+def test_whole_weights_are_told_of_qlora_where_adapters_alone_do_not_fit(tmp_path: Path) -> None:
+    """As of 7B on a card of 16 GB."""
+    pytest.importorskip("bitsandbytes")
+    folder = folder_of(tmp_path, layers=12, hidden_size=2048, intermediate_size=8192,
+                       num_attention_heads=16, num_key_value_heads=4)  # fmt: skip
+    recipe = recipe_of(folder, method="full", dtype="bfloat16", max_length=16)
+    lora = plan_recipe(recipe.changed({"method": "lora"}), Card())
+    planner = functools.partial(plan_recipe, device=Card(lora.memory.low - 1))
+    plan = planner(recipe)
+    best = cheapest(recipe, plan, planner)[0]
+    assert best.fits is True
+    assert best.differing["load_in_4bit"] is True
+    assert planner(recipe.changed(best.differing)).fits() is True
+
+
 def test_rows_become_shorter_where_nothing_else_is_left(tiny_folder: Path) -> None:
     """226.28 MiB is the least with rows of 512 tokens, 225.64 with 256."""
     together = changes_for(tiny_folder, 226)[0][0]

@@ -99,6 +99,8 @@ def ideas(recipe: Recipe, plan: Plan) -> Iterator[Idea]:
         yield Idea(f"micro-batches of {rows}, as many rows per step as before", settings, True)
     if recipe.method == "full":
         yield Idea("LoRA adapters in place of all weights", _as_lora(), False)
+        settings = {**_as_lora(), "load_in_4bit": True}
+        yield Idea("LoRA adapters over the base in 4 bits (QLoRA)", settings, False)
     if recipe.optim in ("adamw_torch", "adamw_torch_fused"):
         yield Idea("an 8-bit optimiser", {"optim": "adamw_8bit"}, False)
     if recipe.dtype == "float32" and not recipe.load_in_4bit:

@@ -83,6 +83,12 @@ def plan(
                      f"({device.source})")  # fmt: skip
     if (slow := slow_format_of(recipe, device)) is not None:
         notes.append(slow)
+    if recipe.sweep.grid:
+        notes.append(
+            f"the sweep of {', '.join(recipe.sweep.grid)} is left out: this is one training with "
+            "the recipe's own settings, and lighten sweep trains several adapters in one pass, "
+            "which is planned where the recipe lists them (lora_r: [8, 32])"
+        )
     if rows is None and read_data:
         rows = read_rows(recipe, notes)
     lengths = lengths_of(rows)
