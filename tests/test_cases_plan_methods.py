@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig
 
 from lighten import api
 from lighten.cpu import products
 from lighten.machine.devices import named
+from lighten.planning.build import stored_dtype
 from lighten.planning.trace import plan_recipe
 from tests.test_plan_trace import (
     Card,
@@ -105,6 +108,15 @@ def test_disk_counts_the_whole_model_that_a_base_that_learns_becomes(
     assert states is not None
     checkpoints = 2 * 3 * states.trained
     assert plan.disk_bytes - (plan.download_bytes or 0) == checkpoints + 2 * total
+
+
+@pytest.mark.parametrize("whole", [None, "float32"])
+def test_files_are_of_the_format_that_the_language_model_of_a_configuration_says(
+    whole: str | None,
+) -> None:
+    """Qwen3.5 says it there alone: its download was planned to be twice as large."""
+    config = AutoConfig.for_model("qwen3_5", text_config={"dtype": "bfloat16"}, dtype=whole)
+    assert stored_dtype(config) == (torch.bfloat16 if whole is None else torch.float32)
 
 
 def test_a_sweep_is_said_to_be_left_out(tmp_path: Path) -> None:

@@ -67,8 +67,12 @@ def storage_of(recipe: Recipe, config: Any) -> quantized.Storage | None:
 
 
 def stored_dtype(config: Any) -> torch.dtype:
-    """The format that a configuration says of the dense weights in its files."""
-    name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    """The format that a configuration says of the dense weights in its files.
+
+    Of models that see pictures too some say it of their language model alone (Qwen3.5).
+    """
+    stated = [getattr(part, "dtype", None) for part in (config, config.get_text_config())]
+    name = str(stated[0] or stated[1] or "float32").removeprefix("torch.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
