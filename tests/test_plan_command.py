@@ -393,3 +393,15 @@ def test_probe_compares_a_true_step_with_the_plan(tiny_folder: Path) -> None:
     assert probe["peak_bytes"] > 0
     assert probe["step_seconds"] > 0
     assert probe["predicted_bytes"] == json.loads(completed.stdout)["memory"]["expected"]
+
+
+def test_a_probe_has_the_rows_of_its_plan_and_all_weights(tmp_path: Path) -> None:
+    """Of a model whose positions end before max_length does, and not of one that is streamed."""
+    tiny_config("gpt2", n_positions=24).save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"model": str(tmp_path), "device": "cpu", "max_length": 64}
+    plan, probed = api.plan_probe(**settings)
+    assert plan.shape.tokens_per_row == 24
+    assert probed.error is None
+    assert probed.peak_bytes
+    with pytest.raises(UserError, match="offload_base: disk keeps them elsewhere"):
+        api.plan_probe(**settings, offload_base="disk")

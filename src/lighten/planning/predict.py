@@ -137,7 +137,7 @@ def planner_for(
 
     def planned(recipe: Recipe) -> Plan:
         require_ranks(recipe, ranks)
-        cut = _longest_rows(recipe)
+        cut: tuple[int, int] | list[int] | None = longest_rows(recipe)
         if lengths is not None:
             cut = [min(length, recipe.max_length) for length in lengths]
         with warnings.catch_warnings():
@@ -154,8 +154,8 @@ def planner_for(
     return Planner(planned, in_processes=machine_name(device) is None and device.kind != "cpu")
 
 
-def _longest_rows(recipe: Recipe) -> tuple[int, int] | list[int] | None:
-    """Rows of a step without data where the model's positions end before `max_length` does."""
+def longest_rows(recipe: Recipe) -> tuple[int, int] | None:
+    """Rows of a step without data, and tokens of each, where positions end before `max_length`."""
     longest, _ = _limits(recipe).longest(recipe.max_length)
     if longest == recipe.max_length:
         return None

@@ -76,19 +76,24 @@ def probe(recipe: Recipe, plan: Plan, device: Device, rows: Rows | None = None) 
         UserError: The device is not of this machine, weights wait outside of it, or the process
             failed in another way.
     """
-    from lighten.planning.predict import lengths_of, supervised_share
+    from lighten.planning.predict import lengths_of, longest_rows, supervised_share
 
     if not device.is_here:
         raise UserError(
             f"--probe runs the step here, and {device.name} is elsewhere; leave --device out"
         )
-    if recipe.offload_params != "none":
-        raise UserError(
-            "--probe makes its step with all weights on the device, and offload_params: "
-            f"{recipe.offload_params} keeps them elsewhere; leave one of the two out"
-        )
+    for setting in ("offload_params", "offload_base"):
+        if (where := getattr(recipe, setting)) != "none":
+            raise UserError(
+                f"--probe makes its step with all weights on the device, and {setting}: {where} "
+                "keeps them elsewhere; leave one of the two out"
+            )
+    lengths, without_data = lengths_of(rows), longest_rows(recipe)
+    if lengths is None and without_data is not None:
+        count, tokens = without_data
+        lengths = [tokens] * count
     request = {
-        "recipe": recipe.completed(), "kind": device.kind, "lengths": lengths_of(rows),
+        "recipe": recipe.completed(), "kind": device.kind, "lengths": lengths,
         "supervised": supervised_share(rows),
     }  # fmt: skip
     completed = subprocess.run(
