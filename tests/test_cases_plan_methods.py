@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from lighten import api
+from lighten import api, models
 from lighten.cpu import products
 from lighten.machine.devices import named
 from lighten.planning.build import stored_dtype
@@ -142,3 +142,18 @@ def test_a_model_that_converts_its_layers_as_they_are_made_is_planned(tmp_path: 
         moe_intermediate_size=16,
     )  # fmt: skip
     assert plan_recipe(recipe_of(folder), named("h100")).memory.expected > 0
+
+
+def test_a_base_in_few_bits_that_is_counted_dense_is_not_refused_for_that(tmp_path: Path) -> None:
+    """A layer may dequantise for a moment, or keep what it made for the backward pass."""
+    folder = folder_of(tmp_path, layers=8, hidden_size=1024, intermediate_size=8192)
+    dense = plan_recipe(recipe_of(folder), Card()).memory
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    config.save_pretrained(folder)
+    card = Card(dense.low - 1)
+    plan = plan_recipe(recipe_of(folder), card)
+    assert plan.memory.expected == dense.expected
+    assert plan.fits() is None
+    weights = models.skeleton(str(folder)).num_parameters()
+    assert dense.low - plan.memory.low > 3 * weights  # of the 4 bytes of float32

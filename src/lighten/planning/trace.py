@@ -145,6 +145,10 @@ def plan_recipe(
         )
         waits = feed.base_bytes if recipe.offload_base == "cpu" else 0
         host = HOST_OF_CUDA_BYTES + traced.weights + waits + host_bytes + paged
+    if getattr(config, "quantization_config", None) and storage is None:
+        # Counted dense, they may also stay as few bytes as their files have.
+        fewer = traced.weights - (traced.setup.base.file_bytes or 0)
+        peak = replace(peak, low=max(0, peak.low - max(0, fewer)))
     if paged:
         notes += (
             f"{optimizer} keeps {size(paged)} of state where the GPU has room, and in main memory "
