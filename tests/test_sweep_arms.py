@@ -205,6 +205,11 @@ def test_lists_of_the_verb_are_swept_and_its_own_options_are_found(values: dict[
     assert recipe.lora_target_modules == ["q_proj", "v_proj"]
     assert len(expand(recipe)) == 8
     assert {scale(arm) for arm in expand(recipe)} == {2.0}
+    # A whole section takes nothing back that is said beside it, in either order.
+    for said in (["metric", "sweep"], ["sweep", "metric"]):
+        given = {"metric": "loss", "sweep": {"load_in_4bit": [True, False]}}
+        recipe = Recipe.from_values(values, gathered({name: given[name] for name in said}))
+        assert (recipe.sweep.metric, list(recipe.sweep.grid)) == ("loss", ["load_in_4bit"])
 
 
 def test_a_setting_in_the_file_and_on_the_command_line_is_swept_as_the_latter_says(

@@ -152,7 +152,8 @@ class Recipe(RecipeFields):
         override_problems += faults
         where = messages.Places(source, lines, {*overrides, *over})
         sweep_notices, sweep_problems = swept.translate(settings)
-        for key, value in over.items():
+        # A whole section comes before its parts, in whichever order they were given.
+        for key, value in sorted(over.items(), key=lambda given: "." in given[0]):
             section, _, name = key.partition(".")
             if name and isinstance(settings.get(section) or {}, Mapping):
                 name = aliases.RENAMED.get(name, name) if section == "sweep" else name
