@@ -278,6 +278,16 @@ def test_a_test_file_is_taken_before_the_held_out_one(tiny_folder: Path, tmp_pat
     evaluation = lighten.evaluate(run, max_new_tokens=2)
     assert evaluation.dataset["rows"] == 5
     assert evaluation.dataset["path"].endswith("test.jsonl")
+    # And data that are named before both, whatever lies beside what was trained on.
+    lines = [{"prompt": f"train {i + 9}", "completion": f"{i}"} for i in range(4)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    evaluation = lighten.evaluate(run, eval_dataset=str(tmp_path / "own.jsonl"), max_new_tokens=2)
+    assert [model["name"] for model in evaluation.models] == ["base", "default"]
+    assert evaluation.dataset["rows"] == 4
+    assert evaluation.dataset["path"].endswith("own.jsonl")
+    assert evaluation.dataset["shared_prompts"] == 3
+    with pytest.raises(UserError, match=r"elsewhere\.jsonl"):
+        lighten.evaluate(run, eval_dataset=str(tmp_path / "elsewhere.jsonl"))
 
 
 def test_chat_answers_through_a_pipe_and_compares(run: Run) -> None:

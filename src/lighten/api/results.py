@@ -33,8 +33,8 @@ def evaluate(
         against: Another run, evaluated already: its models are compared with those of this one,
             paired over the examples (`comparisons`).
         progress: Log what is being done, how far it is, and of how much.
-        options: Settings of the recipe's `evaluate` section; of a model or an adapter any of a
-            recipe's too, `dataset` or `eval_dataset` among them.
+        options: Settings of the recipe's `evaluate` section, and `eval_dataset` for other data than
+            a run held out; of a model or an adapter any of a recipe's, `dataset` among them.
 
     Raises:
         UserError: No held-out examples, no adapter in the run, or `against` was measured

@@ -43,14 +43,16 @@ Progress = Callable[[str, int, int], None]
 
 
 def evaluate_run(
-    run: Run, *, against: Run | None = None, progress: Progress | None = None, **options: Any
-) -> Evaluation:
+    run: Run, *, against: Run | None = None, progress: Progress | None = None,
+    eval_dataset: Any = None, **options: Any,
+) -> Evaluation:  # fmt: skip
     """Measure the base and what a run trained, if anything, and write `evaluation.json`.
 
     Args:
         run: The run.
         against: Another one, evaluated already, whose models these are compared with.
         progress: Log what is being done, how far it is, and of how much.
+        eval_dataset: Data to measure on, as a recipe names them; None: what the run held out.
         options: Settings of the recipe's `evaluate` section.
 
     Raises:
@@ -60,6 +62,8 @@ def evaluate_run(
     recipe = run.recipe()
     settings = recipe.with_evaluate(options)
     require(settings)
+    if eval_dataset is not None:
+        recipe = recipe.changed({"eval_dataset": eval_dataset})
     theirs = None if against is None else comparing.read(against)
     if theirs is not None:
         comparing.require_same_settings(settings, theirs)
@@ -77,7 +81,9 @@ def evaluate_run(
         raise run.untrained(f"no trained {what}")
     if adapter is not None and not models.names:
         raise UserError(f"the adapter that {run.folder} measures is no longer in {adapter}")
-    raw_data = held_out_examples(recipe, run.info().get("data", {}).get("sha256"))
+    # Where data are named, a test set that lies beside the training data is not meant.
+    trained_on = run.info().get("data", {}).get("sha256")
+    raw_data = held_out_examples(recipe, trained_on, test=eval_dataset is None)
     if alone:
         # What an adapter of elsewhere was asked in its training is not known.
         raw_data = replace(raw_data, trained_prompts=None if models.names else frozenset())
