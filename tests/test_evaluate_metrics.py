@@ -224,6 +224,24 @@ def test_a_comparison_that_cannot_be_is_refused_before_anything_is_measured(
     assert {row["run"] for row in again.comparisons} == {str(other.folder)}
 
 
+def test_the_same_examples_are_compared_however_they_were_asked_for(
+    run: Run, tmp_path: Path
+) -> None:
+    """All there are is all there are, and answers that are kept can be scored by any metric."""
+    other = Run(shutil.copytree(run.folder, tmp_path / "other"))
+    first = api.evaluate(other, max_new_tokens=4, max_examples=500)
+    every = int(first.dataset["rows"])
+    rows = api.evaluate(
+        run, against=other, max_new_tokens=4, max_examples=every, extra_metrics=["rougeL"]
+    ).comparisons
+    assert {row["difference"] for row in rows if row["model"] == row["against"]} == {0.0}
+    adapter = first.models[1]["name"]
+    pair = {(row["model"], row["against"]): row for row in rows if row["metric"] == "rougeL"}
+    assert pair[adapter, "base"]["difference"] == -pair["base", adapter]["difference"]
+    with pytest.raises(UserError, match=f"{every - 1} and {every} held-out examples"):
+        api.evaluate(run, against=other, max_new_tokens=4, max_examples=every - 1)
+
+
 def test_trap46_other_texts_of_as_many_tokens_are_other_examples(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

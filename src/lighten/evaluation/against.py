@@ -19,11 +19,11 @@ from lighten.recipe import EvaluateOptions
 from lighten.runs import Run
 from lighten.training.held_out_data import HeldOutData
 
-# Settings that a figure depends on; `batch_size` changes the time alone.
-_SAME = ("max_examples", "max_new_tokens", "chat_template", "normalisation", "signatures",
-         "extra_metrics", "general_text")  # fmt: skip
+# Settings that a figure depends on. `batch_size` changes the time alone; of `max_examples` the
+# examples tell that were taken; and answers of both are scored anew, by the same metrics.
+_SAME = ("max_new_tokens", "chat_template", "normalisation", "general_text")
 # Those of them that are known before anything is measured.
-_CHOSEN = ("max_examples", "max_new_tokens", "extra_metrics")
+_CHOSEN = ("max_new_tokens",)
 # And those that are known once the data are encoded.
 _OF_DATA = ("chat_template", "general_text")
 
@@ -57,7 +57,7 @@ def require_same_settings(settings: EvaluateOptions, theirs: Mapping[str, Any]) 
     """
     chosen = settings.model_dump()
     # How long an answer may be is known once the references are, unless it is set.
-    known = [name for name in _CHOSEN if name != "max_new_tokens" or chosen[name] is not None]
+    known = [name for name in _CHOSEN if chosen[name] is not None]
     different = _different(known, chosen, theirs["settings"])
     general = theirs["settings"].get("general_text")
     if (settings.forgetting is None) != (general is None):
@@ -120,7 +120,8 @@ def compare(
     _require_same(ours, theirs)
     rows = []
     samples, seed = ours["settings"]["bootstrap_samples"], ours["settings"]["seed"]
-    first, second = _statistics(ours), _statistics(theirs)
+    extra_metrics = ours["settings"].get("extra_metrics", [])
+    first, second = (_statistics(evaluation, extra_metrics) for evaluation in (ours, theirs))
     for name, our_metrics in first.items():
         for their_name, their_metrics in second.items():
             for metric, (statistics, formula) in our_metrics.items():
@@ -250,7 +251,9 @@ def _supervised(evaluation: Mapping[str, Any], losses: str) -> list[float]:
     return [tokens for _, tokens in evaluation["models"][0].get(losses, ())]
 
 
-def _statistics(evaluation: Mapping[str, Any]) -> dict[str, dict[str, tuple[Array, FromSums]]]:
+def _statistics(
+    evaluation: Mapping[str, Any], extra_metrics: Sequence[str]
+) -> dict[str, dict[str, tuple[Array, FromSums]]]:
     """Per-example statistics of each model by metric, from its losses and its answers."""
     result = {}
     references = registry.nfc([example["reference"] for example in evaluation["examples"]])
@@ -266,7 +269,7 @@ def _statistics(evaluation: Mapping[str, Any]) -> dict[str, dict[str, tuple[Arra
             answers = registry.nfc(
                 [example["answers"][model["name"]] for example in evaluation["examples"]]
             )
-            for name in (*registry.OF_ANSWERS, *evaluation["settings"].get("extra_metrics", [])):
+            for name in (*registry.OF_ANSWERS, *extra_metrics):
                 scorer = registry.scorer(name)
                 by_metric[name] = (scorer.statistics(answers, references), scorer.formula)
         result[model["name"]] = by_metric
