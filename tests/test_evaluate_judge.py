@@ -30,6 +30,7 @@ class _Server:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.retry_after: str | None = "0"
+        self.busy = 429
         self.refusing: Refusing = lambda body: None
         self.context = 1000  # words of a reply, where no fewer are asked for
         server = self
@@ -47,6 +48,9 @@ class _Server:
                     self.send_error_of(message)
                     return
                 verdict = server.opinion(first, second)
+                if verdict == "hang up":
+                    self.close_connection = True
+                    return
                 ok = verdict not in ("refuse", "busy")
                 room = body.get("max_completion_tokens", body.get("max_tokens", server.context))
                 words = verdict.split(" ")
@@ -58,7 +62,7 @@ class _Server:
                 data = json.dumps(answer if ok else {"error": "no such model"}).encode()
                 if verdict.startswith("{"):
                     data = verdict.encode()
-                self.send_response(200 if ok else 404 if verdict == "refuse" else 429)
+                self.send_response(200 if ok else 404 if verdict == "refuse" else server.busy)
                 if verdict == "busy" and server.retry_after is not None:
                     self.send_header("Retry-After", server.retry_after)
                 more = 9 if verdict == "cut off" else 0
@@ -251,12 +255,29 @@ def test_a_judge_that_counts_requests_is_waited_for(
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
 
 
+def test_a_judge_that_hangs_up_or_fails_once_costs_no_other_reply(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = iter(["hang up", "busy", "cut off", "A"])
+    server.opinion, server.retry_after, server.busy = lambda *_: next(replies), None, 500
+    waits: list[float] = []
+    monkeypatch.setattr(judge.time, "sleep", waits.append)
+    assert Judge(server.url, "judge").ask("?", "", "x", "y") == "A"
+    assert waits == [1.0, 2.0, 4.0]
+    with pytest.raises(UserError, match="cannot be reached"):
+        Judge("http://127.0.0.1:9/v1", "judge").ask("", "", "", "")
+    assert waits == [1.0, 2.0, 4.0], "nobody is there to wait for"
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [("cut off", "cannot be reached: IncompleteRead"), ("{}", "gave no chat completion"),
      ('{"choices": [', "gave no chat completion")],
 )  # fmt: skip
-def test_rubbish_from_a_server_is_one_sentence(reply: str, message: str, server: _Server) -> None:
+def test_rubbish_from_a_server_is_one_sentence(
+    reply: str, message: str, server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge.time, "sleep", lambda _: None)
     server.opinion = lambda *_: reply
     with pytest.raises(UserError, match=message):
         Judge(server.url, "judge").ask("?", "", "x", "y")

@@ -10,7 +10,8 @@ import pytest
 
 import lighten
 from lighten import runs
-from lighten.evaluation import together
+from lighten.errors import UserError
+from lighten.evaluation import evaluation, together
 from lighten.evaluation.together import Job, Pass
 from lighten.generation import slotted
 from lighten.machine.hardware import PeakMemory
@@ -58,9 +59,9 @@ def one_pass(run: Run) -> None:
         pytest.skip(obstacle)
 
 
-def figures(evaluation: Any) -> tuple[Any, ...]:
-    metrics = [model["metrics"] for model in evaluation.models]
-    return metrics, evaluation.differences, evaluation.examples
+def figures(measured: Any) -> tuple[Any, ...]:
+    metrics = [model["metrics"] for model in measured.models]
+    return metrics, measured.differences, measured.examples
 
 
 def ended_after(count: int, measured: Run, waves: Waves) -> None:
@@ -91,8 +92,8 @@ def test_the_peak_is_that_of_all_sessions(
     monkeypatch.setattr(PeakMemory, "read", lambda _: {"peak_bytes": 7 * 2**30, "method": "told"})
     ended_after(1, copied, waves)
     monkeypatch.setattr(PeakMemory, "read", lambda _: {"peak_bytes": 2**30, "method": "told"})
-    evaluation = lighten.evaluate(copied, **OPTIONS)
-    peaks = [model["peak_bytes"] for model in evaluation.models]
+    models = lighten.evaluate(copied, **OPTIONS).models
+    peaks = [model["peak_bytes"] for model in models]
     assert peaks == [7 * 2**30, 2**30, 2**30]
 
 
@@ -115,6 +116,29 @@ def test_what_was_made_with_other_things_is_measured_anew(
     assert waves.measured == WAVES_OF_A_MODEL * MODELS - left
 
 
+def test_a_judge_that_fails_is_asked_again_without_measuring_again(
+    copied: Run, waves: Waves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply may need more room, and other figures may be wanted of the answers by then."""
+    judge = {"judge": "http://127.0.0.1:9/v1", "judge_model": "judge"}
+    monkeypatch.setattr(evaluation.Judge, "check", lambda _: None)
+    monkeypatch.setattr(evaluation.Judge, "ask", lambda *_: "tie")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "judged", failing)
+        with pytest.raises(UserError, match="all else that was measured is in"):
+            lighten.evaluate(copied, **OPTIONS, **judge)
+    assert waves.measured == WAVES_OF_A_MODEL * MODELS
+    more: dict[str, Any] = {"judge_max_tokens": 9000, "extra_metrics": "rougeL"}
+    judged = lighten.evaluate(copied, **OPTIONS, **judge, **more)
+    assert waves.measured == WAVES_OF_A_MODEL * MODELS
+    assert [judgement["adapter"] for judgement in judged.judged] == ["r2", "r8"]
+    assert not (copied.folder / runs.EVALUATION_PARTS).exists()
+
+
+def failing(*_: Any, **__: Any) -> None:
+    raise UserError("judge: answered 500")
+
+
 def test_a_model_alone_goes_on_too(
     tiny_folder: Path, chat_file: Path, tmp_path: Path, waves: Waves
 ) -> None:
@@ -123,6 +147,6 @@ def test_a_model_alone_goes_on_too(
     with pytest.raises(KeyboardInterrupt):
         lighten.evaluate(str(tiny_folder), **options)
     waves.last, waves.measured = 10**9, 0
-    evaluation = lighten.evaluate(str(tiny_folder), **options)
+    dataset = lighten.evaluate(str(tiny_folder), **options).dataset
     assert waves.measured == 4, "forty rows, eight at a time, of which eight were measured"
-    assert evaluation.dataset["answered"] == 40
+    assert dataset["answered"] == 40

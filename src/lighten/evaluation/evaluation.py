@@ -156,7 +156,6 @@ def evaluate_run(
     }
     path = run.folder / runs.EVALUATION
     runs.write_json(path, evaluation.to_dict())
-    partial.forget()
     try:
         if theirs is not None and against is not None:
             name = comparing.name_of(against, run)
@@ -169,15 +168,17 @@ def evaluate_run(
             runs.write_json(path, evaluation.to_dict())
     except UserError as error:
         raise UserError(f"{error}; all else that was measured is in {path}") from error
+    partial.forget()  # not before a judge has replied: who asks one again need not measure again
     return evaluation
 
 
 def _earlier_results(run: Run, base: Base, settings: EvaluateOptions) -> PartialResults:
     """What an evaluation of the run measured that was ended, with the same models and settings."""
     recipe, model = run.recipe(), run.model()
+    # What is asked beside, or made of the answers, may be another at the next try.
     values = [
-        recipe.completed(), settings.model_dump(), run.info().get("data"), hardware.versions(),
-        base.revision, base.dtype.value,
+        recipe.completed(), settings.max_new_tokens, settings.batch_size, run.info().get("data"),
+        hardware.versions(), base.revision, base.dtype.value,
     ]  # fmt: skip
     base_folder = expanded(recipe.model_name_or_path)
     folders = [base_folder, *run.adapters().values(), *([] if model is None else [model])]

@@ -39,8 +39,9 @@ KEY = "OPENAI_API_KEY"
 TIMEOUT_S, TOGETHER = 600.0, 4  # a reply comes whole, when all is thought
 # Who does not reason needs a few of them; some hundreds up to some thousands are thought.
 REPLY_TOKENS = 4096
-# A server that is busy or counts requests is asked again, later and later unless it says when.
-BUSY, TRIES, WAIT_S, LONGEST_WAIT_S = (408, 429, 502, 503, 504), 6, 1.0, 60.0
+# A server that is busy, counts requests or hangs up is asked again, later and later unless it says
+# when: one of some hundred requests that fails must not cost the replies to all others.
+BUSY, TRIES, WAIT_S, LONGEST_WAIT_S = (408, 429, 500, 502, 503, 504, 529), 6, 1.0, 60.0
 # Where the template begins the thoughts, only their end is in the reply.
 _THOUGHTS = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 # Capitals alone: "a tie" is no choice of A, and neither is an article.
@@ -219,7 +220,7 @@ class _Refusal(UserError):
 
 
 def _sent(request: urllib.request.Request) -> bytes:
-    """The body of an answer; a busy server is waited for.
+    """The body of an answer; a busy server is waited for, and one that hung up is asked again.
 
     Raises:
         OSError: There is no answer, or (`HTTPError`) a refusal.
@@ -230,11 +231,22 @@ def _sent(request: urllib.request.Request) -> bytes:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
                 content: bytes = answer.read()
                 return content
-        except urllib.error.HTTPError as error:
-            if error.code not in BUSY or trial == TRIES:
+        except (OSError, http.client.IncompleteRead) as error:
+            if trial == TRIES or not _may_pass(error):
                 raise
-            time.sleep(_wait_s(error.headers.get("Retry-After"), trial))
+            asked = None
+            if isinstance(error, urllib.error.HTTPError):
+                asked = error.headers.get("Retry-After")
+            time.sleep(_wait_s(asked, trial))
     raise AssertionError("the last trial returns or raises")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether asking again may help: the server is busy, or was there and has hung up."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in BUSY
+    why = getattr(error, "reason", error)
+    return isinstance(why, ConnectionResetError | BrokenPipeError | http.client.IncompleteRead)
 
 
 def _wait_s(asked: str | None, trial: int) -> float:
