@@ -348,6 +348,8 @@ def test_two_results_are_compared_with_significance() -> None:
     assert few["verdict"] == "fewer than 5 repeats"
     other_device = {**_result(fast), "device": "another"}
     assert "the device differs:" in comparing.compare(_result(slow), other_device)["notes"][0]
+    other_adapter = {**_result(fast), "adapter_sha256": "of another"}
+    assert "the adapters differ:" in comparing.compare(_result(slow), other_adapter)["notes"][0]
     batches = [
         {"records": [{"part": "max-batch", "name": f"micro-batch within {size} GiB",
                       "what": "micro-batch", "memory_bytes": size, "largest": size}]}
@@ -400,7 +402,7 @@ def test_a_second_command_keeps_the_other_parts_of_a_run(
     stored = json.loads(path.read_text())
     stored["records"].append({"part": "attention", "name": "eager, forward, 64 tokens"})
     path.write_text(json.dumps(stored))
-    second = api.bench(str(run.folder), ["size"])
+    second = api.bench(run, ["size"])
     assert second["earlier_parts"] == ["attention"]
     parts = [record["part"] for record in json.loads(path.read_text())["records"]]
     assert parts == ["size", "size", "size", "attention"]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lighten import path_checks
+from lighten.path_checks import RunLike
+from lighten.runs import Run
 
 if TYPE_CHECKING:
     from lighten.benchmarking.audit import Audit
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    target: str,
+    target: RunLike,
     parts: Sequence[str] = (),
     *,
     adapter: str | None = None,
@@ -51,6 +53,7 @@ def bench(
     Raises:
         UserError: Something the user can mend.
     """
+    target = str(target.folder) if isinstance(target, Run) else os.fspath(target)
     path_checks.require_answerable(target)
     from lighten.api.recipes import plannable
     from lighten.benchmarking import running

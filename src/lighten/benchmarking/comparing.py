@@ -95,9 +95,10 @@ def _by_name(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("base_sha256", "device", "machine", "versions"):
+    words = {"base_sha256": "the model's weights differ", "adapter_sha256": "the adapters differ",
+             "versions": "the versions differ"}  # fmt: skip
+    for key in ("base_sha256", "adapter_sha256", "device", "machine", "versions"):
         if before.get(key) != after.get(key):
-            words = {"base_sha256": "the model's weights differ", "versions": "the versions differ"}
             subject = words.get(key, f"the {key} differs")
             yield f"{subject}: the ratios are not of the code alone"
 
