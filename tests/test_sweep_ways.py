@@ -161,3 +161,18 @@ def test_arms_of_another_model_are_not_compared_with_a_base_that_is_not_theirs(
     recommendation = result.data["recommendation"]
     assert not any("untouched base" in reason for reason in recommendation["reasons"])
     assert any(f"is that of {tiny_folder}: arms that" in note for note in result.data["notes"])
+
+
+def test_arms_over_another_storage_of_the_base_are_not_compared_with_its_figures(
+    tmp_path: Path, chat_file: Path
+) -> None:
+    """What NF4 costs the base is nothing that an arm over the dense base has gained."""
+    base = save_tiny(tmp_path / "base", hidden_size=128, intermediate_size=256)
+    section = {"load_in_4bit": [True, False], "metric": "perplexity"}
+    result = sweep(recipe(base, chat_file, tmp_path / "s", sweep=section), progress=False)
+    small, dense, untouched = result.arms
+    assert small["model"] == untouched["model"] == f"{base} in nf4"
+    assert dense["model"] == str(base)
+    assert set(small["against"]) == {"base"}
+    assert not dense["against"]
+    assert any(f"is that of {base} in nf4: arms that" in note for note in result.data["notes"])

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +187,7 @@ def measure_run(
                 _named(progress, name),
                 parts,
             )
+            evaluation = replace(evaluation, name=name)  # an arm's adapter may be called otherwise
             cut_off = sentences(settings.max_new_tokens, reference_tokens, [evaluation])
             likelihood = evaluation.statistics.pop("loss")
             del evaluation.statistics["perplexity"]
@@ -195,7 +196,7 @@ def measure_run(
                 {key: value.tolist() for key, value in evaluation.statistics.items()},
                 choosing.name, telling.name,
                 evaluation.answers.tokens_per_s,
-                time.perf_counter() - began, [*notes, *cut_off], _model_of(run_recipe),
+                time.perf_counter() - began, [*notes, *cut_off], _model_of(run),
                 digest_of_examples([*choosing.examples, *answered]), settings.max_new_tokens,
             )  # fmt: skip
             if recipe.sweep.metric == "perplexity":
@@ -206,9 +207,12 @@ def measure_run(
     return [measurement for measurement in measurements.values() if measurement is not None]
 
 
-def _model_of(recipe: Recipe) -> str:
+def _model_of(run: Run) -> str:
+    """The base as it was loaded: in few bits it is another one."""
+    recipe, stored = run.recipe(), (run.info().get("base") or {}).get("quantization")
     name = recipe.model_name_or_path
-    return name if recipe.revision is None else f"{name} ({recipe.revision})"
+    name = name if recipe.revision is None else f"{name} ({recipe.revision})"
+    return f"{name} in {stored}" if stored else name
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:
