@@ -156,6 +156,74 @@ def test_a_run_that_is_given_twice_has_two_names_and_each_curve_its_own_run(tmp_
     assert all(name in html for name in names)
 
 
+def test_costs_are_ranked_where_they_are_of_one_machine_and_of_as_many_adapters(
+    tmp_path: Path,
+) -> None:
+    """A GPU's time says nothing of the settings, and a pass of three adapters is no one's alone."""
+    first, second = (write_run(tmp_path / name) for name in ("one", "two"))
+
+    def take(seconds: float, method: str, **machine: Any) -> None:
+        info = second.info()
+        info["training"] |= {"seconds": seconds, "peak_bytes": 10**9, "method": method}
+        second.update(**{**info, "machine": {**info["machine"], **machine}})
+
+    take(20.0, "samples of 5 ms")
+    compared = comparison.compare([first, second])
+    assert compared.best["seconds"] == compared.best["peak_bytes"] == {1}
+    assert not any("machines" in sentence for sentence in compared.sentences)
+    gpu = {"name": "Tesla T4", "memory_bytes": 16 * 2**30, "capability": "7.5"}
+    take(20.0, "samples of 5 ms", gpus=[gpu])  # which computed nothing
+    assert comparison.compare([first, second]).best["seconds"] == {1}
+    take(20.0, "cuda allocator", gpus=[gpu])
+    compared = comparison.compare([first, second])
+    assert all(compared.best[name] == set() for name in comparison.TRAINING)
+    assert any("on different machines, so times and memory" in s for s in compared.sentences)
+    cohort = write_run(tmp_path / "three", adapters=("a", "b", "c"))
+    compared = comparison.compare([first, cohort])
+    assert all(compared.best[name] == set() for name in comparison.TRAINING)
+    said = "three trained 3 adapters in one pass: its time and memory are that of all of them."
+    assert said in compared.sentences
+    assert said in page([first, cohort])
+
+
+def test_an_adapter_that_diverged_is_not_the_smallest_to_ship(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one", adapters=("small", "large"))
+    adapters = run.info()["adapters"]
+    adapters[1] |= {"file_bytes": 0, "diverged": True, "eval_loss": None}
+    run.update(adapters=adapters)
+    compared = comparison.compare([run, write_run(tmp_path / "two")])
+    assert [entry.figures.get("file_bytes") for entry in compared.entries[:3]] == [
+        9785000, None, 9785000,
+    ]  # fmt: skip
+    assert compared.best["file_bytes"] == set()
+    evaluation = json.loads((run.folder / "evaluation.json").read_text())
+    evaluation["models"].pop()  # it has no weights to measure
+    (run.folder / "evaluation.json").write_text(json.dumps(evaluation))
+    compared = comparison.compare([run, write_run(tmp_path / "two")])
+    assert compared.entries[1].verdict == "diverged"
+    assert not any("Not evaluated" in sentence for sentence in compared.sentences)
+
+
+def test_losses_watched_on_as_many_labels_of_other_data_have_no_best(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, evaluated=False) for name in ("one", "two")]
+    adapters = runs[1].info()["adapters"]
+    runs[1].update(adapters=[{**adapters[0], "eval_loss": 1.9}])
+    assert comparison.compare(runs).best["watched"] == {1}
+    runs[1].update(data={**runs[1].info()["data"], "sha256": "ef" * 32})
+    assert comparison.compare(runs).best["watched"] == set(), "parts of other training data"
+    for run in runs:
+        run.update(data={**run.info()["data"], "eval_sha256": "ab" * 32})
+    assert comparison.compare(runs).best["watched"] == {1}, "a file that both were watched on"
+
+
+def test_bases_that_are_stored_otherwise_stand_beside_each_other(tmp_path: Path) -> None:
+    plain, small = write_run(tmp_path / "one"), write_run(tmp_path / "two", load_in_4bit=True)
+    small.update(base={**small.info()["base"], "quantization": "nf4"})
+    compared = comparison.compare([plain, small, plain])
+    bases = [entry.label for entry in compared.entries if entry.is_base]
+    assert bases == ["base smollm2-135m", "base smollm2-135m in nf4"]
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("report")

@@ -6,26 +6,24 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from lighten import runs as run_files
 from lighten.data import FEWEST
-from lighten.evaluation.bootstrap import LEVEL, Array, Resamples
-from lighten.evaluation.metrics import METRICS, mean_loss
+from lighten.evaluation.metrics import METRICS
 from lighten.evaluation.registry import OF_ANSWERS, described
 from lighten.folders import SWEEP
 from lighten.reporting import text
+from lighten.reporting.bounds import reach
 from lighten.reporting.charts import number
 from lighten.runs import Run
 
-# An interval for many comparisons at once looks at the far tails, which take more resamples.
-SAMPLES = 4000
+# Figures of a training, which hang on where it was and on how many adapters shared it.
+TRAINING = ("seconds", "tokens_per_second", "peak_bytes")
 # More names than this are counted instead.
 MOST_NAMES = 3
-_LONGEST_SETTING = 60
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class Entry:
         measured_by: How, of each figure that hangs on more than the examples.
         examples: A digest of those, where it is known.
         watched_on: The same of the loss that was watched while it trained.
+        trained_by: The machine of each figure of the training, and how many adapters it is of.
         losses: Negative log-likelihood and tokens of each held-out example, if recorded.
         difference: From the lowest held-out loss, with bounds that hold for all entries at once.
         verdict: How its loss stands to the lowest.
@@ -79,6 +78,7 @@ class Entry:
     measured_by: dict[str, Any] = field(default_factory=dict)
     examples: str | None = None
     watched_on: tuple[Any, ...] | None = None
+    trained_by: dict[str, tuple[Any, int]] = field(default_factory=dict)
     losses: list[list[float]] | None = None
     difference: tuple[float, float, float] | None = None
     verdict: str = ""
@@ -152,7 +152,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
     if all(entry.examples for entry in measured):  # which earlier versions did not keep
         for entry in measured:
             entry.measured_on = (*(entry.measured_on or ()), entry.examples)
-    sentences = [*_conclusions(entries), *_asked_differently(measured), *_notes(runs, names)]
+    sentences = [*_conclusions(entries), *_asked_differently(measured),
+                 *_trained_differently(entries), *_notes(runs, names)]  # fmt: skip
     everything = [*entries, *bases.values()]
     extras = dict.fromkeys(
         name for run in runs for name in _settings(run.evaluation()).get("extra_metrics", [])
@@ -186,6 +187,22 @@ def _asked_differently(entries: Sequence[Entry]) -> list[str]:
                 f"The {what} were measured {reason}, so these figures do not say which is better."
             )
     return sentences
+
+
+def _trained_differently(entries: Sequence[Entry]) -> list[str]:
+    """What it means that times and memory are of other machines, or of several adapters at once."""
+    trained = [entry for entry in entries if "seconds" in entry.figures]
+    sentences = dict[str, None]()
+    if len({entry.trained_by["seconds"][0] for entry in trained}) > 1:
+        sentences["The runs were trained on different machines, so times and memory do not say "
+                  "which settings are cheaper."] = None  # fmt: skip
+    for entry in trained:
+        count = entry.trained_by["peak_bytes"][1]
+        figures = "memory is" if entry.trained_by["seconds"][1] == 1 else "time and memory are"
+        if count > 1:
+            sentences[f"{entry.run} trained {count} adapters in one pass: its {figures} that of "
+                      "all of them."] = None  # fmt: skip
+    return list(sentences)
 
 
 def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
@@ -222,19 +239,8 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     for place in range(len(runs)):
         values = {row["what"]: row["values"][place] for row in rows}
         chosen = {key: value for key, value in values.items() if value is not None} or values
-        lines.append("; ".join(f"{key} {setting(value)}" for key, value in chosen.items()))
+        lines.append("; ".join(f"{key} {text.setting(value)}" for key, value in chosen.items()))
     return lines
-
-
-def setting(value: Any) -> str:
-    """A recipe's value in a few characters."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool | Mapping | list):
-        text = json.dumps(value, ensure_ascii=False)
-    else:
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _LONGEST_SETTING else f"{text[: _LONGEST_SETTING - 1]}…"
 
 
 def _entries(run: Run, name: str) -> tuple[list[Entry], Entry | None]:
@@ -251,21 +257,28 @@ def _entries(run: Run, name: str) -> tuple[list[Entry], Entry | None]:
     for adapter in trained or [""]:
         label = name if len(trained) <= 1 else f"{name} {adapter}"
         entry = Entry(name, label + tail, is_base=False)
-        _add(entry, info.get("training") or {}, ("seconds", "tokens_per_second", "peak_bytes"))
-        _add(entry, saved.get(adapter, {}), ("file_bytes",))
+        _add(entry, info.get("training") or {}, TRAINING)
+        entry.trained_by = _trained_by(info, max(1, len(saved)))
+        if saved.get(adapter, {}).get("diverged"):  # it has no file, and is not evaluated
+            entry.verdict = "diverged"
+        else:
+            _add(entry, saved.get(adapter, {}), ("file_bytes",))
         watched = saved.get(adapter, {}).get("eval_loss")
         if watched is not None:
             entry.figures["watched"] = float(watched)
-            # As many examples with as many tokens to tell are the same ones.
+            # Of files of their own, or a part of the training data.
             data = info.get("data") or {}
-            entry.watched_on = (data.get("eval_rows"), data.get("eval_supervised_tokens"))
+            files = data.get("eval_sha256") or data.get("sha256")
+            entry.watched_on = (data.get("eval_rows"), data.get("eval_supervised_tokens"), files)
         if adapter in measured:
             _add_measured(entry, measured[adapter], evaluation, info)
         entries.append(entry)
     if "base" not in measured or "base" in trained:
         return entries, None
     model = Path(str((info.get("base") or {}).get("name", ""))).name
-    base = Entry(name, f"base {model}".strip(), is_base=True)
+    stored = (info.get("base") or {}).get("quantization")
+    label = f"base {model}".strip() + (f" in {stored}" if stored else "")
+    base = Entry(name, label, is_base=True)
     _add_measured(base, measured["base"], evaluation, info)
     return entries, base
 
@@ -288,9 +301,13 @@ def _of_sweep(run: Run, name: str) -> tuple[list[Entry], None]:
     arm = arm_of_sweep(run)
     if arm is None:
         return [Entry(name, f"{name} (a sweep that has measured no arm)", is_base=False)], None
-    sets = "; ".join(f"{key} {setting(value)}" for key, value in arm["sets"].items())
+    sets = "; ".join(f"{key} {text.setting(value)}" for key, value in arm["sets"].items())
     entry = Entry(name, f"{name}: {arm['name']}", is_base=False, differs=sets)
-    _add(entry, arm, ("seconds", "tokens_per_second", "peak_bytes", "file_bytes"))
+    _add(entry, arm, (*TRAINING, "file_bytes"))
+    # Time is the arm's share of a pass already; memory is that of all arms in it.
+    info = {**run.info(), "training": {"method": arm.get("peak_method")}}
+    entry.trained_by = _trained_by(info, 1)
+    entry.trained_by["peak_bytes"] = (entry.trained_by["peak_bytes"][0], int(arm["together"]))
     model: dict[str, Any] = {"metrics": {**arm.get("metrics", {}), "loss": arm.get("loss") or {}}}
     file = run.folder / "arms" / f"{arm['name']}.json"
     if file.is_file():
@@ -298,10 +315,20 @@ def _of_sweep(run: Run, name: str) -> tuple[list[Entry], None]:
         pairs = zip(measured["nll"], measured["tokens"], strict=True)
         model["losses"] = [list(pair) for pair in pairs]
         limit = measured.get("max_new_tokens") or run.recipe().evaluate.max_new_tokens
-        asked = {"max_new_tokens": limit}
-        dataset = {"rows": len(model["losses"]), "path": measured["chosen_on"]}
-        _add_measured(entry, model, {"dataset": dataset, "settings": asked}, {})
+        template = ((info.get("data") or {}).get("template") or {}).get("name")
+        asked = {"max_new_tokens": limit, "chat_template": template}
+        data = {"rows": len(model["losses"]), "examples_sha256": measured.get("chosen_sha256")}
+        _add_measured(entry, model, {"dataset": data, "settings": asked}, {})
     return [entry], None
+
+
+def _trained_by(info: Mapping[str, Any], count: int) -> dict[str, tuple[Any, int]]:
+    """What figures of a training hang on beside its settings: where, and for how many adapters."""
+    machine, training = info.get("machine") or {}, info.get("training") or {}
+    gpus = [gpu["name"] for gpu in machine.get("gpus") or ()]
+    on_gpu = str(training.get("method")).startswith("cuda")
+    place = (*gpus,) if on_gpu else (machine.get("processor"), machine.get("cores"))
+    return dict.fromkeys(TRAINING, (place, count))
 
 
 def _add(entry: Entry, source: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -350,6 +377,8 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
         return set()
     if column.name == "watched" and len({entries[place].watched_on for place in values}) > 1:
         return set()
+    if len({entries[place].trained_by.get(column.name) for place in values}) > 1:
+        return set()
     best = (min if column.lower_is_better else max)(values, key=values.__getitem__)
     return {place for place, value in read.items() if value == read[best]}
 
@@ -357,7 +386,7 @@ def _best(column: Column, entries: Sequence[Entry]) -> set[int]:
 def _conclusions(entries: Sequence[Entry]) -> list[str]:
     """Set each entry's difference and verdict, and say it in sentences."""
     measured = [entry for entry in entries if "loss" in entry.figures]
-    missing = [entry.run for entry in entries if entry.measured_on is None]
+    missing = [entry.run for entry in entries if entry.measured_on is None and not entry.verdict]
     sentences = []
     if missing:
         names = list(dict.fromkeys(missing))
@@ -377,7 +406,9 @@ def _conclusions(entries: Sequence[Entry]) -> list[str]:
     lowest = measured[best]
     lowest.verdict = "lowest"
     few = int((lowest.measured_on or (0,))[0] or 0) < FEWEST
-    for entry, half in zip(measured, _reach(measured)[best].tolist(), strict=True):
+    intervals = [entry.intervals.get("loss", (np.nan, np.nan)) for entry in measured]
+    off = reach([entry.losses for entry in measured], intervals)[best]
+    for entry, half in zip(measured, off.tolist(), strict=True):
         if entry is lowest:
             continue
         value = entry.figures["loss"] - lowest.figures["loss"]
@@ -391,42 +422,6 @@ def _conclusions(entries: Sequence[Entry]) -> list[str]:
         else:
             entry.verdict = "cannot be told apart"
     return [_verdict(lowest, [entry for entry in measured if entry is not lowest]), *sentences]
-
-
-def _reach(entries: Sequence[Entry]) -> Array:
-    """How far each difference of two losses may be off, [entries, entries]: 95 %, all at once.
-
-    Every pair counts, for which loss is the lowest is a matter of chance too (Tukey's bounds); how
-    they vary together is taken from a bootstrap that is paired over the examples. Where the losses
-    of the examples are not known (`evaluation.json` before 0.1) standard errors have to do, which
-    takes the runs for independent and so finds less. What is not known is not a number.
-    """
-    if all(entry.losses for entry in entries):
-        statistics = np.asarray([entry.losses for entry in entries], float)
-        if statistics.shape[1] < 2:  # a single example has no interval
-            return np.full((len(entries),) * 2, np.nan)
-        resamples = Resamples(statistics.shape[1], SAMPLES)
-        return _reach_of(np.stack([mean_loss(resamples.sums(counts)) for counts in statistics]))
-    quantile = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    bounds = [entry.intervals.get("loss", (np.nan, np.nan)) for entry in entries]
-    errors = np.asarray([(high - low) / 2 / quantile for low, high in bounds])
-    tail = (1 - LEVEL) / (len(entries) * (len(entries) - 1))  # of each pair, to either side
-    reach: Array = NormalDist().inv_cdf(1 - tail) * np.hypot.outer(errors, errors)
-    return reach
-
-
-def _reach_of(drawn: Array) -> Array:
-    """The same of losses on resamples, [entries, resamples]."""
-    centred = drawn - drawn.mean(1, keepdims=True)
-    spread = np.stack([(centred - ours).std(1, ddof=1) for ours in centred])
-    largest = np.zeros(drawn.shape[1])
-    for ours, deviations in zip(centred, spread, strict=True):
-        others = deviations > 0
-        if others.any():
-            distances = np.abs(centred - ours)[others] / deviations[others, None]
-            largest = np.maximum(largest, distances.max(0))
-    reach: Array = np.quantile(largest, LEVEL) * spread
-    return reach
 
 
 def _verdict(lowest: Entry, other_entries: Sequence[Entry]) -> str:

@@ -15,7 +15,7 @@ from lighten import runs
 from lighten.evaluation.metrics import METRICS
 from lighten.reporting import comparison
 from lighten.reporting.charts import number
-from lighten.reporting.text import duration, gib, size
+from lighten.reporting.text import duration, gib, setting, size
 from lighten.wording import significant
 
 FILE = "sweep.json"
@@ -80,7 +80,7 @@ def described(arm: Mapping[str, Any]) -> str:
     name = str(arm["name"])
     if not _DRAWN.fullmatch(name):
         return name
-    drawn = (f"{key} {comparison.setting(value)}" for key, value in arm["sets"].items())
+    drawn = (f"{key} {setting(value)}" for key, value in arm["sets"].items())
     return f"{name}: {', '.join(drawn)}"
 
 
@@ -146,9 +146,9 @@ def ordered(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def recommended(data: Mapping[str, Any]) -> set[str]:
     """Names of the arms of the setting that is recommended."""
-    for setting in data.get("settings", []):
-        if setting["recommended"]:
-            return set(setting["arms"])
+    for compared in data.get("settings", []):
+        if compared["recommended"]:
+            return set(compared["arms"])
     return set()
 
 

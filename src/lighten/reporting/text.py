@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from markupsafe import Markup, escape
 from lighten.reporting.charts import number
 from lighten.runs import MODEL_ALONE
 
+_LONGEST_SETTING = 60
 _WORD = re.compile(r"\s+|\w+|[^\w\s]")
 
 
@@ -103,6 +105,17 @@ def marked(answer: str, reference: str) -> Markup:
             out.append(escape(common))
         place = start + size
     return Markup("").join(out)
+
+
+def setting(value: Any) -> str:
+    """A recipe's value in a few characters."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool | Mapping | list):
+        shown = json.dumps(value, ensure_ascii=False)
+    else:
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+    return shown if len(shown) <= _LONGEST_SETTING else f"{shown[: _LONGEST_SETTING - 1]}…"
 
 
 def size(count: float | None) -> str:

@@ -61,6 +61,7 @@ class Measurement:
         model: The base that it is or was trained on.
         examples_sha256: Of what the choosing and the telling examples say.
         max_new_tokens: Of an answer at most.
+        chosen_sha256: Of what the choosing examples say, by which losses of sweeps are compared.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Measurement:
     model: str = ""
     examples_sha256: str = ""
     max_new_tokens: int | None = None
+    chosen_sha256: str | None = None
 
     def write(self, folder: Path) -> None:
         """Keep it in the sweep's folder."""
@@ -198,6 +200,7 @@ def measure_run(
                 evaluation.answers.tokens_per_s,
                 time.perf_counter() - began, [*notes, *cut_off], _model_of(run),
                 digest_of_examples([*choosing.examples, *answered]), settings.max_new_tokens,
+                digest_of_examples(choosing.examples),
             )  # fmt: skip
             if recipe.sweep.metric == "perplexity":
                 measurement.statistics["loss"] = likelihood.tolist()
