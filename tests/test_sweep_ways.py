@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import lighten
 from lighten.errors import MissingExtra
 from lighten.recipe import Recipe, RecipeError
+from lighten.reporting import comparison
 from lighten.reporting.sweep_page import sweep_page
+from lighten.reporting.sweep_table import ordered, shown
 from lighten.runs import Run
 from lighten.sweeps import ray_tune
 from lighten.sweeps.arms import expand, group_arms
@@ -176,3 +180,45 @@ def test_arms_over_another_storage_of_the_base_are_not_compared_with_its_figures
     assert set(small["against"]) == {"base"}
     assert not dense["against"]
     assert any(f"is that of {base} in nf4: arms that" in note for note in result.data["notes"])
+
+
+def test_arms_are_compared_by_any_metric_of_answers(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    section = {"lora_r": [1, 2], "metric": "rougeL", "reference": ["base", "full"]}
+    chosen = recipe(tiny_folder, chat_file, tmp_path / "s", sweep=section,
+                    evaluate={"max_new_tokens": 2, "extra_metrics": ["token_f1"]})  # fmt: skip
+    result = sweep(chosen, progress=False)
+    for arm in result.arms:
+        assert {"chrf", "rougeL", "token_f1"} <= set(arm["metrics"])
+        assert arm["reference"] or arm["against"]["base"]["verdict"]
+    assert "ROUGE-L" in sweep_page(tmp_path / "s")
+    cut_off = [note for note in result.data["notes"] if "cut off" in note]
+    assert any(note.endswith(" of full") for note in cut_off)
+    assert not any(note.endswith(" of default") for note in cut_off)
+    _, rows, _ = shown(tmp_path / "s")
+    assert [row[2].partition(" ")[0] for row in rows] == [
+        f"{arm['metrics']['rougeL']['value']:.1f}" for arm in ordered(result.data)
+    ]
+
+
+def test_sweeps_over_other_questions_with_the_same_answers_are_not_compared(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Of labels every data set has as many tokens."""
+    runs = []
+    for name in ("first", "second"):
+        data = tmp_path / f"{name}.jsonl"
+        rows = [{"prompt": f"{name} {i}", "completion": "good"} for i in range(60)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        section = {"lora_r": [1, 2], "metric": "loss"}
+        result = sweep(recipe(tiny_folder, data, tmp_path / name, sweep=section), progress=False)
+        runs.append(Run(result.folder))
+    first = runs[0].folder / str(comparison.arm_of_sweep(runs[0])["group"])  # type: ignore[index]
+    compared = comparison.compare(runs)
+    assert "measured on different held-out examples" in compared.sentences[0]
+    assert compared.best["loss"] == set()
+    lighten.evaluate(first, max_new_tokens=2)
+    same = comparison.compare([runs[0], Run(first)])
+    assert "has the lowest held-out loss" in same.sentences[0]
+    assert not any("different" in sentence or "settings" in sentence for sentence in same.sentences)

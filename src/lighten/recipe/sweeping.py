@@ -100,9 +100,12 @@ class SweepOptions(Section):
     full_learning_rate: Rate = Field(
         FULL_LEARNING_RATE, description="learning rate of reference full"
     )
-    metric: Literal["loss", "perplexity", "chrf", "bleu", "exact_match"] = Field(
+    metric: Literal[
+        "loss", "perplexity", "chrf", "bleu", "exact_match", "chrf_spaces", "rouge1", "rouge2",
+        "rougeL", "token_f1", "json_valid",
+    ] = Field(
         "chrf", description="metric beside the held-out loss; loss: no answers are generated"
-    )
+    )  # fmt: skip
     budget: Duration | None = Field(None, description="time there is: 90s, 30m, 2h; null: no limit")
     search: Literal["tpe", "random"] | None = Field(
         None, description="draw settings through Optuna instead of trying every combination"

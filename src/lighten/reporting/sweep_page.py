@@ -59,7 +59,7 @@ def sweep_page(folder: Path) -> str:
         settings=data.get("settings", []),
         left_early=[arm for arm in arms if arm["status"] == "left"],
         measured_on=next((arm for arm in arms if "chosen_on" in arm), None),
-        metric=sweep_table.LABELS[metric],
+        metric=sweep_table.label_of(metric),
         metric_name=metric,
         held_out=held_out_chart(arms),
         training=_training_chart(arms),
@@ -98,8 +98,8 @@ def _tiles(data: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
     if estimate and metric != "loss":
         untouched = base.get("metrics", {}).get(metric)
         note = f"base {number(untouched['value'])}" if untouched else ""
-        tiles.append({"label": sweep_table.LABELS[metric].split(",")[0].capitalize()
-                      if metric == "exact_match" else sweep_table.LABELS[metric],
+        tiles.append({"label": sweep_table.label_of(metric).split(",")[0].capitalize()
+                      if metric == "exact_match" else sweep_table.label_of(metric),
                       "value": number(estimate["value"]), "note": note})  # fmt: skip
     tiles.append({"label": "To ship", "value": text.size(arm["file_bytes"]),
                   "note": f"{arm['trainable_parameters']:,} parameters"})  # fmt: skip

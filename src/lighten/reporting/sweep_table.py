@@ -12,14 +12,12 @@ from typing import Any
 import yaml
 
 from lighten import runs
-from lighten.evaluation.metrics import METRICS
-from lighten.reporting import comparison
+from lighten.evaluation import registry
 from lighten.reporting.charts import number
 from lighten.reporting.text import duration, gib, setting, size
 from lighten.wording import significant
 
 FILE = "sweep.json"
-LABELS = {metric.name: metric.label for metric in METRICS}
 # Of what `_cells` and `_narrow_cells` write, and of what is special about an arm.
 COLUMNS = ("time", "real tokens/s", "peak memory", "trainable", "to ship", "served adds", "")
 NARROW_COLUMNS = ("time", "tok/s", "GiB", "params", "MB", "served", "")
@@ -39,7 +37,7 @@ def table(
     """
     columns = ["arm", "held-out loss", *(NARROW_COLUMNS if narrow else COLUMNS)]
     if metric != "loss":
-        columns.insert(2, metric if narrow else LABELS[metric])
+        columns.insert(2, metric if narrow else label_of(metric))
     rows = []
     for arm in ordered(data):
         row = [described(arm), with_error(arm.get("loss"), 3 if narrow else 4)]
@@ -128,6 +126,11 @@ def truncated(data: Mapping[str, Any]) -> list[str]:
         sentences.append(f"{name}, trained at rank {full}: {what}. Trained at a lower rank an "
                          "adapter may do better than one cut to it.")  # fmt: skip
     return sentences
+
+
+def label_of(metric: str) -> str:
+    """A metric as people read it."""
+    return registry.described(metric).label
 
 
 def metric_of(folder: Path) -> str:
@@ -225,7 +228,7 @@ def against_full(data: Mapping[str, Any], metric: str) -> str | None:
     metric_difference = arm.get("against", {}).get("full")
     if metric_difference and not cut and metric not in ("loss", "perplexity"):
         parts.append(
-            f"{LABELS[metric]} {metric_difference['value']:+.2f} ({metric_difference['verdict']})"
+            f"{label_of(metric)} {metric_difference['value']:+.2f} ({metric_difference['verdict']})"
         )
     parts.append(f"{size(full['file_bytes'])} → {size(arm['file_bytes'])} to ship")
     rate = full["sets"].get("learning_rate")

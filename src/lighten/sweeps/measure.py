@@ -34,7 +34,7 @@ from lighten.evaluation.registry import OF_ANSWERS, scorer
 from lighten.evaluation.run_models import Models
 from lighten.machine import hardware
 from lighten.models import limits_of
-from lighten.recipe import Recipe
+from lighten.recipe import EvaluateOptions, Recipe
 from lighten.runs import Run
 from lighten.training.held_out_data import encoded
 
@@ -111,9 +111,9 @@ def _path(folder: Path, name: str) -> Path:
     return folder / ARMS / f"{name}.json"
 
 
-def formulas() -> dict[str, FromSums]:
-    """From summed statistics to each metric."""
-    return metrics.FROM_SUMS | {name: scorer(name).formula for name in OF_ANSWERS}
+def formula_of(metric: str) -> FromSums:
+    """From summed statistics to a metric."""
+    return metrics.FROM_SUMS[metric] if metric in metrics.FROM_SUMS else scorer(metric).formula
 
 
 def statistics_of(measurement: Measurement, metric: str) -> Array | None:
@@ -151,7 +151,7 @@ def measure_run(
     missing = [(name, adapter) for name, adapter in names if measurements[name] is None]
     if missing:
         device = hardware.choose_device().value
-        run_recipe, settings = run.recipe(), recipe.evaluate
+        run_recipe, settings = run.recipe(), _with_metric(recipe)
         trained_on = run.info().get("data", {}).get("sha256")
         choosing = held_out_examples(run_recipe, trained_on, test=False)
         telling = held_out_examples(run_recipe, trained_on)
@@ -208,6 +208,14 @@ def measure_run(
             parts.forget()
             measurements[name] = measurement
     return [measurement for measurement in measurements.values() if measurement is not None]
+
+
+def _with_metric(recipe: Recipe) -> EvaluateOptions:
+    """How answers are scored: by the sweep's metric, too."""
+    settings, metric = recipe.evaluate, recipe.sweep.metric
+    if metric in (*LIKELIHOODS, *OF_ANSWERS, *settings.extra_metrics):
+        return settings
+    return settings.model_copy(update={"extra_metrics": [*settings.extra_metrics, metric]})
 
 
 def _model_of(run: Run) -> str:

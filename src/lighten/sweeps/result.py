@@ -22,7 +22,7 @@ from lighten.runs import Run
 from lighten.sweeps import costs
 from lighten.sweeps.arms import FULL, Group
 from lighten.sweeps.budget import TIME_UP, left_early
-from lighten.sweeps.measure import BASE, Measurement, formulas, statistics_of
+from lighten.sweeps.measure import BASE, Measurement, formula_of, statistics_of
 from lighten.sweeps.recommend import Candidate, Recommendation, after_training, recommend
 from lighten.wording import counted
 
@@ -214,11 +214,12 @@ def _add_measured(
     row["model"] = measurement.model
     row["generated_tokens_per_second"] = measurement.generated_tokens_per_second
     values = {}
-    for definition in metrics.METRICS:
-        counts = statistics_of(measurement, definition.name)
-        if counts is not None and len(counts) and (definition.name != "loss" or metric == "loss"):
+    usual = [definition.name for definition in metrics.METRICS]
+    for name in dict.fromkeys([*usual, *measurement.statistics]):
+        counts = statistics_of(measurement, name)
+        if counts is not None and len(counts) and (name != "loss" or metric == "loss"):
             draws = Resamples(len(counts), samples, seed)
-            values[definition.name] = draws.estimate(counts, formulas()[definition.name]).to_dict()
+            values[name] = draws.estimate(counts, formula_of(name)).to_dict()
     row["metrics"] = values
 
 
@@ -242,7 +243,7 @@ def _add_differences(
             if a is None or b is None or len(a) != len(b) or not len(a):
                 continue
             draws = Resamples(len(a), recipe.evaluate.bootstrap_samples, recipe.evaluate.seed)
-            difference = draws.difference(a, b, formulas()[metric])
+            difference = draws.difference(a, b, formula_of(metric))
             row["against"][name] = {
                 **difference.to_dict(),
                 "verdict": verdict(difference, len(a), lower_is_better=lower),
