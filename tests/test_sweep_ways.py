@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 import lighten
-from lighten.errors import MissingExtra
+from lighten.errors import MissingExtra, UserError
 from lighten.recipe import Recipe, RecipeError
 from lighten.reporting import comparison
 from lighten.reporting.sweep_page import sweep_page
 from lighten.reporting.sweep_table import ordered, shown
 from lighten.runs import Run
-from lighten.sweeps import ray_tune
+from lighten.sweeps import ray_tune, running
 from lighten.sweeps.arms import expand, group_arms
 from lighten.sweeps.measure import Measurement
 from lighten.sweeps.running import sweep
@@ -182,6 +182,44 @@ def test_arms_over_another_storage_of_the_base_are_not_compared_with_its_figures
     assert any(f"is that of {base} in nf4: arms that" in note for note in result.data["notes"])
 
 
+def ended_after_its_first_group(chosen: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a sweep that is interrupted between its groups."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Sweep, "_measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(chosen, progress=False)
+
+
+def test_a_sweep_goes_on_with_the_data_that_its_arms_learnt_on(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = chat_file.read_text(encoding="utf-8")
+    data.write_text(rows, encoding="utf-8")
+    section = {"per_device_train_batch_size": [2, 4], "metric": "loss"}
+    settings: dict[str, Any] = {"sweep": section, "max_steps": 2}
+    chosen = recipe(tiny_folder, data, tmp_path / "s", **settings)
+    ended_after_its_first_group(chosen, monkeypatch)
+    data.write_text(rows + rows.splitlines()[0], encoding="utf-8")
+    with pytest.raises(UserError, match=r"data have changed since it began.*put the files back"):
+        sweep(chosen, progress=False)
+    data.write_text(rows, encoding="utf-8")
+    # What changes the memory alone may be another from here on: the first group ran out of it.
+    settings |= {"gradient_checkpointing": True, "per_device_eval_batch_size": 2}
+    settings["evaluate"] = {"max_new_tokens": 2, "bootstrap_samples": 100, "batch_size": 2}
+    result = sweep(recipe(tiny_folder, data, tmp_path / "s", **settings), progress=False)
+    assert [arm["status"] for arm in result.arms] == ["finished"] * 3
+    said = "went on with another gradient_checkpointing, per_device_eval_batch_size: times and"
+    assert any(said in note for note in result.data["notes"])
+    settings["evaluate"]["max_examples"] = 3
+    with pytest.raises(UserError, match="holds another sweep: evaluate was"):
+        sweep(recipe(tiny_folder, data, tmp_path / "s", **settings), progress=False, resume=True)
+
+
 def test_arms_are_compared_by_any_metric_of_answers(
     tiny_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:
@@ -222,3 +260,19 @@ def test_sweeps_over_other_questions_with_the_same_answers_are_not_compared(
     same = comparison.compare([runs[0], Run(first)])
     assert "has the lowest held-out loss" in same.sentences[0]
     assert not any("different" in sentence or "settings" in sentence for sentence in same.sentences)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "cuts plain LoRA adapters to lower ranks, and r2 is DoRA"),
+        ({"evaluate": {"extra_metrics": ["rougel"]}}, "'rougel' is not known"),
+    ],
+)
+def test_what_would_fail_behind_the_training_is_told_before_it(
+    settings: dict[str, Any], message: str, tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    section = {"lora_r": [1, 2], "truncate": True, "metric": "loss"}
+    with pytest.raises(UserError, match=message):
+        sweep(recipe(tiny_folder, chat_file, tmp_path / "s", sweep=section, **settings))
+    assert not (tmp_path / "s").exists()

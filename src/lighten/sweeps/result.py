@@ -27,6 +27,9 @@ from lighten.sweeps.recommend import Candidate, Recommendation, after_training, 
 from lighten.wording import counted
 
 FILE = "sweep.json"
+# What a sweep may go on with otherwise, and costs an arm nothing.
+_NO_COST = ("output_dir", "report_to", "logging_steps", "save_every", "save_steps",
+            "save_total_limit", "evaluate", "quantize", "sweep")  # fmt: skip
 
 
 @dataclass
@@ -101,6 +104,7 @@ def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, 
             "are not compared with it."
         )
         notes[sentence] = None
+    notes |= dict.fromkeys(_other_costs(folder, recipe, groups))
     finished = _comparable(rows, measured)
     recommendation, arms_of = _recommended(rows, finished, measured, recipe)
     return {
@@ -112,6 +116,23 @@ def collect(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> dict[str, 
             "arm": arms_of[recommendation.name][0] if recommendation.name is not None else None,
         },
     }
+
+
+def _other_costs(folder: Path, recipe: Recipe, groups: Sequence[Group]) -> list[str]:
+    """A sentence where the sweep went on with settings that change what arms cost."""
+    begun = [folder / group.name for group in groups
+             if (folder / group.name / runs.RECIPE).is_file()]  # fmt: skip
+    recipes = [Run(place).recipe().completed() for place in begun]
+    names = [
+        key for key in sorted(runs.FREE - {*_NO_COST, *recipe.sweep.grid})
+        if any(completed[key] != recipes[0][key] for completed in recipes)
+    ]  # fmt: skip
+    if not names:
+        return []
+    return [
+        f"The sweep went on with another {', '.join(names)}: times and memory of its arms do not "
+        "say which settings are cheaper."
+    ]
 
 
 def _group_rows(folder: Path, group: Group) -> list[dict[str, Any]]:

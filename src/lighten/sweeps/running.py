@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from lighten import folders, locks, runs
 from lighten.engine.schedule import in_steps
 from lighten.engine.step import TrainingDiverged
 from lighten.errors import UserError
+from lighten.evaluation import registry
 from lighten.evaluation.evaluation import Progress, held_out_examples
 from lighten.evaluation.truncated import truncated_curve
 from lighten.machine import hardware
@@ -19,14 +20,17 @@ from lighten.paths import expanded
 from lighten.recipe import Recipe
 from lighten.runs import Run, now
 from lighten.sweeps import ray_tune, result, time_plan, tuning
-from lighten.sweeps.arms import FULL, Group, expand, full_arm, grid_of, group_arms
+from lighten.sweeps.arms import FULL, Arm, Group, expand, full_arm, grid_of, group_arms
 from lighten.sweeps.budget import Halving, left_early
 from lighten.sweeps.measure import BASE, Measurement, measure_run
 from lighten.sweeps.result import FILE, SweepResult
 from lighten.sweeps.search import Search
 from lighten.training.progress import TrainingProgress
+from lighten.training.rows import data_sha256
 from lighten.training.run import train
 
+# What of the `evaluate` section the figures of arms hang on.
+OF_ARMS = ("max_examples", "max_new_tokens", "extra_metrics", "bootstrap_samples", "seed")
 # How often the time spent is written down while a group trains: what a kill can lose of it.
 HEARTBEAT_S = 20.0
 
@@ -63,6 +67,10 @@ def sweep(
             "recipe"
         )
     held_out_examples(recipe, None, test=False)  # says so if there are none, before anything runs
+    for metric in recipe.evaluate.extra_metrics:
+        registry.extra(metric)
+    if recipe.sweep.truncate:
+        _require_plain(expand(recipe, time_plan.swept_grid(recipe)))
     running = Sweep(recipe, resume=resume, progress=progress, measuring=measuring)
     try:
         return running.run()
@@ -74,6 +82,34 @@ def sweep(
         raise
     finally:
         locks.release(running.folder)
+
+
+def _not_measured(recipe: Recipe) -> list[str]:
+    """A sentence about parts of the recipe's `evaluate` section that are not of arms."""
+    names = [f"evaluate.{name}" for name in ("forgetting", "judge", "tasks")
+             if getattr(recipe.evaluate, name)]  # fmt: skip
+    if not names:
+        return []
+    return [
+        f"arms are compared by loss and {recipe.sweep.metric}, not by {', '.join(names)}: lighten "
+        "evaluate measures these of an arm's run"
+    ]
+
+
+def _require_plain(arms: Sequence[Arm]) -> None:
+    """Every arm is plain LoRA, which alone can be cut to lower ranks.
+
+    Raises:
+        UserError: One is not.
+    """
+    for arm in arms:
+        peft = arm.options.peft
+        if arm.options.use_dora or peft is not None:
+            raise UserError(
+                f"sweep.truncate cuts plain LoRA adapters to lower ranks, and {arm.name} is "
+                f"{'DoRA' if peft is None else peft.get('peft_type')}; remove truncate, and every "
+                "rank is trained"
+            )
 
 
 class Sweep:
@@ -104,7 +140,7 @@ class Sweep:
 
     def run(self) -> SweepResult:
         """Everything that has not been done yet, in order."""
-        for notice in self.recipe.notices:
+        for notice in (*self.recipe.notices, *_not_measured(self.recipe)):
             self.shown.note(notice)
         commit, clean = hardware.commit()
         self.write(
@@ -153,6 +189,7 @@ class Sweep:
             ended = before.get("status") == "finished"
             if not ended or resume:
                 self._require_same()
+                self._require_same_data(before)
                 locks.acquire(self.folder)
                 self.recipe.notices.append(f"going on with the sweep in {self.folder}")
                 return before
@@ -160,25 +197,29 @@ class Sweep:
         ended = exists or (self.folder / runs.METRICS).exists()
         if not exists and ended and Run(self.folder).is_unfinished():
             raise UserError(f"{self.folder} holds an unfinished run; choose another --output_dir")
+        data = data_sha256(self.recipe)
         self._claim = folders.claim(self.folder, self.recipe.to_yaml(), aside=ended)
         if self._claim.aside is not None:
             self.recipe.notices.append(
                 f"{self.folder} held an ended run, which is now {self._claim.aside}"
             )
-        return {"version": 1, "name": self.folder.resolve().name}
+        return {"version": 1, "name": self.folder.resolve().name, "data_sha256": data}
 
     def _require_same(self) -> None:
         """The same sweep may go on, with another budget or number of trials too.
 
+        So may one whose settings change how much memory it takes, and no result.
+
         Raises:
             UserError: The recipe has changed.
         """
-        free = ("output_dir", "report_to", "logging_steps", "save_every", "save_total_limit")
         before, now = Run(self.folder).recipe().completed(), self.recipe.completed()
         for settings in (before, now):
             settings["sweep"] = {
                 k: v for k, v in settings["sweep"].items() if k not in ("budget", "trials")
             }
+            settings["evaluate"] = {k: settings["evaluate"].get(k) for k in OF_ARMS}
+        free = runs.FREE - {"sweep", "evaluate"}
         changed = [key for key in now if key not in free and now[key] != before.get(key)]
         if changed:
             key = changed[0]
@@ -186,6 +227,19 @@ class Sweep:
                 f"{self.folder} holds another sweep: {key} was "
                 f"{before.get(key)!r} and is now {now[key]!r}; go on with the same settings, or "
                 "choose another --output_dir"
+            )
+
+    def _require_same_data(self, before: Mapping[str, Any]) -> None:
+        """Arms that are still to be trained learn on the rows that the others did.
+
+        Raises:
+            UserError: A file has changed since the sweep began.
+        """
+        if before.get("data_sha256", now_sha256 := data_sha256(self.recipe)) != now_sha256:
+            raise UserError(
+                f"{self.folder} holds a sweep whose data have changed since it began: arms that "
+                "learn on other rows cannot be compared; put the files back, or choose another "
+                "--output_dir"
             )
 
     # What is trained
@@ -317,6 +371,7 @@ class Sweep:
         recipe = group.recipe(place)
         if ray_tune.is_done(group, place):
             return Run(recipe.run_folder)
+        self._require_same_data(self._state)
         exists = (recipe.run_folder / runs.RECIPE).is_file()
         self.shown.note(f"{group.name}: {', '.join(arm.name for arm in group.arms)}")
         pruner = Halving(
