@@ -256,9 +256,21 @@ def test_sweeps_over_other_questions_with_the_same_answers_are_not_compared(
     compared = comparison.compare(runs)
     assert "measured on different held-out examples" in compared.sentences[0]
     assert compared.best["loss"] == set()
+    assert lighten.report(result) == result.folder / "report.html"
+    assert lighten.report(result, first).name == "comparison.html"
     lighten.evaluate(first, max_new_tokens=2)
     same = comparison.compare([runs[0], Run(first)])
     assert "has the lowest held-out loss" in same.sentences[0]
+    # A sweep knows from its arms on what they were trained, as a run does from its training.
+    gpu = {"machine": {"gpus": [{"name": "Tesla T4"}]}}
+    data = json.loads((runs[0].folder / "sweep.json").read_text())
+    for arm in data["arms"]:
+        arm["peak_method"] = "cuda allocator"
+    (runs[0].folder / "sweep.json").write_text(json.dumps(data))
+    runs[0].update(**gpu)
+    Run(first).update(**gpu, training={**Run(first).info()["training"], "method": "cuda allocator"})
+    on_gpu = comparison.compare([runs[0], Run(first)]).sentences
+    assert not any("machines" in sentence for sentence in on_gpu)
     assert not any("different" in sentence or "settings" in sentence for sentence in same.sentences)
 
 
@@ -276,3 +288,11 @@ def test_what_would_fail_behind_the_training_is_told_before_it(
     with pytest.raises(UserError, match=message):
         sweep(recipe(tiny_folder, chat_file, tmp_path / "s", sweep=section, **settings))
     assert not (tmp_path / "s").exists()
+
+
+def test_what_arms_are_not_compared_by_is_said(tiny_folder: Path, chat_file: Path) -> None:
+    evaluate = {"forgetting": "builtin", "tasks": ["a_task"]}
+    chosen = recipe(tiny_folder, chat_file, Path("s"), evaluate=evaluate)
+    (said,) = running._not_measured(chosen)
+    assert "by loss and chrf, not by evaluate.forgetting, evaluate.tasks" in said
+    assert running._not_measured(recipe(tiny_folder, chat_file, Path("s"))) == []

@@ -102,6 +102,10 @@ class Audit:
         measured = sum(row["status"] == "measured" for row in self.rows)
         return f"Audit({self.facts['model']}, {measured} of {len(self.rows)} rows measured)"
 
+    def __fspath__(self) -> str:
+        """Its folder, so that it can be given to whatever takes a folder, as `lighten.report`."""
+        return str(self.folder)
+
     def row(self, group: str, name: str) -> dict[str, Any]:
         """A row by its group and name.
 

@@ -48,6 +48,10 @@ class SweepResult:
         arms = counted(sum(arm["reference"] is None for arm in self.arms), "arm")
         return f"SweepResult({str(self.folder)!r}, {arms}, recommended={self.recommended!r})"
 
+    def __fspath__(self) -> str:
+        """Its folder, so that it can be given to whatever takes a folder, as `lighten.report`."""
+        return str(self.folder)
+
     def _repr_html_(self) -> str:
         """The recommendation and every arm, for notebooks."""
         # The report knows what it draws; it is looked up when a notebook asks.
