@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.machine.hardware import Gpu
 from lighten.peft_config import WEIGHTS
+from lighten.quantization.gguf_file import GgufContent
+from lighten.quantization.gguf_model import write_gguf
 from lighten.serving import llamacpp, vllm
 from lighten.serving.adapters import open_base
 from lighten.serving.engine import Adapter
@@ -62,6 +66,42 @@ def test_a_base_that_is_quantised_has_ours(tmp_path: Path, tiny_folder: Path) ->
     assert (chosen.value, "quantised already" in chosen.reason) == ("lighten", True)
     with pytest.raises(UserError, match="--engine lighten"):
         base_as_gguf(base, "q8_0")
+
+
+def test_a_gguf_base_is_served_without_a_copy_of_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 a copy would be seven times as large as the file; llama.cpp does not read it."""
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    write_gguf(tiny_folder, tmp_path / "it.gguf", "q8_0")
+    registry, _ = prepare(str(tmp_path / "it.gguf"), Options(), lambda _: None)
+    base, plain = registry.base, open_base(str(tiny_folder))
+    assert base_as_gguf(base, "q8_0")[0] == tmp_path / "it.gguf"
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
+    assert base.asking.stop_ids == plain.asking.stop_ids
+    assert base.asking.text("Hello you") == plain.asking.text("Hello you")
+
+
+def test_two_that_convert_a_base_at_once_both_serve_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers that share a cache have processes of one number; so have threads."""
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    both, write = threading.Barrier(2, timeout=60), GgufContent.write
+
+    def written(content: GgufContent, path: Path) -> None:
+        write(content, path)
+        both.wait()
+
+    monkeypatch.setattr(GgufContent, "write", written)
+    base = open_base(str(tiny_folder))
+    with ThreadPoolExecutor(2) as pool:
+        (first, _), (second, _) = pool.map(lambda _: base_as_gguf(base, "f32"), range(2))
+    assert first == second
+    monkeypatch.undo()
+    write_gguf(tiny_folder, tmp_path / "alone.gguf", "f32", name=base.name)
+    assert first.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+    assert [file.name for file in first.parent.iterdir()] == [first.name]
 
 
 def test_a_gpu_has_vllm_where_it_is_installed_and_the_reason_is_said(

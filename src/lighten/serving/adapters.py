@@ -106,13 +106,13 @@ def open_base(name: str, *, revision: str | None = None, chat_template: str | No
     else:
         handling, learnt, template = data.Handling(), data.LearntAnswers(), None
     source, path = locate(name, revision=revision)
-    folder = gguf.converted(path) if source == "gguf" else path
     tokenizer = models.load_tokenizer(name, revision=revision)
-    config = configuration.read_config(folder)
-    declared = _declared(folder, config)
+    # llama.cpp reads a GGUF file as it is: no copy of it is made for what its header says.
+    config = gguf.read_config(path) if source == "gguf" else configuration.read_config(path)
+    declared = _declared(path, config)
     how_asked = asking(tokenizer, chat_template or template, declared, handling, learnt)
     return Base(
-        name, folder, config, how_asked, path if source == "gguf" else None, declared=declared
+        name, path, config, how_asked, path if source == "gguf" else None, declared=declared
     )
 
 

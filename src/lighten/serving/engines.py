@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from lighten.serving.adapters import Base
 from lighten.serving.engine import Adapter, Engine
 from lighten.serving.options import ALL_LAYERS, STORAGE, STORED, STORED_BY_VLLM, Options
 from lighten.serving.registry import Registry
+from lighten.whole_files import scratch_folder
 
 # Of a GPU; older ones vLLM does not compute on (its documentation, "GPU: requirements").
 _CAPABILITY_OF_VLLM = (7, 0)
@@ -240,7 +242,9 @@ def base_as_gguf(base: Base, storage: str) -> tuple[Path, str]:
     target = cache_folder() / "serve" / "bases" / f"{key[:32]}-{storage}-{adapters.LAYOUT}.gguf"
     if target.is_file():
         return target, f"{storage}, converted before"
-    target.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    write_gguf(base.folder, target, storage, name=base.name)
+    # Of its own: containers that share a cache have processes of the same number.
+    with scratch_folder(target.parent, "convert") as scratch:
+        write_gguf(base.folder, scratch / target.name, storage, name=base.name)
+        os.replace(scratch / target.name, target)
     return target, f"converted to {storage} in {time.perf_counter() - began:.1f} s"
