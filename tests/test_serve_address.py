@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +97,31 @@ def test_a_program_serves_in_a_thread(tiny_folder: Path, monkeypatch: pytest.Mon
     servers[0].should_exit = True
     thread.join(60)
     assert not thread.is_alive()
+
+
+BEGINS = """
+import sys, time
+from lighten.serving import running
+from lighten.serving.options import Options
+def prepare(*_):
+    try:
+        print("converting", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleared away", flush=True)
+running.prepare = prepare
+running.serve("base", Options(port=0), print)
+"""
+
+
+def test_a_server_that_is_stopped_before_it_serves_clears_away() -> None:
+    """By SIGTERM: unhandled, it does not end a container's first process, and clears nothing."""
+    process = subprocess.Popen([sys.executable, "-c", BEGINS], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "converting\n"
+    process.terminate()
+    assert process.communicate(timeout=60)[0] == "cleared away\n"
+    assert process.returncode == 0
 
 
 def test_a_notebooks_cell_serves_until_it_is_interrupted(tiny_folder: Path) -> None:

@@ -22,6 +22,7 @@ from lighten.serving.options import Options, context_of, is_loopback, require_va
 from lighten.serving.registry import Registry
 from lighten.wording import counted
 
+_ENDS = (signal.SIGTERM, signal.SIGINT)
 _GRACE_S = 25  # running answers have so long after SIGTERM, the engine its few seconds after them
 
 
@@ -40,7 +41,7 @@ def serve(base: str, options: Options, log: Callable[[str], None]) -> None:
     """
     require_extra()
     require_valid(options)
-    with address.bound(options.host, options.port) as sockets:
+    with _ended_by_sigterm(), address.bound(options.host, options.port) as sockets:
         _serve_at(sockets, base, options, log)
 
 
@@ -90,25 +91,41 @@ def _serve_at(
         raise failed[0]
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program before it serves, too, and not by the system's hand.
+
+    That does not end the first process of a container, and leaves half-written conversions behind.
+    """
+
+    def end(*_: Any) -> None:
+        raise SystemExit(0)
+
+    if threading.current_thread() is not threading.main_thread():  # no signal comes here
+        yield
+    else:
+        with _on_signals(end, signal.SIGTERM):
+            yield
+
+
 def _run(server: Any, sockets: list[socket.socket]) -> None:
     """Until a signal ends it; in a thread of a program as long as that runs."""
     if threading.current_thread() is not threading.main_thread():  # no signal comes here
         server.run(sockets)
     elif _has_loop():  # a notebook's
         thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
-        with _on_signals(lambda *_: setattr(server, "should_exit", True)):
+        with _on_signals(lambda *_: setattr(server, "should_exit", True), *_ENDS):
             thread.start()
             thread.join()
     else:
         # uvicorn raises the signal once more when it has ended: that is no way to end a server.
-        with _on_signals(lambda *_: None):
+        with _on_signals(lambda *_: None, *_ENDS):
             server.run(sockets)
 
 
 @contextlib.contextmanager
-def _on_signals(handler: Callable[..., None]) -> Iterator[None]:
-    previous = {number: signal.signal(number, handler)
-              for number in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
+def _on_signals(handler: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
