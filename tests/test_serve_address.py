@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -45,6 +46,14 @@ def test_a_free_port_is_the_same_at_all_addresses_of_a_name() -> None:
         assert len({opened.getsockname()[1] for opened in sockets}) == 1
         assert sockets[0].getsockname()[1] > 0
         assert "127.0.0.1" in {opened.getsockname()[0] for opened in sockets}
+
+
+def test_no_port_is_shared_where_a_used_address_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the option frees what a server that ended held; on Windows it shares the port."""
+    for system, reused in (("posix", True), ("nt", False)):
+        monkeypatch.setattr(address, "os", SimpleNamespace(name=system))
+        with address.bound("127.0.0.1", 0) as (opened,):
+            assert bool(opened.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)) == reused
 
 
 def test_clients_are_refused_until_it_listens_and_whoever_is_second_then() -> None:

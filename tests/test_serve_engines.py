@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import threading
@@ -170,6 +171,19 @@ def test_a_base_that_ours_does_not_take_has_llama_cpp(
     assert reason in chosen.reason
     with pytest.raises(UserError, match=f"{reason}.*--engine llamacpp"):
         prepare(str(base), Options(engine="lighten"), lambda _: None)
+
+
+def test_a_system_without_unix_sockets_has_ours(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows: the others' processes could not be asked, and it would end in a traceback."""
+    monkeypatch.delattr(asyncio, "open_unix_connection")
+    lines: list[str] = []
+    _, engine = prepare(str(tiny_folder), Options(), lines.append)
+    assert engine.name == "lighten"
+    assert "Unix socket" in lines[-1]
+    with pytest.raises(UserError, match=r"Unix socket.*--engine lighten"):
+        prepare(str(tiny_folder), Options(engine="llamacpp"), lines.append)
 
 
 def test_what_is_wanted_is_taken(adapters: list[Adapter]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,7 +41,8 @@ def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
             number = sockets[0].getsockname()[1] if sockets else port
             try:
                 opened = stack.enter_context(socket.socket(family, kind, protocol))
-                opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if os.name == "posix":  # Windows would let two programs have one port by it
+                    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:  # IPv4 has a socket of its own
                     opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 opened.bind((address[0], number, *address[2:]))

@@ -16,7 +16,7 @@ from lighten.generation.engine import require_taken
 from lighten.machine import hardware
 from lighten.machine.hardware import Choice, Gpu, cache_folder
 from lighten.peft_config import FACTOR, WEIGHTS, tensor_shapes
-from lighten.serving import adapters, vllm
+from lighten.serving import adapters, vllm, wire
 from lighten.serving.adapters import Base
 from lighten.serving.engine import Adapter, Engine
 from lighten.serving.options import ALL_LAYERS, STORAGE, STORED, STORED_BY_VLLM, Options
@@ -37,6 +37,7 @@ def choose_engine(
     obstacle_of_ours: Callable[[], str | None] = lambda: None,
     gpu: Gpu | None = None,
     program: str | None = None,
+    unix_sockets: bool = True,
 ) -> Choice:
     """Which engine answers, and why.
 
@@ -52,6 +53,7 @@ def choose_engine(
         obstacle_of_ours: Says why ours does not take the base; None: it does.
         gpu: The one that is computed on; None: the processor is.
         program: vLLM's command; None: it is not installed.
+        unix_sockets: Whether the system has those by which other engines' processes are asked.
     """
     if options.engine != "auto":
         return Choice(options.engine, "as wanted")
@@ -72,6 +74,8 @@ def choose_engine(
             "lighten",
             f"which applies LoRA to the head and not to the word embeddings, too{without_vllm}",
         )
+    if not unix_sockets:
+        return Choice("lighten", "since llama.cpp is asked at a Unix socket, which is not here")
     if len(adapters) < 2:
         return Choice("llamacpp", f"the embedded one, which takes the least memory{without_vllm}")
     if (obstacle := obstacle_of_ours()) is not None:
@@ -128,7 +132,7 @@ def choose_here(
     return choose_engine(
         options, adapters, gguf=gguf, tied=bool(getattr(config, "tie_word_embeddings", False)),
         quantized=_is_quantized(config), gpu=gpu, program=None if gpu is None else vllm.installed(),
-        obstacle_of_ours=lambda: _obstacle_of_ours(shape()),
+        obstacle_of_ours=lambda: _obstacle_of_ours(shape()), unix_sockets=wire.available(),
     )  # fmt: skip
 
 
@@ -159,6 +163,11 @@ def engine_of(
     Raises:
         UserError: It cannot serve this.
     """
+    if engine != "lighten" and not wire.available():
+        raise UserError(
+            f"--engine {engine} is asked at a Unix socket, which this system's Python has not; "
+            "use --engine lighten, or Linux (WSL)"
+        )
     return _BUILDERS[engine](registry, options, context, log)
 
 

@@ -29,6 +29,11 @@ class WireError(EngineFailed):
         self.status = status
 
 
+def available() -> bool:
+    """Whether the system has Unix sockets, as Python knows them: not on Windows."""
+    return hasattr(asyncio, "open_unix_connection")
+
+
 async def get(socket: Path, path: str) -> tuple[int, bytes]:
     """Status and body of a GET request."""
     return await _exchange(
