@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import itertools
 import json
@@ -16,12 +17,13 @@ from typing import Any, Literal
 import pytest
 
 import lighten.api
-from lighten.cli.serve import _flags
+from lighten.cli.serve import _client_key, _flags
 from lighten.errors import UserError
 from lighten.serving.checks import identity
 from lighten.serving.load import Load, lengths, run, series
 from lighten.serving.remote import Remote, ServerError, Streamed
 from lighten.serving.talk import talk
+from tests import local_server
 
 EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": "begun"}}]}\n\n'
 MODELS = {"data": [{"id": "it"}]}
@@ -120,6 +122,56 @@ def test_events_of_a_stream_may_stand_close_to_their_name() -> None:
 def test_an_address_that_is_none_is_told(url: str) -> None:
     with pytest.raises(UserError, match="is no address of a server"):
         Remote(url)
+
+
+@pytest.mark.parametrize(
+    ("key", "sent"),
+    [("한글", "Bearer 한글"), ("abc\r\n", "Bearer abc"), (" \n", None), (None, None)],
+)
+def test_a_key_of_any_letters_is_sent_as_the_server_reads_it(
+    key: str | None, sent: str | None
+) -> None:
+    came: list[str | None] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            words = self.headers["Authorization"]
+            came.append(words and words.encode("latin-1").decode())
+            self.wfile.write(whole(MODELS))
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with local_server.serving(Handler) as url:
+        assert Remote(url, key).models() == {"it": None}
+    assert came == [sent]
+
+
+def test_a_key_that_no_header_holds_is_told_and_not_shown() -> None:
+    with pytest.raises(UserError, match="control sign") as refusal:
+        Remote("http://127.0.0.1:9", "first\nsecond")
+    assert "first" not in str(refusal.value)
+
+
+def test_the_first_of_several_keys_is_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the server's own environment, where each of them is one."""
+    monkeypatch.setenv("LIGHTEN_API_KEY", " old, new\n")
+    assert _client_key() == "old"
+    monkeypatch.delenv("LIGHTEN_API_KEY")
+    assert _client_key() is None
+
+
+def test_an_address_of_any_letters_is_asked_or_told() -> None:
+    paths: list[bytes] = []
+
+    def answer(path: bytes, _: Any) -> bytes:
+        paths.append(path)
+        return whole(MODELS)
+
+    with answering(answer) as url:
+        assert Remote(f"{url}/한 글%20/v1").models() == {"it": None}
+    assert paths == [b"/%ED%95%9C%20%EA%B8%80%20/v1/models"]
+    with pytest.raises(UserError, match="does not answer"):
+        Remote(f"http://{'a' * 70}.invalid").models()  # of 63 letters at most, says DNS
 
 
 def test_where_a_missing_key_belongs_is_told() -> None:

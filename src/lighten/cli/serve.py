@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,7 +109,7 @@ def bench_serve(
     from lighten import api
 
     result = api.bench_serve(
-        url, key=api_key or os.environ.get("LIGHTEN_API_KEY"), output_dir=output_dir,
+        url, key=api_key or _client_key(), output_dir=output_dir,
         identity_requests=identity_requests, log=lambda line: typer.echo(line, err=as_json),
         requests=requests, clients=clients, rate=rate, prompt_words=prompt_words,
         max_tokens=max_tokens, popularity=popularity, seed=seed,
@@ -137,9 +136,16 @@ def chat(
     from lighten.serving.talk import talk
 
     talk(
-        url, key=os.environ.get("LIGHTEN_API_KEY"), adapter=adapter, compare=compare,
+        url, key=_client_key(), adapter=adapter, compare=compare,
         system=system, max_new_tokens=max_new_tokens, temperature=temperature,
     )  # fmt: skip
+
+
+def _client_key() -> str | None:
+    """The first of the keys in the environment, any of which opens a server that has them all."""
+    from lighten.serving.options import keys
+
+    return next(iter(keys((), "LIGHTEN_API_KEY")), None)
 
 
 def register(app: typer.Typer) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 from lighten.errors import UserError
 
+# What stands for itself in a path, a letter that is written by its number among it (RFC 3986).
+_IN_PATHS = "/%:@!$&'()*+,;=~"
+
 
 class ServerError(Exception):
     """The server answered with an error.
@@ -62,7 +65,7 @@ class Remote:
         timeout_s: For each answer.
 
     Raises:
-        UserError: No address.
+        UserError: No address, or a key that no header holds.
     """
 
     def __init__(self, url: str, key: str | None = None, timeout_s: float = 600.0) -> None:
@@ -75,10 +78,13 @@ class Remote:
             raise UserError(f"{url!r} is no address of a server; write http://127.0.0.1:8000")
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._parts, self._timeout_s = parts, timeout_s
-        self._path = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"}
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
+        path = urllib.parse.quote(parts.path, safe=_IN_PATHS)
+        self._path = path.rstrip("/").removesuffix("/v1")
+        self._headers: dict[str, str | bytes] = {"Content-Type": "application/json"}
+        if key and (key := key.strip()):  # a file's last line may end as on Windows
+            if not key.isprintable():
+                raise UserError("the server's key holds an end of line or another control sign")
+            self._headers["Authorization"] = f"Bearer {key}".encode()
 
     def models(self) -> dict[str, str | None]:
         """Parent by name; that of the base is None.
@@ -178,7 +184,8 @@ class Remote:
         try:
             connection.request(method, self._path + path, content, headers)
             response = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
+        # The last of a name that DNS has no form for.
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             connection.close()
             raise ServerError(0, f"{self.url} does not answer: {error}") from error
         if response.status != 200:
