@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -81,6 +82,23 @@ def test_what_a_process_said_last_is_told_when_it_does_not_start() -> None:
     with pytest.raises(UserError, match="it was not ready after 1 s"):
         run_async(started("never", within_s=1))
     assert children("socketserver") == []
+
+
+def test_a_process_starts_where_temporary_files_lie_deep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a cluster, whose jobs have folders of their own: a socket's path has a limit."""
+    deep = tmp_path / "job-of-a-user-with-a-long-name.12345678.of-a-cluster" / ("x" * 60)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+
+    async def run() -> None:
+        process = await started("ready")
+        assert process.alive
+        await process.end()
+        assert not process.socket.parent.exists()
+
+    run_async(run())
 
 
 def test_a_process_that_writes_without_end_of_line_goes_on() -> None:

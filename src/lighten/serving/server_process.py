@@ -24,6 +24,8 @@ from lighten.serving.engine import EngineFailed, EngineRefused
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.05
+_SOCKET = "engine.sock"
+_LONGEST_SOCKET = 103  # bytes of its path on macOS; Linux takes 107
 _LOG_LINES = 60
 _MOST_CRASHES = 3  # one after another; after one more it is left down
 _STEADY_S = 60.0  # a process that lived so long does not count with those before it
@@ -52,6 +54,16 @@ def visible_gpus() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names[int(number)]}
 
 
+def _socket_folder() -> Path:
+    """A folder of this user alone for a socket: where temporary files go, unless that is too deep.
+
+    A job's own folder on a cluster may be.
+    """
+    rest = len("/lighten-engine-12345678/") + len(_SOCKET)
+    too_deep = len(os.fsencode(tempfile.gettempdir())) + rest > _LONGEST_SOCKET
+    return Path(tempfile.mkdtemp(prefix="lighten-engine-", dir="/tmp" if too_deep else None))
+
+
 class ServerProcess:
     """One process.
 
@@ -66,8 +78,7 @@ class ServerProcess:
     def __init__(self, name: str, *, grace_s: float = 5.0) -> None:
         self.name = name
         self.adapters: list[str] = []
-        # Short, for a socket's path has 108 characters at most.
-        self._folder = Path(tempfile.mkdtemp(prefix="lighten-engine-"))
+        self._folder = _socket_folder()
         self._grace_s = grace_s
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
         self._child: asyncio.subprocess.Process | None = None
@@ -79,7 +90,7 @@ class ServerProcess:
     @property
     def socket(self) -> Path:
         """Where it listens."""
-        return self._folder / "engine.sock"
+        return self._folder / _SOCKET
 
     @property
     def alive(self) -> bool:
