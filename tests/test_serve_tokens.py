@@ -14,6 +14,7 @@ pytest.importorskip("uvicorn")
 from lighten.serving.answering import Front
 from lighten.serving.front import application
 from lighten.serving.options import Options
+from lighten.serving.requests import ChatRequest, Refused, parse
 from lighten.serving.running import prepare
 from tests.processes import run_async
 from tests.serving import save_adapter
@@ -30,7 +31,9 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     base = save_tiny(root / "base")
     tiny_tokenizer(add_bos=True).save_pretrained(base)
     adapter = save_adapter(base, root / "one", seed=1)
-    (adapter / "chat_template.jinja").write_text("Q: {{ messages[0].content }} A:")
+    (adapter / "chat_template.jinja").write_text(
+        "{{ messages[0].name or 'Q' }}: {{ messages[0].content }} A:"
+    )
     options = Options(adapters={"one": str(adapter)}, engine="lighten", served_name="base",
                       context=64)  # fmt: skip
     registry, engine = prepare(str(base), options, lambda _: None)
@@ -75,6 +78,32 @@ def test_a_conversation_is_read_with_the_adapters_template(ask: Ask) -> None:
     assert tokens(ask, messages=MESSAGES, add_generation_prompt=True) == base
     own = tokens(ask, messages=MESSAGES, model="one")
     assert tokenizer.decode(own) == "Q: the answer A:"
+
+
+def test_who_speaks_is_told_to_the_template(ask: Ask) -> None:
+    """As vLLM does; agents' clients send their names with every message."""
+    named = [{"role": "user", "name": "Kim", "content": "the answer"},
+             {"role": "assistant", "name": "a", "content": "the"}]  # fmt: skip
+    assert tiny_tokenizer().decode(tokens(ask, messages=named, model="one")) == "Kim: the answer A:"
+    plain = [{key: value for key, value in each.items() if key != "name"} for each in named]
+    assert tokens(ask, messages=named) == tokens(ask, messages=plain)
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn = {"role": "assistant", "name": "a", "content": None, "tool_calls": [call]}
+    request = parse(ChatRequest, {"model": "it", "messages": [turn]})
+    assert dict(request.conversation()[0].extra).keys() == {"name", "tool_calls"}
+
+
+def test_an_answer_to_an_answer_is_another_turn(ask: Ask) -> None:
+    """As at OpenAI and in vLLM, unless its `continue_final_message` says otherwise."""
+    answered = [*MESSAGES, {"role": "assistant", "content": "the"}]
+    tokenizer = tiny_tokenizer()
+    expected = tokenizer.apply_chat_template(answered, add_generation_prompt=True)["input_ids"]
+    assert tokens(ask, messages=answered) == expected
+    request = parse(ChatRequest, {"model": "it", "messages": answered,
+                                  "continue_final_message": False})  # fmt: skip
+    assert request.conversation()[-1].content == "the"
+    with pytest.raises(Refused, match="continue_final_message is not applied"):
+        parse(ChatRequest, {"model": "it", "messages": answered, "continue_final_message": True})
 
 
 @pytest.mark.parametrize(

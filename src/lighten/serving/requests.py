@@ -33,9 +33,11 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "store": (False,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "parallel_tool_calls": (True, False), "service_tier": ("auto", "default"), "echo": (False,),
     "suffix": ("",), "best_of": (1,), "modalities": (["text"],),
+    "add_generation_prompt": (True,), "continue_final_message": (False,),  # vLLM's
 }  # fmt: skip
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
-_OF_ROLE = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
+# Who speaks is the template's to write: agents' names come with their messages (LangGraph's).
+_OF_ROLE = {"assistant": {"tool_calls", "name"}, "tool": {"tool_call_id", "name"}}
 
 
 class Refused(Exception):
@@ -222,7 +224,7 @@ class _Turn(BaseModel):
         given = {
             key: value for key, value in {**known, **(self.model_extra or {})}.items() if value
         }
-        extra = given.keys() - _OF_ROLE.get(self.role, set())
+        extra = given.keys() - _OF_ROLE.get(self.role, {"name"})
         if extra:
             name = min(extra)
             raise Refused(400, f"{where}.{name} is not applied by this server; leave it out",
@@ -231,11 +233,13 @@ class _Turn(BaseModel):
             raise Refused(400, f"{where}.content is missing", f"{where}.content")
         parts = self.content if isinstance(self.content, list) else []
         text = "\n".join(part.text for part in parts) if parts else self.content
-        for_template: list[tuple[str, Any]] = [(key, given[key]) for key in sorted(given)]
+        for_template: list[tuple[str, Any]] = [
+            (key, given[key]) for key in sorted(given.keys() - {"tool_calls"})
+        ]
         if self.tool_calls:
             calls = {"tool_calls": [call.described() for call in self.tool_calls]}
             try:
-                for_template = [("tool_calls", tool_calls_of(calls, where))]
+                for_template.append(("tool_calls", tool_calls_of(calls, where)))
                 check_nested(for_template, f"{where}.tool_calls")
             except BadRowError as error:
                 raise Refused(400, str(error), f"{where}.tool_calls") from error
@@ -286,12 +290,8 @@ class ChatRequest(_Common):
         return None if options is None else options.enable_thinking
 
     def conversation(self) -> list[Message]:
-        """The messages; the last one is no assistant's."""
-        messages = [turn.message(place) for place, turn in enumerate(self.messages)]
-        if messages[-1].role == "assistant":
-            raise Refused(400, "messages: the last one has to be the user's; going on with an "
-                          "assistant's is not applied by this server", "messages")  # fmt: skip
-        return messages
+        """The messages; behind an assistant's comes another answer, as at OpenAI and in vLLM."""
+        return [turn.message(place) for place, turn in enumerate(self.messages)]
 
 
 class CompletionRequest(_Common):
