@@ -66,6 +66,10 @@ WRITERS: dict[str, Callable[[Rows, Path], None]] = {
 }  # fmt: skip
 
 
+# Separators alone are a blank line there (pandas.csv has an index besides).
+SPREADSHEETS = ("csv.csv", "pandas.tsv")
+
+
 def rows_of(keys: tuple[str, ...]) -> st.SearchStrategy[Rows]:
     return st.lists(st.fixed_dictionaries(dict.fromkeys(keys, TEXT)), min_size=1, max_size=6)
 
@@ -87,8 +91,14 @@ def test_rows_of_text_read_back_equal_from_every_format(
     tmp_path: Path, keys_and_rows: tuple[tuple[str, ...], Rows]
 ) -> None:
     keys, rows = keys_and_rows
-    expected = [tuple(row[key] for key in keys) for row in rows]
     for name, write in WRITERS.items():
+        expected = [
+            tuple(row[key] for key in keys)
+            for row in rows
+            if name not in SPREADSHEETS or any(row.values())
+        ]
+        if not expected:
+            continue
         write(rows, tmp_path / name)
         dataset = data.read(str(tmp_path / name))
         assert [as_rows(example, keys) for example in dataset.examples] == expected, name

@@ -38,11 +38,13 @@ def test_rows_of_an_embedding_that_were_looked_up_do_not_stay(
 ) -> None:
     """A newer Linux maps up to 2 MiB around each of them: of 64 words that was the embedding."""
     monkeypatch.setattr(building, "LEFT_IN_FILE_BYTES", 1024)
-    model = tiny_model("llama", tie_word_embeddings=tied)
+    model = tiny_model("llama", tie_word_embeddings=tied, vocab_size=16384)
     model.save_pretrained(tmp_path)
     built = building.build("tiny", tmp_path, torch.float32, device="cpu").model
     (file,) = tmp_path.glob("*.safetensors")
-    words = torch.arange(0, model.config.vocab_size, 7)
-    looked_up = built.get_input_embeddings()(words)
-    assert torch.equal(looked_up, model.get_input_embeddings()(words))
-    assert (resident_bytes(file) > 0) == tied  # the head needs it whole
+    embedding = model.get_input_embeddings()
+    words = torch.arange(0, model.config.vocab_size, 16)  # in each of its pages
+    assert torch.equal(built.get_input_embeddings()(words), embedding(words))
+    share = resident_bytes(file) / embedding.weight.nbytes
+    # The head needs it whole; of other tensors, what lies about the embedding's ends may stay.
+    assert share >= 1 if tied else share < 0.5
