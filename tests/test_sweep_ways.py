@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_ray_trains_what_one_process_trains(
     alone = sweep(
         recipe(tiny_folder, chat_file, Path("alone"), sweep=section), progress=False
     )  # fmt: skip
+    listening = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)]
     ray.init(num_cpus=1, log_to_driver=False)
     try:
         monkeypatch.setattr(ray_tune, "slots", lambda: 2)  # as on two machines
@@ -143,6 +145,7 @@ def test_ray_trains_what_one_process_trains(
         result = sweep(spread, progress=False)
     finally:
         ray.shutdown()
+    assert listening == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)]
     assert len(result.data["groups"]) == 2
     losses = {row["name"]: row["loss"]["value"] for row in alone.arms}
     assert {row["name"]: row["loss"]["value"] for row in result.arms} == pytest.approx(

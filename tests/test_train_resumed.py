@@ -160,12 +160,8 @@ def test_under_nohup_a_run_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch
 
 def test_a_scheduler_s_warning_is_heard_unless_somebody_else_listens_to_it() -> None:
     """SLURM sends what `--signal=USR1@120` says; submitit starts the job again by it."""
-    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # Ray Tune, once used, keeps listening
-    try:
-        with interrupt.StopSignals() as signals:
-            signal.raise_signal(signal.SIGUSR1)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with interrupt.StopSignals() as signals:
+        signal.raise_signal(signal.SIGUSR1)
     assert signals.received == signal.SIGUSR1
     heard_by_others = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: heard_by_others.append(number))

@@ -8,8 +8,10 @@ which all machines have to see, and goes on there when the sweep is started agai
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,19 @@ def spread(groups: Sequence[Group], count: int) -> list[Group]:
     return cohorts
 
 
+@contextmanager
+def _signals_given_back() -> Iterator[None]:
+    """Ray Tune goes on listening to these once it has ended: the next Ctrl-C did nothing."""
+    names = {"SIGINT", "SIGUSR1"} & signal.Signals.__members__.keys()
+    before = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def train_in_parallel(groups: Sequence[Group], place: Path) -> None:
     """Train every group that is not finished, as many at once as there is room for.
 
@@ -73,11 +88,13 @@ def train_in_parallel(groups: Sequence[Group], place: Path) -> None:
 
     gpus, machines, cores = _resources(ray)
     share = {"gpu": 1.0, "cpu": max(1.0, cores * machines // gpus)} if gpus else {"cpu": cores}
-    results = tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(trial, share),
         param_space={"group": tune.grid_search(list(range(len(waiting))))},
         run_config=tune.RunConfig(name="ray", storage_path=str(folder), verbose=0),
-    ).fit()
+    )
+    with _signals_given_back():
+        results = tuner.fit()
     if results.errors:
         reason = str(results.errors[0]).strip().splitlines()[-1]
         raise UserError(
