@@ -54,6 +54,14 @@ def test_a_processor_has_llama_cpp_or_ours(adapters: list[Adapter]) -> None:
     assert "vLLM" not in choice.reason
 
 
+def test_adapters_that_are_loaded_later_count_too(tmp_path: Path) -> None:
+    """A server that began with none had llama.cpp, which answers one adapter after another."""
+    choice = choose_engine(Options(adapter_dir=tmp_path), [])
+    assert choice.value == "lighten"
+    assert "all adapters together, those that are loaded later too" in choice.reason
+    assert choose_engine(Options(adapter_dir=tmp_path, most_adapters=1), []).value == "llamacpp"
+
+
 def test_a_base_that_is_quantised_has_ours(tmp_path: Path, tiny_folder: Path) -> None:
     """llama.cpp's file cannot be made from it."""
     folder = shutil.copytree(tiny_folder, tmp_path / "int8")

@@ -76,14 +76,15 @@ def choose_engine(
         )
     if not unix_sockets:
         return Choice("lighten", "since llama.cpp is asked at a Unix socket, which is not here")
-    if len(adapters) < 2:
+    more = options.adapter_dir is not None and options.most_adapters > 1
+    if len(adapters) < 2 and not more:
         return Choice("llamacpp", f"the embedded one, which takes the least memory{without_vllm}")
     if (obstacle := obstacle_of_ours()) is not None:
         return Choice("llamacpp", f"since ours does not take this base: {obstacle}{without_vllm}")
-    return Choice(
-        "lighten",
-        f"which computes the tokens of all {len(adapters)} adapters together{without_vllm}",
-    )
+    which = "adapters together, those that are loaded later too"
+    if not more:
+        which = f"{len(adapters)} adapters together"
+    return Choice("lighten", f"which computes the tokens of all {which}{without_vllm}")
 
 
 def _obstacle_of_vllm(
