@@ -125,11 +125,18 @@ def test_an_address_that_is_none_is_told(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "sent"),
-    [("한글", "Bearer 한글"), ("abc\r\n", "Bearer abc"), (" \n", None), (None, None)],
+    ("user", "key", "sent"),
+    [
+        ("", "한글", "Bearer 한글"),
+        ("", "abc\r\n", "Bearer abc"),
+        ("", " \n", None),
+        ("", None, None),
+        ("me:p%40ss@", None, "Basic bWU6cEBzcw=="),  # a proxy's before the server
+        ("me:p%40ss@", "abc", "Bearer abc"),
+    ],
 )
 def test_a_key_of_any_letters_is_sent_as_the_server_reads_it(
-    key: str | None, sent: str | None
+    user: str, key: str | None, sent: str | None
 ) -> None:
     came: list[str | None] = []
 
@@ -142,8 +149,10 @@ def test_a_key_of_any_letters_is_sent_as_the_server_reads_it(
         def log_message(self, *_: Any) -> None: ...
 
     with local_server.serving(Handler) as url:
-        assert Remote(url, key).models() == {"it": None}
+        remote = Remote(url.replace("//", f"//{user}"), key)
+        assert remote.models() == {"it": None}
     assert came == [sent]
+    assert remote.url == url
 
 
 def test_a_key_that_no_header_holds_is_told_and_not_shown() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
@@ -60,7 +61,8 @@ class Remote:
     """A server at an address.
 
     Args:
-        url: `http://host:port`, with or without `/v1`.
+        url: `http://host:port`, with or without `/v1`; of `user:password@` before the host, basic
+            authentication (RFC 7617), which a key takes the place of.
         key: Sent as a bearer token.
         timeout_s: For each answer.
 
@@ -76,7 +78,8 @@ class Remote:
             named = False
         if not named:
             raise UserError(f"{url!r} is no address of a server; write http://127.0.0.1:8000")
-        self.url = f"{parts.scheme}://{parts.netloc}"
+        user, _, place = parts.netloc.rpartition("@")
+        self.url = f"{parts.scheme}://{place}"  # it is shown and written down, without a password
         self._parts, self._timeout_s = parts, timeout_s
         path = urllib.parse.quote(parts.path, safe=_IN_PATHS)
         self._path = path.rstrip("/").removesuffix("/v1")
@@ -85,6 +88,9 @@ class Remote:
             if not key.isprintable():
                 raise UserError("the server's key holds an end of line or another control sign")
             self._headers["Authorization"] = f"Bearer {key}".encode()
+        elif user:
+            credentials = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+            self._headers["Authorization"] = f"Basic {credentials}"
 
     def models(self) -> dict[str, str | None]:
         """Parent by name; that of the base is None.
