@@ -25,7 +25,10 @@ LABELS_GIB = {
     "rtx4080super": 16, "rtx4090": 24, "rtx5060": 8, "rtx5070": 12, "rtx5070ti": 16,
     "rtx5080": 16, "rtx5090": 32, "rtx4060-laptop": 8, "rtx4070-laptop": 8, "rtx4080-laptop": 12,
     "rtx4090-laptop": 16, "rtx5060-laptop": 8, "rtx5070-laptop": 8, "rtx5070ti-laptop": 12,
-    "rtx5080-laptop": 16, "rtx5090-laptop": 24,
+    "rtx5080-laptop": 16, "rtx5090-laptop": 24, "v100-16": 16, "v100-32": 32, "a30": 24, "a40": 48,
+    "a4000": 16, "a5000": 24, "a6000": 48, "rtx6000ada": 48, "rtxpro6000": 96, "rtx2060": 6,
+    "rtx2070": 8, "rtx2070super": 8, "rtx2080": 8, "rtx2080super": 8, "rtx2080ti": 11, "rtx3050": 8,
+    "rtx3060ti": 8, "rtx3070": 8, "rtx3070ti": 8, "rtx3080ti": 12, "rtx3090ti": 24,
 }  # fmt: skip
 TIMED = [device for device in DEVICES.values() if not device.memory_alone]
 MEMORY_ALONE = [device for device in DEVICES.values() if device.memory_alone]
@@ -60,12 +63,15 @@ def test_a_device_with_rates_has_all_of_them(device: devices.Device) -> None:
 
 
 def test_rates_by_multiprocessor_are_those_that_datasheets_print() -> None:
-    # NVIDIA's Ada and Blackwell whitepapers: float32, and float16 and float8 with float32 sums.
+    # NVIDIA's whitepapers: float32, float16 with float32 sums, and float8 so, or int8 before Ada.
     printed = {"rtx4090": (82.6, 165.2, 330.3), "rtx4080": (48.7, 97.5, 194.9),
-               "rtx5090": (104.8, 209.5, 419.0), "rtx5070ti": (43.9, 87.9, 175.8)}  # fmt: skip
+               "rtx5090": (104.8, 209.5, 419.0), "rtx5070ti": (43.9, 87.9, 175.8),
+               "rtx2080ti": (13.4, 53.8, 215.2), "rtx2080": (10.1, 40.3, 161.1),
+               "rtx3090": (35.6, 71, 284), "rtx3080-10gb": (29.8, 59.5, 238)}  # fmt: skip
     for name, expected in printed.items():
         flops = DEVICES[name].flops
-        teraflops = [flops[dtype] / 1e12 for dtype in ("float32", "float16", "float8")]
+        last = "float8" if "float8" in flops else "int8"
+        teraflops = [flops[dtype] / 1e12 for dtype in ("float32", "float16", last)]
         assert teraflops == pytest.approx(expected, rel=5e-3), name
 
 
@@ -136,6 +142,9 @@ def test_names_are_taken_as_people_write_them() -> None:
         "apple-32": "apple-32gb", "t4-16gb": "t4", "h200-141gb": "h200", "rtx3060-12gb": "rtx3060",
         "T4 16GB": "t4", "H100 80GB": "h100", "RTX 3060 12GB": "rtx3060", "rtx 4060 8gb": "rtx4060",
         "l4 24gb": "l4", "4090 24gb": "rtx4090", "T4 16 GB": "t4", "A100 80 GB": "a100-80",
+        "RTX A6000": "a6000", "A40 48GB": "a40", "RTX 3080 12GB": "rtx3080-12gb",
+        "2080Ti": "rtx2080ti", "V100-32GB": "v100-32", "Tesla V100 16GB": "v100-16",
+        "RTX 6000 Ada": "rtx6000ada",
     }  # fmt: skip
     assert {spelling: named(spelling).name for spelling in names} == names
     assert {name: named(name).name for name in DEVICES} == {name: name for name in DEVICES}
@@ -170,7 +179,12 @@ def test_the_driver_s_names_lead_to_the_listed_cards() -> None:
         "NVIDIA H200": "h200",
         "NVIDIA A100-SXM4-80GB": "a100-80", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA B200": "b200",
         "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA L40S": "l40s", "NVIDIA L40": None,
-        "NVIDIA RTX A1000": None, "NVIDIA GeForce RTX 3060 Ti": None,
+        "NVIDIA RTX A1000": None, "NVIDIA GeForce RTX 3060 Ti": "rtx3060ti",
+        "Tesla V100-SXM2-32GB": "v100-32", "NVIDIA RTX A6000": "a6000", "NVIDIA A40": "a40",
+        "NVIDIA RTX 6000 Ada Generation": "rtx6000ada", "NVIDIA GeForce RTX 3080 Ti": "rtx3080ti",
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "rtxpro6000",
+        "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": None,
+        "NVIDIA GeForce RTX 2080 Super with Max-Q Design": None,
         "NVIDIA GeForce RTX 4070": "rtx4070", "NVIDIA GeForce RTX 4070 Ti": "rtx4070ti",
         "NVIDIA GeForce RTX 4070 SUPER": "rtx4070super",
         "NVIDIA GeForce RTX 4070 Ti SUPER": "rtx4070tisuper",

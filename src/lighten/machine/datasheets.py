@@ -10,6 +10,7 @@ are taken to compute in is said, and no time is predicted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -108,10 +109,25 @@ def _nvidia(
 
 # PCIe ×16, one way, before its protocol's share: generation 3, 4 and 5.
 _GEN3, _GEN4, _GEN5 = 16e9, 32e9, 64e9
-# Memory: the "total capacity" that PyTorch's out-of-memory messages state for the card under
-# recent drivers, the lowest of those found in public issues. Links between nodes: 100 Gbit/s
-# Ethernet where clouds rent nothing more for the card, one InfiniBand port per GPU in DGX systems.
+# Memory: under Linux a driver keeps 380 to 450 MiB of a Turing, Ampere or Ada card to itself, 460
+# to 500 of a Blackwell card, 570 where a card has 48 GB; under Windows next to nothing. These are
+# figures under Linux, the lowest that public reports state ("total capacity" of PyTorch, "Max
+# memory" of Unsloth, "VRAM" of llama.cpp); where there is none under recent drivers, what
+# `nvidia-smi` states as the total less the most that is kept.
+_REPORTED, _DERIVED = "public reports", "nvidia-smi's total less what the driver keeps of others"
+# Links between nodes: 100 Gbit/s Ethernet where clouds rent nothing more for the card, one
+# InfiniBand port per GPU in DGX systems.
 _LIST = (
+    _nvidia(
+        "v100-16", "NVIDIA V100 16GB", 15.77, 900e9, (7, 0), {"float32": 15.7, "float16": 125},
+        "NVIDIA V100 datasheet (nvidia.com/en-us/data-center/v100), SXM2; no bfloat16, and no "
+        "PyTorch for CUDA 13", ("v100-sxm2-16gb",), pcie=_GEN3, nvlink=150e9,
+    ),
+    _nvidia(
+        "v100-32", "NVIDIA V100 32GB", 31.73, 900e9, (7, 0), {"float32": 15.7, "float16": 125},
+        "NVIDIA V100 datasheet (nvidia.com/en-us/data-center/v100), SXM2; no bfloat16, and no "
+        "PyTorch for CUDA 13", ("v100-sxm2-32gb",), pcie=_GEN3, nvlink=150e9,
+    ),
     _nvidia(
         "t4", "NVIDIA T4", 14.56, 320e9, (7, 5),
         {"float32": 8.1, "float16": 65, "int8": 130},
@@ -145,15 +161,47 @@ _LIST = (
         ("a10g",), pcie=_GEN4,
     ),
     _nvidia(
-        "rtx3060", "NVIDIA GeForce RTX 3060 12GB", 11.63, 360e9, (8, 6),
-        {"float32": 12.7, "tf32": 12.7, "bfloat16": 25.5, "float16": 25.5, "int8": 102},
-        "NVIDIA GA102 whitepaper's rates per multiprocessor, 28 of them at 1.78 GHz, float32 sums",
-        ("rtx 3060",), pcie=_GEN4,
+        "a30", "NVIDIA A30", 23.53, 933e9, (8, 0),
+        {"float32": 10.3, "tf32": 82, "bfloat16": 165, "float16": 165, "int8": 330},
+        "NVIDIA A30 datasheet (nvidia.com/en-us/data-center/products/a30-gpu)",
+        ("nvidia a30",), pcie=_GEN4, nvlink=100e9,
     ),
     _nvidia(
-        "rtx3090", "NVIDIA GeForce RTX 3090", 23.56, 936e9, (8, 6),
-        {"float32": 35.6, "tf32": 35.6, "bfloat16": 71, "float16": 71, "int8": 284},
-        "NVIDIA GA102 whitepaper v2, table 9, float32 sums", ("rtx 3090",), pcie=_GEN4,
+        "a40", "NVIDIA A40", 44.43, 696e9, (8, 6),
+        {"float32": 37.4, "tf32": 74.8, "bfloat16": 149.7, "float16": 149.7, "int8": 299.3},
+        "NVIDIA A40 datasheet (nvidia.com/en-us/data-center/a40); memory: as an RTX 6000 Ada's of "
+        "the same size", ("nvidia a40",), pcie=_GEN4, nvlink=56.25e9,
+    ),
+    _nvidia(
+        "a4000", "NVIDIA RTX A4000", 15.61, 448e9, (8, 6),
+        {"float32": 19.2, "tf32": 38.3, "bfloat16": 76.7, "float16": 76.7, "int8": 153.4},
+        "NVIDIA RTX A4000 datasheet, halved to dense", ("rtx a4000",), pcie=_GEN4,
+    ),
+    _nvidia(
+        "a5000", "NVIDIA RTX A5000", 23.55, 768e9, (8, 6),
+        {"float32": 27.8, "tf32": 55.6, "bfloat16": 111.1, "float16": 111.1, "int8": 222.2},
+        f"NVIDIA RTX A5000 datasheet, halved to dense; memory: {_DERIVED}",
+        ("rtx a5000",), pcie=_GEN4, nvlink=56.25e9,
+    ),
+    _nvidia(
+        "a6000", "NVIDIA RTX A6000", 47.43, 768e9, (8, 6),
+        {"float32": 38.7, "tf32": 77.4, "bfloat16": 154.8, "float16": 154.8, "int8": 309.7},
+        f"NVIDIA GA102 whitepaper v2, RTX A6000; memory: {_DERIVED}",
+        ("rtx a6000",), pcie=_GEN4, nvlink=56.25e9,
+    ),
+    _nvidia(
+        "rtx6000ada", "NVIDIA RTX 6000 Ada", 44.43, 960e9, (8, 9),
+        {"float32": 91.1, "tf32": 182.1, "bfloat16": 364.2, "float16": 364.2, "int8": 728.5,
+         "float8": 728.5},
+        "NVIDIA RTX 6000 Ada datasheet, halved to dense; memory: with error correction, 3 GiB more "
+        "without", ("rtx 6000 ada",), pcie=_GEN4,
+    ),
+    _nvidia(
+        "rtxpro6000", "NVIDIA RTX PRO 6000", 94.97, 1792e9, (12, 0),
+        {"float32": 125, "tf32": 250, "bfloat16": 500, "float16": 500, "int8": 1000,
+         "float8": 1000},
+        "NVIDIA RTX PRO 6000 Blackwell Workstation datasheet: an eighth of what it gives for "
+        "sparse 4 bits", ("rtx pro 6000 blackwell workstation",), pcie=_GEN5,
     ),
     _nvidia(
         "a100-40", "NVIDIA A100 40GB", 39.38, 1555e9, (8, 0),
@@ -191,11 +239,42 @@ _LIST = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Generation:
+    """Of GeForce cards: what each of their multiprocessors computes.
+
+    Attributes:
+        sheet: NVIDIA's document of its rates.
+        capability: Compute capability.
+        cores: Of a multiprocessor, each a product and a sum in float32 per clock.
+        times: Rates of other formats, as multiples of that, sums in float32.
+        pcie: Bytes per second one way of 16 lanes.
+    """
+
+    sheet: str
+    capability: tuple[int, int]
+    cores: int
+    times: Mapping[str, int]
+    pcie: float
+
+
+_GENERATIONS = {
+    "RTX 2": _Generation("Turing whitepaper, appendix A", (7, 5), 64,
+                         {"float16": 4, "int8": 16}, _GEN3),
+    "RTX 3": _Generation("GA102 whitepaper v2, table 9", (8, 6), 128,
+                         {"tf32": 1, "bfloat16": 2, "float16": 2, "int8": 8}, _GEN4),
+    "RTX 4": _Generation("Ada whitepaper v2, appendix A", (8, 9), 128,
+                         {"tf32": 1, "bfloat16": 2, "float16": 2, "int8": 8, "float8": 4}, _GEN4),
+    "RTX 5": _Generation("RTX Blackwell whitepaper, appendix A", (12, 0), 128,
+                         {"tf32": 1, "bfloat16": 2, "float16": 2, "int8": 8, "float8": 4}, _GEN5),
+}  # fmt: skip
+
+
 def _geforce(
     name: str, label: str, gib: float, processors: int, ghz: float, bandwidth: float,
     memory_from: str, *, lanes: int = 16,
 ) -> Device:  # fmt: skip
-    """A GeForce card of the generations Ada and Blackwell: rates of its multiprocessors.
+    """A GeForce card: rates of its multiprocessors.
 
     Args:
         name: As of a device.
@@ -207,25 +286,34 @@ def _geforce(
         memory_from: Where the memory comes from.
         lanes: Of PCIe.
     """
-    ada = label.startswith("RTX 4")
-    rate = processors * ghz / 1e3 * 256  # TFLOP/s: 128 cores, each a product and a sum per clock
-    rates = {"float32": rate, "tf32": rate, "bfloat16": 2 * rate, "float16": 2 * rate,
-             "int8": 8 * rate, "float8": 4 * rate}  # fmt: skip
-    sheet = "Ada whitepaper v2, appendix A" if ada else "RTX Blackwell whitepaper, appendix A"
-    source = f"NVIDIA {sheet}: rates per multiprocessor, {processors} of them at {ghz} GHz, "
+    generation = _GENERATIONS[label[:5]]
+    rate = processors * ghz / 1e3 * 2 * generation.cores  # TFLOP/s
+    rates = {"float32": rate, **{dtype: n * rate for dtype, n in generation.times.items()}}
     return _nvidia(
-        name, f"NVIDIA GeForce {label}", gib, bandwidth, (8, 9) if ada else (12, 0), rates,
-        f"{source}float32 sums; memory: {memory_from}", (label.partition(" 8GB")[0]
-        .partition(" 16GB")[0].lower(),), pcie=(_GEN4 if ada else _GEN5) * lanes / 16,
+        name, f"NVIDIA GeForce {label}", gib, bandwidth, generation.capability, rates,
+        f"NVIDIA {generation.sheet}: rates per multiprocessor, {processors} of them at {ghz} GHz, "
+        f"float32 sums; memory: {memory_from}",
+        (re.sub(r" \d+GB$", "", label).lower(),), pcie=generation.pcie * lanes / 16,
     )  # fmt: skip
 
 
-# Under Linux the driver keeps 380 to 440 MiB of an Ada card's memory to itself and 460 to 500 of a
-# Blackwell card's, under Windows next to nothing. These are figures under Linux, the lowest that
-# public reports state ("Max memory" of Unsloth, "VRAM" of llama.cpp, "total capacity" of PyTorch);
-# where there is none, what `nvidia-smi` states as the total less the most that is kept.
-_REPORTED, _DERIVED = "public reports", "nvidia-smi's total less what the driver keeps of others"
 _GEFORCE = (
+    _geforce("rtx2060", "RTX 2060", 5.56, 30, 1.68, 336e9, _DERIVED),
+    _geforce("rtx2070", "RTX 2070", 7.56, 36, 1.62, 448e9, _DERIVED),
+    _geforce("rtx2070super", "RTX 2070 SUPER", 7.56, 40, 1.77, 448e9, _DERIVED),
+    _geforce("rtx2080", "RTX 2080", 7.56, 46, 1.71, 448e9, _DERIVED),
+    _geforce("rtx2080super", "RTX 2080 SUPER", 7.56, 48, 1.815, 496e9, _DERIVED),
+    _geforce("rtx2080ti", "RTX 2080 Ti", 10.56, 68, 1.545, 616e9, _DERIVED),
+    _geforce("rtx3050", "RTX 3050", 7.56, 20, 1.777, 224e9, _DERIVED, lanes=8),
+    _geforce("rtx3060", "RTX 3060 12GB", 11.63, 28, 1.777, 360e9, _REPORTED),
+    _geforce("rtx3060ti", "RTX 3060 Ti", 7.56, 38, 1.665, 448e9, _DERIVED),
+    _geforce("rtx3070", "RTX 3070", 7.56, 46, 1.725, 448e9, _DERIVED),
+    _geforce("rtx3070ti", "RTX 3070 Ti", 7.56, 48, 1.77, 608e9, _DERIVED),
+    _geforce("rtx3080-10gb", "RTX 3080 10GB", 9.56, 68, 1.71, 760e9, _DERIVED),
+    _geforce("rtx3080-12gb", "RTX 3080 12GB", 11.56, 70, 1.71, 912e9, _DERIVED),
+    _geforce("rtx3080ti", "RTX 3080 Ti", 11.56, 80, 1.665, 912e9, _DERIVED),
+    _geforce("rtx3090", "RTX 3090", 23.56, 82, 1.695, 936e9, _REPORTED),
+    _geforce("rtx3090ti", "RTX 3090 Ti", 23.55, 84, 1.86, 1008e9, _DERIVED),
     _geforce("rtx4060", "RTX 4060", 7.60, 24, 2.46, 272e9, _REPORTED, lanes=8),
     _geforce("rtx4060ti-8gb", "RTX 4060 Ti 8GB", 7.56, 34, 2.54, 288e9, _DERIVED, lanes=8),
     _geforce("rtx4060ti-16gb", "RTX 4060 Ti 16GB", 15.57, 34, 2.54, 288e9, _REPORTED, lanes=8),

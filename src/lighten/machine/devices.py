@@ -123,7 +123,8 @@ def here(device: str) -> Device:
 def _listed_by_driver(driver_name: str, memory_bytes: int) -> Device | None:
     """The listed device that a driver names; of two that it calls the same, the nearer in memory.
 
-    Whole words, and no relative of the card: an L40S is no L4, a 3060 Ti no 3060. A slice of a
+    Whole words, and no relative of the card: an L40S is no L4, a 3060 Ti no 3060, and none of a
+    laptop (`with Max-Q Design`) its namesake. A slice of a
     card (MIG) has part of its rates alone, and which part is not known.
     """
     lowered = driver_name.lower()
@@ -131,7 +132,7 @@ def _listed_by_driver(driver_name: str, memory_bytes: int) -> Device | None:
         return None
     candidates = [
         device for device in DEVICES.values()
-        if any(re.search(rf"\b{re.escape(words)}\b(?! (ti|super|laptop|d)\b)", lowered)
+        if any(re.search(rf"\b{re.escape(words)}\b(?! (ti|super|laptop|d|with max-q)\b)", lowered)
                for words in device.driver_words)
     ]  # fmt: skip
     return min(candidates, key=lambda device: abs((device.memory_bytes or 0) - memory_bytes),
