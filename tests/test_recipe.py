@@ -240,6 +240,21 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: s
             "attn_implementation: flash_attention_2 computes no float32: use sdpa",
         ),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "use constant_with_warmup"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, "linear has no min_lr; it takes none"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "needs the lowest learning rate, or its share: .*min_lr_rate: 0.1",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-3"}},
+            r"min_lr: 0.001 has to be below learning_rate \(0.0002\)",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "two"}},
+            "power: 'two' does not do; write a number above 0",
+        ),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs the steps of its end"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: .*does not do"),
         ({"val_size": 1.5}, "val_size: .*a share below 1 or a whole number, not 1.5"),
         ({"val_size": float("inf")}, "val_size: .*inf does not do"),
         ({"val_size": 0, "eval_steps": 3}, "eval_steps needs held-out data"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import TrainerState, TrainingArguments, get_scheduler
@@ -9,16 +11,55 @@ from transformers import TrainerState, TrainingArguments, get_scheduler
 from lighten.engine.schedule import in_steps, learning_rate_factor, warmup_length
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
-def test_after_the_warm_up_it_is_transformers_own(schedule: str) -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=5, num_training_steps=40)
+@pytest.mark.parametrize(
+    ("schedule", "parameters"),
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("cosine", {"num_cycles": 1.5}),
+        ("constant", {}),
+        ("constant_with_warmup", {}),
+        ("cosine_with_restarts", {}),
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("cosine_with_min_lr", {"min_lr": 3e-5}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 1.5}),
+        ("polynomial", {}),
+        ("polynomial", {"lr_end": 1e-5, "power": 2.0}),
+        ("inverse_sqrt", {}),
+        ("inverse_sqrt", {"timescale": 3}),
+        ("warmup_stable_decay", {"num_decay_steps": 10}),
+        ("warmup_stable_decay", {"num_decay_steps": 10, "decay_type": "linear"}),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 38, "decay_type": "1-sqrt", "min_lr_ratio": 0.2},
+        ),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_after_the_warm_up_it_is_transformers_own(
+    schedule: str, parameters: dict[str, Any], warmup: int
+) -> None:
+    rate = 2e-4
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    scheduler = get_scheduler(
+        schedule, optimizer, num_warmup_steps=warmup, num_training_steps=40,
+        scheduler_specific_kwargs=parameters,
+    )  # fmt: skip
     for step in range(40):
-        if step >= 5 or schedule == "constant":
-            factor = learning_rate_factor(step, 40, 5, schedule)
-            assert factor == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        if step >= warmup or schedule == "constant":
+            factor = learning_rate_factor(step, 40, warmup, schedule, parameters, peak=rate)
+            assert rate * factor == pytest.approx(scheduler.get_last_lr()[0], abs=1e-16)
         optimizer.step()
         scheduler.step()
+
+
+def test_the_steps_of_an_end_may_be_a_share() -> None:
+    factors = [
+        [learning_rate_factor(step, 40, 4, "warmup_stable_decay", {"num_decay_steps": steps})
+         for step in range(40)]
+        for steps in (10, 0.25)
+    ]  # fmt: skip
+    assert factors[0] == factors[1]
 
 
 def test_a_warm_up_rises_evenly_and_never_wastes_its_first_step() -> None:

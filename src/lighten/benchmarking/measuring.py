@@ -88,7 +88,7 @@ class Measuring:
         """The recipe of a training row."""
         return self.recipe({
             **technique.settings, "max_eval_samples": self.settings.examples,
-            "lr_scheduler_type": "constant", "warmup_steps": 0,
+            "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0,
         })  # fmt: skip
 
     def _job(self, technique: Technique, *, measures_loss: bool) -> tuple[str, dict[str, Any]]:

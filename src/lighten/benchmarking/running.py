@@ -275,7 +275,7 @@ def way_of(recipe: Recipe, settings: dict[str, Any], *, checkpointing: bool) -> 
         "offload_params": "none", "dtype": recipe.compute_dtype,
         **{key: _default(key) for key in idle}, **first, **settings,
         "gradient_checkpointing": checkpointing, "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
+        "lr_scheduler_kwargs": {}, "warmup_steps": 0,
     })  # fmt: skip
 
 

@@ -29,7 +29,8 @@ CHOSEN: dict[str, Any] = {
 # Settings that a user has no say in, and why.
 DECIDED = {
     **dict.fromkeys(
-        [*PLAIN, "lr_scheduler_type", "warmup_steps"], "each row has its own; leave it out"
+        [*PLAIN, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"],
+        "each row has its own; leave it out",
     ),
     **dict.fromkeys(("max_steps", "num_train_epochs"), "give --steps"),
     "max_eval_samples": "give --examples",

@@ -16,7 +16,8 @@ WAYS: dict[str, dict[str, Any]] = {
 # Settings that each way decides, so that a recipe's are not followed.
 DECIDED = (
     "method", "trainable_layers", "load_in_4bit", "load_in_8bit", "gradient_checkpointing",
-    "lr_scheduler_type", "warmup_steps", "warmup_ratio", "torch_compile", "offload_params",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "torch_compile",
+    "offload_params",
 )  # fmt: skip
 
 

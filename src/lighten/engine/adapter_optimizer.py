@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class AdapterOptimizerSettings:
     early_stopping_threshold: float = 0.0
     optim: str = "adamw_torch"
     loraplus_lr_ratio: float | None = None
+    lr_scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,8 +102,9 @@ class AdapterOptimizer:
         """The rate of the next step, before a group's own factor."""
         settings = self.settings
         factor = learning_rate_factor(
-            self.progress.steps, settings.total_steps, settings.warmup, settings.lr_scheduler_type
-        )
+            self.progress.steps, settings.total_steps, settings.warmup, settings.lr_scheduler_type,
+            settings.lr_scheduler_kwargs, peak=settings.learning_rate,
+        )  # fmt: skip
         return settings.learning_rate * factor
 
     def is_finite(self) -> bool:

@@ -25,6 +25,7 @@ from lighten.recipe import (
     messages,
     offloading,
     places,
+    schedules,
     schema,
     spread,
     start,
@@ -338,6 +339,7 @@ def _contradictions(recipe: Recipe, settings: Mapping[str, Any]) -> list[str]:
         problems += _peft_problems(recipe, settings)
     if "warmup_ratio" in settings and recipe.warmup_steps is not None:
         problems.append("warmup_ratio has no effect beside warmup_steps; keep one")
+    problems += schedules.problems(recipe, recipe.cohort() if not problems else [])
     if recipe.lr_scheduler_type == "constant":
         problems += [
             f"{key} has no effect with lr_scheduler_type: constant; use constant_with_warmup"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from lighten.recipe.evaluating import EvaluateOptions
+from lighten.recipe.schedules import Parameters, Schedule
 from lighten.recipe.section import (
     LORA_LEARNING_RATE,
     DataSets,
@@ -265,8 +266,12 @@ class RecipeFields(Section):
     learning_rate: Rate | list[Rate] = _field(
         LORA_LEARNING_RATE, "training", "peak learning rate; with method: full 2e-5 unless given"
     )
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = _field(
-        "linear", "training", "course of the learning rate"
+    lr_scheduler_type: Schedule = _field("linear", "training", "course of the learning rate")
+    lr_scheduler_kwargs: Parameters = _field(
+        {},
+        "training",
+        "parameters of the course, by transformers' names: {min_lr_rate: 0.1} of "
+        "cosine_with_min_lr, {num_decay_steps: 0.2} of warmup_stable_decay",
     )
     warmup_ratio: Share = _field(0.03, "training", "share of the steps that warm up")
     warmup_steps: StepsOrShare | None = _field(

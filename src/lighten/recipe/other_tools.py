@@ -114,8 +114,8 @@ _INSTEAD = {
     "fp16_full_eval": _IN_DTYPE,
     "pure_bf16": "set dtype: bfloat16; weights that learn stay float32 here all the same",
     "upcast_layernorm": _NOT_BUILT, "upcast_lmhead_output": _NOT_BUILT,
-    "lr_scheduler_kwargs": "remove it; the schedules here take none",
-    "cosine_min_lr_ratio": "remove it; a cosine ends at 0 here",
+    "cosine_min_lr_ratio": "set lr_scheduler_type: cosine_with_min_lr and, with its number, "
+    "lr_scheduler_kwargs: {min_lr_rate: 0.1}",
     "optim_args": "set adam_beta1, adam_beta2 and adam_epsilon",
     "optim_target_modules": _NOT_BUILT, "use_galore": _NOT_BUILT, "use_badam": _NOT_BUILT,
     "use_apollo": _NOT_BUILT, "use_llama_pro": _NOT_BUILT, "mixture_of_depths": _NOT_BUILT,

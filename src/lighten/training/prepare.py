@@ -282,6 +282,7 @@ def _adapter_optimizer(
     settings = AdapterOptimizerSettings(
         learning_rate=options.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler_type,
+        lr_scheduler_kwargs=recipe.lr_scheduler_kwargs,
         warmup=warmup_length(total_steps, recipe.warmup_ratio, recipe.warmup_steps),
         total_steps=total_steps,
         weight_decay=recipe.weight_decay,
