@@ -18,7 +18,7 @@ RATE, WARMUP, STEPS = 3e-4, 5, 40
 PARAMS: dict[str, dict[str, Any]] = {
     "WarmupLR": {"warmup_max_lr": RATE},
     "WarmupDecayLR": {"warmup_max_lr": RATE, "total_num_steps": STEPS},
-    "WarmupCosineLR": {"cos_min_ratio": 0, "total_num_steps": STEPS},
+    "WarmupCosineLR": {"cos_min_ratio": 0.1, "total_num_steps": STEPS},
 }
 
 
@@ -37,7 +37,7 @@ def rates(chosen: Recipe) -> list[float]:
     """Of each step, as lighten has them."""
     assert chosen.warmup_steps is not None
     return [chosen.learning_rate * learning_rate_factor(
-        step, STEPS, chosen.warmup_steps, chosen.lr_scheduler_type
+        step, STEPS, chosen.warmup_steps, chosen.lr_scheduler_type, chosen.lr_scheduler_kwargs
     ) for step in range(STEPS)]  # fmt: skip
 
 
@@ -50,7 +50,8 @@ def by_formula(name: str, iteration: int) -> float:
     if name == "WarmupDecayLR":
         return RATE * max(0.0, (STEPS - iteration) / (STEPS - WARMUP))
     progress = min(1.0, (iteration - WARMUP + 1) / (STEPS - WARMUP))
-    return RATE * (1 + math.cos(math.pi * progress)) / 2
+    lowest = PARAMS[name]["cos_min_ratio"]
+    return RATE * (lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def require_same(name: str, ours: list[float], theirs: list[float]) -> None:
@@ -105,16 +106,21 @@ def test_what_a_schedule_leaves_open_is_the_recipe_s(chat_file: Path) -> None:
     unsaid = {"type": "WarmupDecayLR", "params": {"warmup_type": "linear"}}
     chosen = recipe(chat_file, deepspeed={"scheduler": unsaid})
     assert (chosen.warmup_steps, chosen.learning_rate) == (1000, 0.001)  # its defaults
+    unsaid = {"type": "WarmupCosineLR", "params": {"warmup_type": "linear"}}
+    chosen = recipe(chat_file, deepspeed={"scheduler": unsaid})
+    assert chosen.lr_scheduler_kwargs == {"min_lr_rate": 0.0001}
+    plain = scheduled(chat_file, "WarmupCosineLR", cos_min_ratio=0)
+    assert (plain.lr_scheduler_type, plain.lr_scheduler_kwargs) == ("cosine", {})
 
 
 @pytest.mark.parametrize(("name", "params", "message"), [
     ("WarmupLR", {"warmup_type": "log"}, "by the step's logarithm where its warmup_type is log"),
-    ("WarmupLR", {"warmup_min_lr": 1e-6}, "warmup_min_lr is 1e-06, and .* begins and ends at 0"),
+    ("WarmupLR", {"warmup_min_lr": 1e-6}, "warmup_min_lr is 1e-06, and .* begins at 0"),
     ("WarmupLR", {"total_num_steps": 40}, "WarmupLR has no total_num_steps; correct it"),
     ("WarmupLR", {"warmup_max_lr": 1e-3, "warmup_num_steps": "many"}, "warmup_steps"),
     ("WarmupLR", {"last_batch_iteration": 10}, "WarmupLR has no last_batch_iteration; correct it"),
     ("WarmupDecayLR", {"total_num_steps": 41}, "total_num_steps is 41, and the learning rate ends"),
-    ("WarmupCosineLR", {"cos_min_ratio": 0.0001}, "cos_min_ratio is 0.0001, and lr_scheduler_type"),
+    ("WarmupCosineLR", {"cos_min_ratio": "low"}, "min_lr_rate: 'low' does not do"),
     ("WarmupCosineLR", {"warmup_min_ratio": 0.1}, "warmup_min_ratio is 0.1"),
 ])  # fmt: skip
 def test_a_schedule_of_another_course_is_told(
@@ -129,7 +135,6 @@ def test_a_schedule_of_another_course_is_told(
     # As transformers' own example has it: by the logarithm.
     ({"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto",
                                      "warmup_num_steps": "auto"}}, "add warmup_type: linear to it"),
-    ({"type": "WarmupCosineLR", "params": {"warmup_type": "linear"}}, "cos_min_ratio is 0.0001"),
     ("WarmupLR", "scheduler is 'WarmupLR', where DeepSpeed has settings in braces"),
 ])  # fmt: skip
 def test_a_schedule_that_ours_is_not_is_told(scheduler: Any, message: str, chat_file: Path) -> None:

@@ -63,8 +63,9 @@ _KERNELS = {"torch_adam", "fused", "foreach", "set_grad_none", "fp32_optimizer_s
 # DeepSpeed's schedulers (runtime/lr_schedules.py of 0.19.8), with a warm-up that is linear.
 _SCHEDULERS = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear",
                "WarmupCosineLR": "cosine"}  # fmt: skip
-# Where they begin and end. Ours begin at 0 and end there, which two of these have by themselves.
-_FROM_ZERO = {"warmup_min_lr": 0, "warmup_min_ratio": 0, "cos_min_ratio": 0.0001}
+# Where they begin, which is 0 here.
+_FROM_ZERO = {"warmup_min_lr": 0, "warmup_min_ratio": 0}
+_COSINE_LOWEST = 0.0001  # of the peak, where nobody says it
 _WARMUP_STEPS, _DECAYS_FROM = 1000, 0.001  # where nobody says how long, and from which rate
 # What `fsdp_config` of transformers, accelerate and Axolotl says of order and loading alone.
 _FSDP_MOVING = {"cpu_ram_efficient_loading", "sync_module_states", "backward_prefetch",
@@ -336,8 +337,11 @@ def _scheduler(section: Mapping[str, Any], max_steps: Any) -> dict[str, Any]:
     for key in sorted(known & _FROM_ZERO.keys()):
         if (value := values.get(key, _FROM_ZERO[key])) != 0:
             raise ValueError(f"scheduler: {key} is {value}, and lr_scheduler_type: {ours} begins "
-                             f"and ends at 0; set it to 0, or set {own}")  # fmt: skip
+                             f"at 0; set it to 0, or set {own}")  # fmt: skip
     settings: dict[str, Any] = {"lr_scheduler_type": ours}
+    if name == "WarmupCosineLR" and (lowest := values.get("cos_min_ratio", _COSINE_LOWEST)):
+        settings = {"lr_scheduler_type": "cosine_with_min_lr",
+                    "lr_scheduler_kwargs": {"min_lr_rate": lowest}}  # fmt: skip
     if str(values.get("total_num_steps", max_steps)) != str(max_steps):
         raise ValueError(
             f"scheduler: total_num_steps is {values['total_num_steps']}, and the learning rate "
