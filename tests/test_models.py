@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,22 @@ def test_every_architecture_loads_frozen_and_describes_itself(arch: str, tmp_pat
     assert description.total_parameters == real
     assert description.parameters["other"] == 0
     assert description.layers == 2
+
+
+def test_loading_warns_of_nothing_from_python_where_libraries_are_not_silenced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tmp_path / "llama", "llama")
+    library, told = logging.getLogger("transformers"), list[str]()
+    heard = logging.Handler(logging.WARNING)
+    monkeypatch.setattr(heard, "emit", lambda record: told.append(record.getMessage()))
+    monkeypatch.setattr(library, "level", logging.WARNING)  # its own without our command line
+    library.addHandler(heard)
+    try:
+        models.load(str(folder), dtype="float32")
+    finally:
+        library.removeHandler(heard)
+    assert told == []
 
 
 def test_gemma2_caps_its_scores_and_falls_back_from_sdpa_with_the_reason(tmp_path: Path) -> None:

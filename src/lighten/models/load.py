@@ -268,12 +268,16 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 def _without_report() -> Iterator[None]:
     """Silence transformers' table of what did not fit: `_require_complete` says it plainly."""
     report = logging.getLogger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)
+
+    # No level of its own: above WARNING transformers goes on to warn of tensor parallelism.
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    report.addFilter(is_error)
     try:
         yield
     finally:
-        report.setLevel(level)
+        report.removeFilter(is_error)
 
 
 def _require_complete(name: str, path: Path, loaded: dict[str, Any]) -> None:
