@@ -79,6 +79,9 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     refused("runs/nowhere does not exist; give an adapter's folder", adapters=["a=runs/nowhere"])
     with pytest.raises(UserError, match=f"lighten serve {tiny_folder} --adapters .*one"):
         lighten.api.serve(str(folder / "inside" / "one"), log=lambda _: None)
+    spaced = shutil.copytree(folder / "inside" / "one", tmp_path / "내 adapter")
+    with pytest.raises(UserError, match=f"lighten serve {tiny_folder} --adapters '{spaced}'"):
+        lighten.api.serve(str(spaced), log=lambda _: None)
     refused("two adapters are called", adapters=[f"a={folder / 'inside' / 'one'}"] * 2)
     refused("api-key", host="0.0.0.0")
     refused("adapter-dir", admin_keys=["key"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from lighten import locks
 from lighten.errors import UserError
 from lighten.whole_files import cannot_write, write_json, write_text
+from lighten.wording import typed
 
 QUANTIZE = "quantize.json"
 BENCH, AUDIT = "bench.json", "audit.json"
@@ -176,8 +176,8 @@ def resume_command(folder: Path) -> str:
     """What goes on with a run, or with the sweep that it belongs to, as it can be typed."""
     for place in (folder, *folder.parents[:2]):
         if (place / SWEEP).is_file():
-            return f"lighten sweep --resume {shlex.quote(str(place))}"
-    return f"lighten train --resume {shlex.quote(str(folder))}"
+            return f"lighten sweep --resume {typed(place)}"
+    return f"lighten train --resume {typed(folder)}"
 
 
 def free_name(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from lighten.peft_config import CONFIG, is_adapter, read_config
 from lighten.recipe import Recipe
 from lighten.runs import RECIPE, Run, folder_of
 from lighten.runs import is_run as is_begun
+from lighten.wording import typed
 
 RunLike = Run | str | os.PathLike[str]
 
@@ -49,7 +50,8 @@ def require_base(name: str) -> None:
     if is_adapter(expanded(name)):
         base = read_config(expanded(name)).get("base_model_name_or_path") or "BASE"
         raise UserError(
-            f"{name} is an adapter; serve its base with it: lighten serve {base} --adapters {name}"
+            f"{name} is an adapter; serve its base with it: lighten serve {typed(str(base))} "
+            f"--adapters {typed(name)}"
         )
     require_answerable(name)
 
@@ -146,7 +148,9 @@ def adapter_folder(target: RunLike, name: str | None = None) -> Path:
     if not folders:
         raise UserError(f"{run.folder} has no adapter; train one first")
     if name is None and len(folders) > 1:
-        raise UserError(f"{run.folder} has several adapters; name one: --adapter {min(folders)}")
+        raise UserError(
+            f"{run.folder} has several adapters; name one: --adapter {typed(min(folders))}"
+        )
     if name is not None and name not in folders:
         raise UserError(
             f"{run.folder} has no adapter {name!r}; it has {', '.join(sorted(folders))}"

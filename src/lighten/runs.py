@@ -37,6 +37,7 @@ from lighten.whole_files import whole_folder as whole_folder
 from lighten.whole_files import write_bytes as write_bytes
 from lighten.whole_files import write_json as write_json
 from lighten.whole_files import write_text as write_text
+from lighten.wording import typed
 
 # How it stands with a run that can go on.
 UNFINISHED = ("running", "interrupted", "killed")
@@ -307,7 +308,7 @@ def model_alone(recipe: Recipe, adapter: Path | None = None) -> Iterator[Run]:
     if (folder / RECIPE).is_file() and not Run(folder).is_model_alone():
         raise UserError(
             f"{folder} holds a run that trains; choose another --output_dir for measuring "
-            f"{subject}, or measure the run: lighten evaluate {folder}"
+            f"{subject}, or measure the run: lighten evaluate {typed(folder)}"
         )
     if (folder / RECIPE).is_file():
         before = Run(folder)

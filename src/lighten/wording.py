@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 # Capitals without a vowel are spelt; these are letters whose names begin with a vowel's sound.
 _SPELT = re.compile(r"[B-DF-HJ-NP-TV-Z](?:[B-DF-HJ-NP-TV-Z]|(?![A-Za-z]))")
@@ -19,6 +20,11 @@ def with_article(noun: str) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says in its first line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def typed(value: object) -> str:
+    """A path or a name as it can be typed in a shell, in a command that is told."""
+    return shlex.quote(str(value))
 
 
 def counted(count: int, noun: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten import path_checks
 from lighten.errors import UserError
+from lighten.wording import typed
 
 if TYPE_CHECKING:
     from lighten.planning.serving import Serving
@@ -90,7 +91,8 @@ def _options(
     if adapter_dir is not None and not every_admin_key:
         raise UserError(
             "--adapter-dir is where adapters are loaded from at run time, which needs --admin-key "
-            f"(or LIGHTEN_ADMIN_KEY); to serve those in it from the start: --adapters {adapter_dir}"
+            "(or LIGHTEN_ADMIN_KEY); to serve those in it from the start: "
+            f"--adapters {typed(adapter_dir)}"
         )
     return Options(
         adapter_dir=None if adapter_dir is None else Path(adapter_dir).expanduser(),

@@ -18,6 +18,7 @@ from lighten.quantization.verbs import quantize
 from lighten.recipe import EvaluateOptions, Recipe, aliases, spread
 from lighten.runs import Run
 from lighten.training import restarting
+from lighten.wording import typed
 
 if TYPE_CHECKING:
     from lighten.evaluation.result import Evaluation
@@ -260,7 +261,7 @@ def _require_quantizable(recipe: Recipe) -> None:
         raise UserError(
             f"quantize.to writes copies of one model, and this recipe trains {len(names)} adapters "
             f"({', '.join(names)}); remove it, and quantise one of them afterwards: lighten "
-            f"quantize {recipe.run_folder} --adapter {names[0]}"
+            f"quantize {typed(recipe.run_folder)} --adapter {typed(names[0])}"
         )
 
 

@@ -39,7 +39,7 @@ from lighten.cli.runs import runs_app
 from lighten.cli.settings import TakesSettings, TakesSweep, show_settings
 from lighten.cli.steps import print_report, print_step
 from lighten.parallel import launch
-from lighten.wording import counted
+from lighten.wording import counted, typed
 
 if TYPE_CHECKING:
     from lighten.api import RecipeLike
@@ -145,7 +145,7 @@ def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, An
             return None, with_positionals(positionals, settings)
         raise UserError(
             f"{positionals[0]} is neither a run's folder nor a recipe (recipe.yaml); a model needs "
-            f"a data set beside it: lighten train {positionals[0]} DATA"
+            f"a data set beside it: lighten train {typed(positionals[0])} DATA"
         )
     if not positionals and settings:
         return None, settings
@@ -252,7 +252,7 @@ def evaluate(
     """Measure the base and what a run trained, a model, or an adapter, on held-out examples."""
     from lighten import api
 
-    launch.require_alone("an evaluation", f"lighten evaluate {run}")
+    launch.require_alone("an evaluation", f"lighten evaluate {typed(run)}")
     with progress_bar() as progress:
         evaluation = api.evaluate(
             run, against=against, progress=progress, **overrides(ctx.args)

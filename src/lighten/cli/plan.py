@@ -22,6 +22,7 @@ from lighten.cli.console import (
 )
 from lighten.errors import UserError
 from lighten.machine.datasheets import DEVICES
+from lighten.wording import typed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -377,7 +378,10 @@ def _quantize(words: list[str], device: str | None, as_json: bool) -> bool | Non
         return _formats(model, options, as_json)
     for name in ("adapter", "output_dir"):
         if name in options:
-            raise UserError(f"--{name} goes with --to FORMATS: lighten plan quantize {model} --to")
+            raise UserError(
+                f"--{name} goes with --to FORMATS: "
+                f"lighten plan quantize {typed(model)} --to FORMATS"
+            )
     forecast = api.plan_quantize(model, **options)
     if as_json:
         typer.echo(json.dumps(forecast.to_dict()))

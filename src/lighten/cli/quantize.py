@@ -9,6 +9,7 @@ import typer
 
 from lighten.cli.console import Json, console, print_json, print_table
 from lighten.parallel import launch
+from lighten.wording import typed
 
 if TYPE_CHECKING:
     from lighten.quantization.table import Quantized
@@ -48,7 +49,7 @@ def quantize(
     """Write smaller copies of a model, and one table of what each costs and keeps."""
     from lighten import api
 
-    launch.require_alone("quantising", f"lighten quantize {source}")
+    launch.require_alone("quantising", f"lighten quantize {typed(source)}")
 
     def log(line: str) -> None:
         typer.echo(line, err=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from lighten.evaluation.verdicts import verdict
 from lighten.recipe import EvaluateOptions
 from lighten.runs import Run
 from lighten.training.held_out_data import HeldOutData
+from lighten.wording import typed
 
 # Settings that a figure depends on. `batch_size` changes the time alone; of `max_examples` the
 # examples tell that were taken; and answers of both are scored anew, by the same metrics.
@@ -37,8 +37,7 @@ def read(run: Run) -> dict[str, Any]:
     evaluation = run.evaluation()
     if evaluation is None:
         raise UserError(
-            f"{run.folder} was not evaluated yet; first: "
-            f"lighten evaluate {shlex.quote(str(run.folder))}"
+            f"{run.folder} was not evaluated yet; first: lighten evaluate {typed(run.folder)}"
         )
     return evaluation
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from lighten.planning.serving import Serving
 from lighten.reporting.planned import enough
 from lighten.reporting.planned import verdict as sentence
 from lighten.reporting.text import duration, gib, size
-from lighten.wording import counted
+from lighten.wording import counted, typed
 
 if TYPE_CHECKING:
     from lighten.planning.probe import Probed
@@ -160,7 +159,7 @@ def seconds(value: float) -> str:
 
 def flags(settings: Mapping[str, Any]) -> str:
     """Settings as they are typed into a shell."""
-    return " ".join(f"--{name} {shlex.quote(_value(value))}" for name, value in settings.items())
+    return " ".join(f"--{name} {typed(_value(value))}" for name, value in settings.items())
 
 
 def _value(value: Any) -> str:

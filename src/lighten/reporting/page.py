@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lighten.folders import COMPARISON, REPORT, SWEEP, resume_command
 from lighten.reporting import attention, comparison, evaluated, planned, quantized, text
 from lighten.reporting.charts import Series, line_chart, number, smoothed
 from lighten.runs import Run
-from lighten.wording import counted
+from lighten.wording import counted, typed
 
 # Answers shown side by side; all of them are in evaluation.json.
 SHOWN_EXAMPLES = 24
@@ -337,7 +336,7 @@ def _cell(entry: comparison.Entry, column: comparison.Column, best: bool) -> dic
 
 def next_commands(run: Run, info: Mapping[str, Any], *, evaluated: bool) -> list[tuple[str, str]]:
     """What people do next with a run: commands, and what each is for."""
-    folder = shlex.quote(str(run.folder))
+    folder = typed(run.folder)
     if info.get("status") in (*run_files.UNFINISHED, "failed"):
         return [(resume_command(run.folder), "go on from the newest checkpoint")]
     beside = (f"lighten runs compare {folder} RUN", "stand it beside another run")
@@ -353,7 +352,7 @@ def next_commands(run: Run, info: Mapping[str, Any], *, evaluated: bool) -> list
     rank = max((adapter.lora_r for adapter in trained), default=0)
     plain = recipe.method == "lora" and recipe.peft is None and not recipe.use_dora
     if plain and rank > 1:
-        which = f" --adapter {shlex.quote(trained[0].name)}" if len(trained) > 1 else ""
+        which = f" --adapter {typed(trained[0].name)}" if len(trained) > 1 else ""
         commands.append((f"lighten adapter info {folder}{which}", "how much of its rank it uses"))
         commands.append(
             (f"lighten adapter resize {folder}{which} --rank {max(1, rank // 2)}",

@@ -28,6 +28,7 @@ from lighten.quantization.gguf_source import read_json
 from lighten.runs import INFO, RECIPE, Run, folder_of, whole_folder
 from lighten.serving.engine import Adapter
 from lighten.serving.prompts import Asking, asking
+from lighten.wording import typed
 
 log = logging.getLogger(__name__)
 # Raised when what is converted for llama.cpp changes, so that an old copy is not taken for it.
@@ -98,7 +99,7 @@ def open_base(name: str, *, revision: str | None = None, chat_template: str | No
         if model is None:
             raise UserError(
                 f"{name} is a run of adapters; serve its base: lighten serve "
-                f"{run.recipe().model_name_or_path} --adapters {name}"
+                f"{typed(run.recipe().model_name_or_path)} --adapters {typed(name)}"
             )
         name, recipe, info = str(model), run.recipe(), run.info()
         handling = data.Handling(recipe.system_role, recipe.thinking)
@@ -235,7 +236,9 @@ def _below(name: str | None, given: str) -> dict[str, Path]:
     if run is not None:
         folders = run.adapters()
         if not folders and run.model() is not None:
-            raise UserError(f"{path} trained a whole model, no adapter: lighten serve {path}")
+            raise UserError(
+                f"{path} trained a whole model, no adapter: lighten serve {typed(path)}"
+            )
     elif path.is_dir():
         folders = {config.parent.name: config.parent for config in sorted(path.glob(f"*/{CONFIG}"))}
     elif may_be_on_hub(given):
@@ -316,7 +319,7 @@ def now() -> int:
 
 
 def _merge(folder: Path) -> str:
-    return f"lighten export {folder} --as merged"
+    return f"lighten export {typed(folder)} --as merged"
 
 
 def _require_same_base(folder: Path, info: Mapping[str, Any], base: Base) -> None:
