@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lighten
+from lighten import api
 from lighten.cli.console import console, print_table
 from lighten.cli.main import _recipe_arguments as recipe_arguments
 from lighten.cli.main import app, overrides
@@ -101,6 +102,26 @@ def test_a_folder_with_a_recipe_is_that_recipe_and_no_place_for_its_run(tmp_path
     (project / "recipe.yaml").write_text("model: m/m\ndataset: d/d\n")
     recipe, settings = recipe_arguments([str(project), "--max_steps", "3"])
     assert (recipe, settings) == (project / "recipe.yaml", {"max_steps": 3})
+
+
+def test_from_python_a_run_its_folder_and_a_mapping_are_recipes(
+    tiny_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    settings = {"model": str(tiny_folder), "dataset": chat_file, "max_steps": 3}
+    recipe = api.plannable(settings, lora_r=2)
+    assert (recipe.dataset, recipe.max_steps, recipe.lora_r) == (str(chat_file), 3, 2)
+    begun = Run.create(recipe.changed({"output_dir": str(tmp_path / "a run")}))
+    begun.update(status="finished")
+    for form in (begun, begun.folder, str(begun.folder)):
+        again = api.plannable(form, lora_r=4)
+        assert (again.max_steps, again.lora_r, again.run_folder) == (3, 4, begun.folder)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert api.plannable(tmp_path / "project").name == "project"
+    with pytest.raises(UserError, match=r"no-model is neither a recipe .* model='no-model'"):
+        lighten.train("no-model")
+    planned = call("plan", str(begun.folder), "--device", "cpu", "--json", cwd=tmp_path)
+    assert json.loads(planned.stdout)["steps"] == 3
 
 
 def test_the_whole_way_from_a_recipe_to_a_report(

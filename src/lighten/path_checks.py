@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from lighten.errors import UserError
 from lighten.paths import exists
@@ -123,14 +124,22 @@ def run_folder(name: str) -> Path:
     return folder_of(name) or expanded(name)
 
 
-def recipe_in(folder: Path) -> Recipe | Path | None:
-    """What a folder's recipe says, or its file; None without one.
+def is_recipe(name: str) -> bool:
+    """Whether that is a recipe's file or a folder with one; a name under `runs/` may be a model."""
+    return name.endswith((".yaml", ".yml")) or exists(expanded(name) / RECIPE)
 
-    Relative paths of a run's own recipe are those of where it was started.
+
+def recipe_in(folder: Path) -> tuple[Recipe | Path, dict[str, Any]] | None:
+    """What a folder's recipe says, or its file, and where its run goes; None without one.
+
+    Relative paths of a run's own recipe are those of where it was started, and its folder is that
+    of the run; the file of a project leaves it open.
     """
     if not exists(folder / RECIPE):
         return None
-    return Run(folder).recipe() if is_begun(folder) else folder / RECIPE
+    if not is_begun(folder):
+        return folder / RECIPE, {}
+    return Run(folder).recipe(), {"output_dir": str(folder)}
 
 
 def adapter_folder(target: RunLike, name: str | None = None) -> Path:

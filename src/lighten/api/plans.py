@@ -35,8 +35,8 @@ def plan(
     """Predict memory and time: `plan("recipe.yaml")` or `plan(model=…, device="t4")`.
 
     Args:
-        recipe: A recipe, its file, or None to take settings from the overrides alone; they need
-            no `dataset` then.
+        recipe: A recipe, its file, a mapping of settings, a run, or None to take settings from the
+            overrides alone, which need no `dataset` then.
         device: By name (`t4`, `a100-80`, `cpu`, …); default this machine.
         changes: Where it does not surely fit, look for what would.
         on_plan: Given the plan before changes are looked for.

@@ -39,7 +39,8 @@ def train(
     """Train: `train("recipe.yaml", learning_rate=1e-4)` or `train(model=…, dataset=…)`.
 
     Args:
-        recipe: A recipe, its file, or None to take settings from the overrides alone.
+        recipe: A recipe, its file, a mapping of settings, a run (whose place a new one takes), or
+            None to take settings from the overrides alone.
         resume: Go on from the newest whole checkpoint of the run folder, as is done too where
             torchrun or SLURM has started an unfinished run again.
         progress: Show what happens on standard error.
@@ -165,7 +166,8 @@ def sweep(
     """Train and compare many settings: `sweep("recipe.yaml", lora_r=[8, 32, 128], budget="30m")`.
 
     Args:
-        recipe: A recipe, its file, or None to take settings from the overrides alone.
+        recipe: A recipe, its file, a mapping of settings, a run (whose place a new one takes), or
+            None to take settings from the overrides alone.
         resume: Take up an ended sweep again; an unfinished one goes on by itself.
         progress: Show what happens on standard error.
         measuring_progress: Log what is being measured, how far it is, and of how much.
@@ -209,7 +211,8 @@ def run(
     Of several ranks the first goes on after the training, alone.
 
     Args:
-        recipe: A recipe, its file, or None to take settings from the overrides alone.
+        recipe: A recipe, its file, a mapping of settings, a run (whose place a new one takes), or
+            None to take settings from the overrides alone.
         resume: Go on from the newest whole checkpoint of the run folder.
         progress: Show what happens while it trains on standard error.
         evaluation_progress: Log what is being measured, how far it is, and of how much.

@@ -136,10 +136,9 @@ def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, An
     if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
         return positionals[0], settings
     if len(positionals) == 1:
-        folder = path_checks.run_folder(positionals[0])
-        if (recipe := path_checks.recipe_in(folder)) is not None:
-            # The file of a project, whose run goes elsewhere, or the recipe of a run.
-            place = {} if isinstance(recipe, Path) else {"output_dir": str(folder)}
+        found = path_checks.recipe_in(path_checks.run_folder(positionals[0]))
+        if found is not None:
+            recipe, place = found
             return recipe, {**place, **settings}
         if any(aliases.RENAMED.get(name, name) == "dataset" for name in settings):
             return None, with_positionals(positionals, settings)

@@ -177,7 +177,9 @@ def exit_code(fits: bool | None) -> int:
 def _recipe_and_settings(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     """A recipe file, or a model and perhaps its data, and the settings after them."""
     positionals, settings = take_positionals(words), overrides(words)
-    if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
+    from lighten import path_checks
+
+    if len(positionals) == 1 and path_checks.is_recipe(positionals[0]):
         return positionals[0], settings
     if len(positionals) > 2 or not (positionals or settings):
         raise UserError("give a recipe (recipe.yaml) or a model: lighten plan MODEL --device t4")
