@@ -171,6 +171,10 @@ def test_a_split_of_changed_data_is_refused(
 
 
 def test_a_wrong_setting_of_an_evaluation_is_told_like_any_other(run: Run) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.generate is not a setting; see"):
+        lighten.evaluate(run, generate=3)  # learning_rate is alike, and no setting of it
+    with pytest.raises(UserError, match=r"evaluate\.dataset is not a setting; set eval_dataset"):
+        lighten.evaluate(run, dataset="mine.jsonl")
     with pytest.raises(UserError, match=r"evaluate\.max_exampels is not a setting; did you mean"):
         lighten.evaluate(run, max_exampels=5)
     with pytest.raises(UserError, match=r"evaluate\.max_examples: 0 does not do"):

@@ -115,6 +115,20 @@ def test_a_changed_package_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert not folder_of("smollm2-135m").exists()
 
 
+def test_a_folder_that_holds_something_of_a_model_says_what_to_name(tmp_path: Path) -> None:
+    export = tmp_path / "내 실험"
+    export.mkdir()
+    with pytest.raises(UserError, match=r"no config\.json$"):
+        resolve(str(export))
+    (export / "Modelfile").write_text("FROM ./m.q4_k_m.gguf")
+    (export / "m.q4_k_m.gguf").touch()
+    with pytest.raises(UserError, match=f"name the GGUF file in it: '{export}/m.q4_k_m.gguf'"):
+        resolve(str(export))
+    (export / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="it is an adapter, name the base"):
+        resolve(str(export))
+
+
 def test_pickle_is_never_read(tiny_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(tiny_folder, folder)

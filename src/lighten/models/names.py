@@ -11,6 +11,7 @@ from typing import Literal
 from lighten.errors import UserError
 from lighten.models import known
 from lighten.paths import expanded
+from lighten.wording import typed
 
 Source = Literal["packaged", "folder", "gguf", "hub", "known"]
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -90,6 +91,14 @@ def card_line(name: str) -> str:
     return "" if base is None else f"base_model: {base}\n"
 
 
+def _held_instead(folder: Path) -> str:
+    """What to name where a folder holds no model but something of one."""
+    if (folder / "adapter_config.json").is_file():
+        return "; it is an adapter, name the base that its adapter_config.json names"
+    files = sorted(folder.glob("*.gguf"))
+    return f"; name the GGUF file in it: {typed(files[0])}" if files else ""
+
+
 def resolve(name: str) -> tuple[Source, Path | None]:
     """Which source a name means, with its path if it is local.
 
@@ -101,7 +110,9 @@ def resolve(name: str) -> tuple[Source, Path | None]:
         return "packaged", None
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{path} is not a model folder: it has no config.json")
+            raise UserError(
+                f"{path} is not a model folder: it has no config.json{_held_instead(path)}"
+            )
         return "folder", path
     if path.suffix == ".gguf":
         if path.is_file():

@@ -13,6 +13,9 @@ from lighten.recipe.sweeping import Range
 # How alike a mistyped name is to what was meant (difflib's ratio). Other tools' names share that
 # many letters with hundreds of ours only by mistake; within a section there are few to confuse.
 _TYPED, _IN_SECTION = 0.82, 0.55
+_SECTIONS = {
+    "evaluate": EvaluateOptions.model_fields, "quantize": QuantizeOptions.model_fields,
+}  # fmt: skip
 _SHORTEST = 6  # of what may be a setting's beginning (`warmup`); a shorter word begins many
 
 
@@ -22,6 +25,8 @@ def mend(key: str) -> str:
     Args:
         key: Its name; of one in a section, with the section's before a point.
     """
+    if key == "evaluate.dataset":
+        return "set eval_dataset, which a run is measured on in place of what it held out"
     if answer := other_tools.instead(key):
         return answer
     section, _, name = key.rpartition(".")
@@ -29,13 +34,10 @@ def mend(key: str) -> str:
         *RecipeFields.model_fields, *aliases.RENAMED, *aliases.SPECIAL, *other_tools.PASSED_OVER
     )  # fmt: skip
     if section:
-        pool = (
-            *EvaluateOptions.model_fields, *QuantizeOptions.model_fields,
-            *AdapterEntry.model_fields, *Range.model_fields,
-        )  # fmt: skip
+        pool = _SECTIONS.get(section, (*AdapterEntry.model_fields, *Range.model_fields))
     near = difflib.get_close_matches(
         name, list(pool), n=1, cutoff=_IN_SECTION if section else _TYPED
     )
-    if not near and len(name) >= _SHORTEST:
+    if not near and not section and len(name) >= _SHORTEST:
         near = [setting for setting in RecipeFields.model_fields if setting.startswith(f"{name}_")]
     return f"did you mean {near[0]}?" if near else "see: lighten schema"
