@@ -241,6 +241,7 @@ def test_the_verbs_on_a_run_and_on_a_folder(
 ) -> None:
     run = a_run(tmp_path / "one", tiny_folder, chat_file, ("default",))
     folder, resized = api.resize_adapter(run, 2)
+    assert len(repr(resized)) < 80, "no weights in a notebook's cell"
     assert folder == run.folder / "exports" / "default-r2"
     assert "# The card\n\nResized by lighten from rank 8 to 2" in (folder / "README.md").read_text()
     assert resized.facts()["r"] == 2

@@ -402,7 +402,7 @@ def test_a_second_command_keeps_the_other_parts_of_a_run(
     stored = json.loads(path.read_text())
     stored["records"].append({"part": "attention", "name": "eager, forward, 64 tokens"})
     path.write_text(json.dumps(stored))
-    second = api.bench(run, ["size"])
+    second = api.bench(run, "size")
     assert second["earlier_parts"] == ["attention"]
     parts = [record["part"] for record in json.loads(path.read_text())["records"]]
     assert parts == ["size", "size", "size", "attention"]

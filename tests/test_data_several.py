@@ -117,6 +117,7 @@ def test_a_comma_in_a_name_is_no_list(folder: Path) -> None:
     [
         ([], "give a file, folder or hub id, or a list of these"),
         ([3], "give a file, folder or hub id, or a list of these"),
+        ([{"prompt": "a", "completion": "b"}], "in memory are written to a JSONL file first"),
         ({"mine": 1}, "give a file, folder or hub id, or a list of these"),
         (["no.jsonl", "nor.jsonl"], "dataset: 'nor.jsonl' does not exist"),
     ],

@@ -94,6 +94,15 @@ def test_each_row_is_of_a_whole_artefact(quantized: Quantized, run: Run) -> None
     assert quantized.settings["mode"] == table.MODE
 
 
+def test_the_table_draws_itself_in_a_notebook(quantized: Quantized) -> None:
+    html = quantized._repr_html_()
+    assert html.startswith('<div class="lighten-card"')
+    assert html.count("<tr>") == 1 + len(quantized.formats)
+    assert "Perplexity over file size" in html
+    assert "bfloat16, nf4, int8, gguf:q8_0" in repr(quantized)
+    assert len(repr(quantized)) < 400
+
+
 def test_quality_is_ordered_and_on_the_same_tokens(quantized: Quantized) -> None:
     base, nf4, int8, q8, _ = quantized.formats
     assert base["kl"] == 0

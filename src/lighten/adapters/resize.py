@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,9 @@ class Resized:
         left_behind: Files of the folder that belong to no adapter and are not copied.
     """
 
-    config: dict[str, Any]
-    weights: dict[str, Tensor]
-    cuts: tuple[Cut, ...]
+    config: dict[str, Any] = field(repr=False)
+    weights: dict[str, Tensor] = field(repr=False)
+    cuts: tuple[Cut, ...] = field(repr=False)
     left_behind: tuple[str, ...] = ()
 
     @property

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def bench(
     target: RunLike,
-    parts: Sequence[str] = (),
+    parts: str | Sequence[str] = (),
     *,
     adapter: str | None = None,
     memory: str | int | None = None,
@@ -35,7 +35,7 @@ def bench(
 
     Args:
         target: A model; or a run, of which the adapter and the merged model are measured too.
-        parts: `size`, `generate`, `attention`, `train`, `max-batch`; none: all.
+        parts: One or more of `size`, `generate`, `attention`, `train`, `max-batch`; none: all.
         adapter: Of a run with several, which.
         memory: What a process may hold, such as `8GiB`; None: nine tenths of what is free.
         output: Where the file goes; None: `bench.json` in a run's folder, and none for a model.
@@ -75,7 +75,8 @@ def bench(
         return plannable(run.recipe(), **overrides)
 
     return running.bench(
-        target if run is None else str(run.folder), parts, recipe=recipe, adapter=adapter,
+        target if run is None else str(run.folder),
+        (parts,) if isinstance(parts, str) else parts, recipe=recipe, adapter=adapter,
         output=None if output is None else Path(output).expanduser(), settings=settings, log=log,
     )  # fmt: skip
 

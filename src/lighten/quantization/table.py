@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ MODE = (
 Log = Callable[[str], None]
 
 
-@dataclass
+@dataclass(repr=False)
 class Quantized:
     """What `quantize.json` holds.
 
@@ -59,6 +60,15 @@ class Quantized:
     notes: list[str] = field(default_factory=list)
     folder: str = ""
     version: int = 1
+
+    def __repr__(self) -> str:
+        names = ", ".join(row["name"] for row in self.formats)
+        return f"Quantized({self.model!r}: {names}; in {self.folder!r})"
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks."""
+        # The report knows what it draws; it is looked up when a notebook asks.
+        return str(import_module("lighten.reporting.notebook").quantized_html(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

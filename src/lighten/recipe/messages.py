@@ -119,4 +119,5 @@ def _sentence(key: str, item: Mapping[str, Any]) -> str:
     if is_range and not key.startswith("sweep."):
         choices = f"one value, or sweep it: sweep: {{{key}: {{min: ..., max: ...}}}}"
     mend = f"use {choices}" if choices else reason[0].lower() + reason[1:]
-    return f"{key}: {item['input']!r:.300} does not do; {mend}"
+    value = " ".join(repr(item["input"])[:300].split())  # a table of rows has lines
+    return f"{key}: {value} does not do; {mend}"

@@ -84,7 +84,10 @@ Duration = Annotated[str, BeforeValidator(_duration)]
 def _data_sets(value: Any) -> Any:
     several = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
     if not (isinstance(value, str) or several):
-        raise ValueError("give a file, folder or hub id, or a list of these")
+        raise ValueError(
+            "give a file, folder or hub id, or a list of these; rows that are in memory are "
+            "written to a JSONL file first"
+        )
     return value
 
 

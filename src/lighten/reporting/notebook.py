@@ -6,9 +6,9 @@ escaped. The rooms whose objects are drawn do not know the report; they call thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lighten.evaluation.result import Evaluation
@@ -93,6 +93,19 @@ def evaluation_html(evaluation: Evaluation) -> str:
     values = evaluation.to_dict()
     sentences = [*text.headline({}, values), *text.held_out_notes({}, values)]
     return _card(sentences, _table(["", *names], rows))
+
+
+def quantized_html(result: Mapping[str, Any]) -> str:
+    """Smaller copies of a model: what each costs and keeps, size against quality."""
+    from lighten.reporting import quantized
+
+    drawn = quantized.section(result)
+    assert drawn is not None
+    rows = [[row["name"], *row["cells"]] for row in drawn["rows"]]
+    return _card(
+        [f"{result['model']}, written under {result['folder']}", *drawn["notes"]],
+        _table(["", *drawn["columns"]], rows), drawn["chart"],
+    )  # fmt: skip
 
 
 def sweep_html(sweep: SweepResult) -> str:
