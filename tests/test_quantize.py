@@ -288,6 +288,28 @@ def test_a_model_too_narrow_for_a_format_is_refused_before_anything_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_lies_in_float32_is_compared_with_its_16_bits(tmp_path: Path) -> None:
+    """GPT-2's published files, and the copy that a GGUF file is opened by."""
+    pytest.importorskip("gguf")
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        tiny_model("llama", dtype=dtype, hidden_size=64, intermediate_size=128).save_pretrained(
+            folder
+        )
+        tiny_tokenizer().save_pretrained(folder)
+    wide, narrow = (
+        lighten.quantize(str(tmp_path / str(dtype)), "gguf:q8_0", output_dir=tmp_path / f"out{i}")
+        for i, dtype in enumerate((torch.float32, torch.bfloat16))
+    )
+    size = narrow.format("bfloat16")["file_bytes"]
+    assert size == table.weight_bytes(tmp_path / "torch.bfloat16")
+    assert wide.format("bfloat16")["file_bytes"] == pytest.approx(size, rel=0.001)
+    ratio = wide.format("gguf:q8_0")["ratio"]
+    assert ratio == pytest.approx(narrow.format("gguf:q8_0")["ratio"], rel=0.001)
+    forecast = api.plan_formats(str(tmp_path / "torch.float32"), "gguf:q8_0")
+    assert forecast.formats[0].file_bytes / forecast.weight_bytes == pytest.approx(ratio, rel=0.02)
+
+
 def test_layers_that_blocks_of_four_bits_do_not_fit_stay_dense(tmp_path: Path) -> None:
     """Rows of 96 numbers are one block and a half: bitsandbytes has no product with them here."""
     folder = tmp_path / "model"

@@ -402,7 +402,7 @@ def _formats(source: str, options: dict[str, Any], as_json: bool) -> bool | None
         typer.echo(json.dumps(forecast.to_dict()))
         return forecast.fits()
     _headline(forecast.sentence(), forecast.fits())
-    header = ["format", "file MB", "of now", "MB at the peak", "rounding, s"]
+    header = ["format", "file MB", "of bfloat16", "MB at the peak", "rounding, s"]
     print_table(header, forecast.rows())
     for line in forecast.notes():
         console().print(line, highlight=False)

@@ -58,7 +58,7 @@ class Forecast:
 
     Attributes:
         model: Which.
-        weight_bytes: Of the model, in 16 bits where an adapter is merged into it.
+        weight_bytes: Of the model in 16 bits, whatever its files hold, as `quantize` compares.
         formats: One for each of `--to`.
         folder: Where they will be.
         disk_bytes: That all formats need there.
@@ -161,7 +161,7 @@ def forecast(
     root = output_dir or artefact.exports
     return Forecast(
         artefact.name,
-        sum(tensor_bytes(weight) for weight in weights.values()),
+        sum(2 * weight.numbers for weight in weights.values()),
         formats,
         str(root),
         # A format that is there already is replaced when the new one is whole.

@@ -20,6 +20,7 @@ from lighten.paths import data_names
 from lighten.quantization import child
 from lighten.quantization.export_card import MANIFEST, require_replaceable, require_same_gguf
 from lighten.quantization.forecast import forecast
+from lighten.quantization.gguf_source import read_weights
 from lighten.quantization.model_source import (
     HeldOutSet,
     ModelSource,
@@ -27,6 +28,7 @@ from lighten.quantization.model_source import (
     evaluation_of,
     opened,
 )
+from lighten.quantization.room import tensor_bytes
 from lighten.quantization.targets import DYNAMIC, Target, parse, require_tools
 from lighten.runs import QUANTIZE, Run
 from lighten.whole_files import as_written, scratch_folder, whole_folder, write_json
@@ -129,7 +131,7 @@ def quantize(
         held_out = evaluation_of(model, tokens, questions)
         measuring = _Measuring(held_out, model, scratch)
         log(f"measuring {model.name} in {REFERENCE}")
-        rows = [{"name": REFERENCE, "file_bytes": weight_bytes(model.folder),
+        rows = [{"name": REFERENCE, "file_bytes": _reference_bytes(model.folder),
                  **measuring.of("reference", model.folder, REFERENCE)}]  # fmt: skip
         for target in targets:
             log(f"making {target.name}")
@@ -215,6 +217,15 @@ def _about_bytes(formats: Sequence[str], model: ModelSource) -> list[str]:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's weight files."""
     return sum(file.stat().st_size for file in _weights(folder))
+
+
+def _reference_bytes(folder: Path) -> int:
+    """Bytes of a folder's weight files as they would be in the reference's format.
+
+    A GGUF file is opened by a copy in float32, and older models are published so.
+    """
+    weights = read_weights(folder).values()
+    return weight_bytes(folder) - sum(tensor_bytes(w) - 2 * w.numbers for w in weights)
 
 
 def _weights(folder: Path) -> list[Path]:
