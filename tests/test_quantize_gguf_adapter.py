@@ -251,5 +251,6 @@ def test_layers_of_a_picture_tower_are_no_part_of_the_text_models_adapter(tmp_pa
     said = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
     config.write_text(json.dumps(said))
     export = api.export(tmp_path / "adapter", "gguf-adapter", output_dir=tmp_path / "out")
+    assert export.notes[0].endswith(f": lighten export {tmp_path / 'base'} --as gguf")
     assert export.receipt is not None
     assert export.receipt.passed, export.receipt.sentence()

@@ -39,6 +39,7 @@ from lighten.quantization.receipts import receipt_of
 from lighten.quantization.room import require_export_room, require_receipt_room
 from lighten.runs import whole_folder, write_json
 from lighten.whole_files import scratch_folder
+from lighten.wording import typed
 
 FORMS = ("adapter", "merged", "gguf", "gguf-adapter", "executorch")
 MERGED = ("merged", "gguf", "executorch")  # the forms that an adapter is merged for
@@ -286,7 +287,7 @@ def _gguf_adapter(artefact: Artefact, target: Path, _: str, __: bool) -> Exporte
         write_gguf_adapter(artefact.adapter, config, partial / file_name)
         (partial / "README.md").write_text(card(artefact, []), encoding="utf-8")
         write_manifest(artefact, partial, "gguf-adapter")
-    note = "it goes on the base as GGUF: lighten export BASE --as gguf"
+    note = f"it goes on the base as GGUF: lighten export {typed(artefact.base)} --as gguf"
     return written(target, "*.gguf", (note,))
 
 
