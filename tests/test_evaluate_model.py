@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lighten
+from lighten import api
 from lighten.artifacts import open_source
 from lighten.errors import UserError
 from lighten.evaluation import model_alone
@@ -20,6 +21,7 @@ from lighten.evaluation.chat import Conversation
 from lighten.recipe import Recipe
 from lighten.reporting import comparison
 from lighten.runs import Run
+from lighten.serving import adapters
 from tests.conftest import HUB_COMMIT
 from tests.processes import call
 from tests.tiny import save_tiny
@@ -120,6 +122,28 @@ def test_what_is_measured_again_takes_its_folders_place_and_a_trained_runs_stays
 
 
 @pytest.mark.usefixtures("forked_jobs")
+def test_what_trained_nothing_is_not_talked_to_as_if_it_had(run: Run, tmp_path: Path) -> None:
+    """The base answered, without a word that nothing trained was there."""
+    stopped = Run(Path(shutil.copytree(run.folder, tmp_path / "a stop")))
+    shutil.rmtree(stopped.folder / "adapters")
+    asked = (
+        lambda: Conversation(str(stopped.folder)),
+        lambda: api.adapter_info(stopped),
+        lambda: adapters.resolve([str(stopped.folder)]),
+    )
+    for ask in asked:
+        with pytest.raises(UserError, match=r"a stop has no(thing|) .* yet; train it first"):
+            ask()
+    stopped.update(status="interrupted")
+    for ask in asked:
+        with pytest.raises(UserError, match=r"yet; go on with: lighten train --resume '.*a stop'"):
+            ask()
+    (stopped.folder / "sweep.json").write_text("{}")
+    for ask in asked:
+        with pytest.raises(UserError, match="a stop is a sweep; what it trained is in runs"):
+            ask()
+
+
 def test_quantised_folders_and_gguf_files_are_models_too(chat_file: Path, tmp_path: Path) -> None:
     """INT8 is for the head too, of which torchao forms no product by itself."""
     base = save_tiny(tmp_path / "base", hidden_size=128, intermediate_size=256)

@@ -155,7 +155,9 @@ def adapter_folder(target: RunLike, name: str | None = None) -> Path:
     run = run_of(target)
     folders = run.adapters()
     if not folders:
-        raise UserError(f"{run.folder} has no adapter; train one first")
+        if run.model() is not None:
+            raise UserError(f"{run.folder} trained a whole model and has no adapter")
+        raise run.untrained("no adapter")
     if name is None and len(folders) > 1:
         raise UserError(
             f"{run.folder} has several adapters; name one: --adapter {typed(min(folders))}"

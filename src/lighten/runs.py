@@ -274,6 +274,9 @@ class Run:
                 f"{self.folder} is a sweep; what it trained is in runs of their own"
                 f"{f': name {inside}' if inside else ''}"
             )
+        if self.is_unfinished() and any((self.folder / "checkpoints").glob("checkpoint-*")):
+            command = folders.resume_command(self.folder)
+            return UserError(f"{self.folder} has {what} yet; go on with: {command}")
         return UserError(f"{self.folder} has {what} yet; train it first")
 
     def _json(self, name: str) -> dict[str, Any] | None:

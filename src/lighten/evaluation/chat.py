@@ -102,6 +102,8 @@ class Conversation:
             self._close = first.close
         else:
             run_models = Models(run, device, keep=True, talks=True)
+            if not run_models.names and not run.is_model_alone():
+                raise run.untrained()  # the base's answers would be taken for its own
             self.names, self._open = run_models.names, run_models.open
             self._close = run_models.close
             self.learnt, self.handling = run_models.learnt, run_models.handling

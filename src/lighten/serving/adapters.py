@@ -214,7 +214,7 @@ def resolve(paths: Mapping[str, str] | Iterable[str], most: int | None = None) -
             if key in folders:
                 raise UserError(
                     f"two adapters are called {key!r}: {folders[key]} and {folder}; name them: "
-                    f"--adapters first={folders[key]} second={folder}"
+                    f"--adapters first={typed(folders[key])} second={typed(folder)}"
                 )
             folders[key] = folder
     if most is not None and len(folders) > most:
@@ -239,6 +239,8 @@ def _below(name: str | None, given: str) -> dict[str, Path]:
             raise UserError(
                 f"{path} trained a whole model, no adapter: lighten serve {typed(path)}"
             )
+        if not folders:
+            raise run.untrained("no adapter")
     elif path.is_dir():
         folders = {config.parent.name: config.parent for config in sorted(path.glob(f"*/{CONFIG}"))}
     elif may_be_on_hub(given):
