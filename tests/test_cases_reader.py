@@ -440,6 +440,8 @@ def test_columns_are_mapped_and_suggested(tmp_path: Path) -> None:
         assert "its columns are question, response, text" in why
     path = lines(tmp_path / "d.jsonl", [{"question": "q", "response": "a"}])
     assert "set dataset_columns: {instruction: question, output: response}" in refused(path)
+    path = lines(tmp_path / "d.jsonl", [{"번호": 1, "질문": "q", "답변": "a"}])
+    assert "set dataset_columns: {instruction: 질문, output: 답변}" in refused(path)
     path = lines(tmp_path / "d.jsonl", [{"dialogue": [{"role": "user"}], "id": 1}])
     assert "set dataset_columns: {messages: dialogue}" in refused(path)
     pairs = [{"conversation": [{"human": "a", "assistant": "b"}]}]

@@ -167,6 +167,7 @@ def test_lines_of_separators_alone_below_a_table_are_no_rows(tmp_path: Path) -> 
         ("input output", "{instruction: input, output: output}"),
         ("input instruction response", "{instruction: instruction, output: response}"),
         ("question output", "{instruction: question, output: output}"),
+        ("instruction 답변", "{instruction: instruction, output: 답변}"),
     ],
 )  # fmt: skip
 def test_half_an_alpaca_row_says_which_columns_may_be_meant(

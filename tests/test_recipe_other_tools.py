@@ -175,6 +175,7 @@ def test_what_is_a_setting_here_is_not_told_to_be_none() -> None:
         ({"stage": "dpo"}, "stage is not a setting; remove it; examples are what is learnt from"),
         ({"metric_for_best_model": "rouge"}, "the best has the lowest validation loss"),
         ({"resume_from_checkpoint": True}, "--resume goes on from the newest checkpoint"),
+        ({"device": "cuda"}, "device is not a setting; by default a GPU is used where there is"),
         ({"do_train": False}, "do_train is not a setting; remove it; lighten train trains"),
         ({"dataloader_drop_last": True}, "no row is left out"),
         ({"data_seed": 0}, "set seed, which orders the rows too"),

@@ -32,10 +32,11 @@ _SHAPE_OF = {
 }  # fmt: skip
 COLUMNS = (*_SHAPE_OF, "system", "tools")
 # What other data sets call a question and its answer; offered, never taken unasked.
-_QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "input", "user")
+_QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "input", "user", "질문",
+              "문제", "지시문", "입력")  # fmt: skip
 _ANSWERS = ("response", "answer", "output", "completion", "solution", "target", "chosen",
-            "assistant", "reply")  # fmt: skip
-_CONTEXTS = ("context", "passage")
+            "assistant", "reply", "답변", "답", "정답", "응답", "출력")  # fmt: skip
+_CONTEXTS = ("context", "passage", "문맥", "지문")
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _TEXTS = ("text", "content", "document", "body")
 # Columns of which one is in every row that has an answer.

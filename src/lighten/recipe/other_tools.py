@@ -108,6 +108,8 @@ _INSTEAD = {
     "full_determinism": "remove it; seed fixes order, weights and dropout",
     "use_cpu": "remove it, and set LIGHTEN_DEVICE=cpu in the environment",
     "no_cuda": "remove it, and set LIGHTEN_DEVICE=cpu in the environment",
+    "device": "by default a GPU is used where there is one; another choice is LIGHTEN_DEVICE=cpu "
+              "or cuda:1 in the environment",
     "use_mps_device": "remove it, and set LIGHTEN_DEVICE=mps in the environment",
     "tf32": "remove it; dtype: bfloat16 is the fast format",
     "bf16_full_eval": _IN_DTYPE,
