@@ -76,9 +76,13 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
 
     refused("dora.*merge", adapters=[str(folder / "inside" / "dora")])
     refused("does not exist", adapters=["nowhere"])
+    refused("nowhere does not exist", adapters={"a": Path("nowhere")})
+    refused("nowhere does not exist", adapters="nowhere")
+    planned, _ = lighten.api.plan_server(tiny_folder, adapters=[folder / "inside" / "one"])
+    assert planned.adapters == 1
     refused("runs/nowhere does not exist; give an adapter's folder", adapters=["a=runs/nowhere"])
     with pytest.raises(UserError, match=f"lighten serve {tiny_folder} --adapters .*one"):
-        lighten.api.serve(str(folder / "inside" / "one"), log=lambda _: None)
+        lighten.api.serve(folder / "inside" / "one", log=lambda _: None)
     spaced = shutil.copytree(folder / "inside" / "one", tmp_path / "내 adapter")
     with pytest.raises(UserError, match=f"lighten serve {tiny_folder} --adapters '{spaced}'"):
         lighten.api.serve(str(spaced), log=lambda _: None)

@@ -18,6 +18,11 @@ from lighten.wording import typed
 RunLike = Run | str | os.PathLike[str]
 
 
+def text_of(source: RunLike) -> str:
+    """A run's folder, or whatever else names a model, as text."""
+    return str(source.folder) if isinstance(source, Run) else os.fspath(source)
+
+
 def require_model(name: str) -> None:
     """A local model is there.
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lighten import path_checks
 from lighten.path_checks import RunLike
-from lighten.runs import Run
 
 if TYPE_CHECKING:
     from lighten.benchmarking.audit import Audit
@@ -53,7 +52,7 @@ def bench(
     Raises:
         UserError: Something the user can mend.
     """
-    target = str(target.folder) if isinstance(target, Run) else os.fspath(target)
+    target = path_checks.text_of(target)
     path_checks.require_answerable(target)
     from lighten.api.recipes import plannable
     from lighten.benchmarking import running
@@ -82,7 +81,7 @@ def bench(
 
 
 def audit(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     data: str | os.PathLike[str],
     budget: str = "30m",
@@ -130,6 +129,7 @@ def audit(
     from lighten.recipe.section import duration
     from lighten.reporting.audit_page import write_audit_page
 
+    model = os.fspath(model)
     path_checks.require_model(model)
     for name in aliases.translate(overrides)[0]:
         if name in DECIDED:

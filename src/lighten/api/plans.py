@@ -262,7 +262,9 @@ def _require_processes(
         raise UserError("--offload is of GPUs; with --processes set offload_optimizer: nvme")
 
 
-def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serving:
+def plan_serve(
+    model: str | os.PathLike[str], *, device: str | None = None, **options: Any
+) -> Serving:
     """Memory of a server with one base and many adapters.
 
     Args:
@@ -273,6 +275,7 @@ def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serv
     Raises:
         UserError: Something the user can mend.
     """
+    model = os.fspath(model)
     path_checks.require_model(model)
     from lighten.machine import devices
     from lighten.planning.serve import serve
@@ -280,7 +283,7 @@ def plan_serve(model: str, *, device: str | None = None, **options: Any) -> Serv
     return serve(model, devices.named(device), **options)
 
 
-def plan_quantize(model: str, **options: Any) -> Quantizing:
+def plan_quantize(model: str | os.PathLike[str], **options: Any) -> Quantizing:
     """Main memory and time to quantise a base.
 
     Args:
@@ -290,6 +293,7 @@ def plan_quantize(model: str, **options: Any) -> Quantizing:
     Raises:
         UserError: Something the user can mend.
     """
+    model = os.fspath(model)
     path_checks.require_model(model)
     from lighten.machine import devices
     from lighten.planning.serve import quantize

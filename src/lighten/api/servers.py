@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten import path_checks
 from lighten.errors import UserError
+from lighten.path_checks import RunLike
 from lighten.wording import typed
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    base: str,
+    base: RunLike,
     *,
     log: Callable[[str], None] | None = None,
     adapter_dir: str | os.PathLike[str] | None = None,
@@ -42,6 +43,7 @@ def serve(
     Raises:
         UserError: Something the user can mend; an adapter cannot be served unmerged.
     """
+    base = path_checks.text_of(base)
     path_checks.require_base(base)
     from lighten.serving import running
 
@@ -51,7 +53,7 @@ def serve(
     )  # fmt: skip
 
 
-def plan_server(base: str, **options: Any) -> tuple[Sizes, Serving]:
+def plan_server(base: RunLike, **options: Any) -> tuple[Sizes, Serving]:
     """What `serve` with the same settings will hold, and the memory of it; nothing is started.
 
     Args:
@@ -61,6 +63,7 @@ def plan_server(base: str, **options: Any) -> tuple[Sizes, Serving]:
     Raises:
         UserError: It cannot be served so.
     """
+    base = path_checks.text_of(base)
     path_checks.require_base(base)
     from lighten.machine import devices
     from lighten.planning.serve import serve as memory
@@ -81,7 +84,7 @@ def plan_server(base: str, **options: Any) -> tuple[Sizes, Serving]:
 
 def _options(
     adapter_dir: str | os.PathLike[str] | None, api_keys: Sequence[str],
-    admin_keys: Sequence[str], options: Mapping[str, Any],
+    admin_keys: Sequence[str], options: dict[str, Any],
 ) -> Options:  # fmt: skip
     from lighten.serving.options import Options, keys
 
@@ -94,7 +97,16 @@ def _options(
             "(or LIGHTEN_ADMIN_KEY); to serve those in it from the start: "
             f"--adapters {typed(adapter_dir)}"
         )
+    adapters = options.pop("adapters", ())
+    if isinstance(adapters, str):
+        adapters = (adapters,)
+    named = (
+        {name: path_checks.text_of(source) for name, source in adapters.items()}
+        if isinstance(adapters, Mapping)
+        else tuple(map(path_checks.text_of, adapters))
+    )
     return Options(
+        adapters=named,
         adapter_dir=None if adapter_dir is None else Path(adapter_dir).expanduser(),
         api_keys=keys(api_keys, "LIGHTEN_API_KEY"),
         admin_keys=every_admin_key,
