@@ -379,7 +379,8 @@ def test_paths_are_looked_at_before_anything_heavy_is_loaded(tmp_path: Path) -> 
         "cli.data_check('none.jsonl', model='a/b')", "cli.data_check('none.jsonl', model='./no')",
     ]  # fmt: skip
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lighten import api, path_checks\nfrom lighten.cli import main as cli\n"
+        "import sys\nfrom pathlib import Path\nfrom lighten import api, path_checks\n"
+        "from lighten.cli import main as cli\n"
         "from lighten.errors import UserError\n"
     )
     for call in calls:
