@@ -379,6 +379,8 @@ def test_ratios_have_intervals_that_hold() -> None:
 
 def test_mistakes_are_told(tiny_folder: Path, chat_file: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"data": str(chat_file), "output_dir": tmp_path / "new"}
+    with pytest.raises(UserError, match=r"none\.gguf does not exist"):
+        lighten.audit(tmp_path / "none.gguf", data=chat_file)
     with pytest.raises(UserError, match="--budget soon: write a time such as 90s"):
         lighten.audit(str(tiny_folder), budget="soon", **how)
     with pytest.raises(UserError, match="2 steps or more"):

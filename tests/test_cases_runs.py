@@ -371,7 +371,7 @@ def test_paths_are_looked_at_before_anything_heavy_is_loaded(tmp_path: Path) -> 
         "path_checks.require_answerable('./none')", "api.plan(model='./none')",
         "api.plan_serve('./none')", "api.plan_limits(model='./none')",
         "api.plan_serve(Path('none.gguf'))", "api.plan_quantize(Path('none.gguf'))",
-        "api.audit(Path('none.gguf'), data='x')", "api.serve(Path('none.gguf'))",
+        "api.serve(Path('none.gguf'))",
         f"api.train(model='./none', dataset={str(data)!r})",
         f"api.train(model='no.gguf', dataset={str(data)!r})",
         f"api.train(model='a/b', dataset={str(data)!r}, output_dir='.')",
@@ -380,8 +380,7 @@ def test_paths_are_looked_at_before_anything_heavy_is_loaded(tmp_path: Path) -> 
     ]  # fmt: skip
     code = (
         "import sys\nfrom pathlib import Path\nfrom lighten import api, path_checks\n"
-        "from lighten.cli import main as cli\n"
-        "from lighten.errors import UserError\n"
+        "from lighten.cli import main as cli\nfrom lighten.errors import UserError\n"
     )
     for call in calls:
         code += f"try:\n    {call}\nexcept UserError as error:\n    print(error)\n"

@@ -149,6 +149,27 @@ def test_an_ended_run_is_moved_aside_and_an_unfinished_one_is_kept(
         runs.append_line(run.folder / "metrics.jsonl", {"step": 1})
 
 
+def test_a_training_in_a_sweeps_folder_leaves_the_sweep_whole(
+    tmp_path: Path, chat_file: Path
+) -> None:
+    """It wrote its own recipe, adapters and metrics among those of the sweep."""
+    recipe = Recipe.from_values(
+        {"model_name_or_path": "m", "dataset": str(chat_file), "output_dir": str(tmp_path / "s")}
+    )
+    sweep = Run.create(recipe.changed({"lora_r": 2}))
+    (sweep.folder / "sweep.json").write_text("{}")
+    for status, resume in (("running", False), ("running", True), ("finished", True)):
+        sweep.update(status=status)
+        with pytest.raises(UserError, match="holds a sweep; go on with: lighten sweep --resume"):
+            Run.create(recipe, resume=resume)
+    run = Run.create(recipe)
+    assert run.recipe().lora_r == 8
+    assert not (run.folder / "sweep.json").exists()
+    moved = Run(tmp_path / "s-1")
+    assert (moved.folder / "sweep.json").is_file()
+    assert moved.recipe().lora_r == 2
+
+
 def test_folders_that_a_killed_process_left_unfinished_go_and_others_stay(tmp_path: Path) -> None:
     """An export that was killed leaves gigabytes under a hidden name."""
     code = (

@@ -114,6 +114,11 @@ class Run:
             UserError: As for `create`.
         """
         folder = recipe.run_folder
+        if (folder / folders.SWEEP).is_file() and (resume or not cls(folder)._has_ended()):
+            raise UserError(
+                f"{folder} holds a sweep; go on with: {folders.resume_command(folder)}, or choose "
+                "another --output_dir"
+            )
         if resume and (folder / RECIPE).is_file() and folders.is_run(folder):
             locks.require_unlocked(folder)
             run = cls(folder)
@@ -124,6 +129,8 @@ class Run:
             run._require_same(recipe)
             return run
         folders.require_ours(folder)
+        if (folder / folders.SWEEP).is_file():
+            return cls(folder)
         if not (folder / METRICS).exists():
             alone = (folder / RECIPE).is_file() and cls(folder).is_model_alone()
             return cls(folder) if alone else None
@@ -134,6 +141,9 @@ class Run:
                 "or choose another --output_dir"
             )
         return run
+
+    def _has_ended(self) -> bool:
+        return self.info().get("status") == "finished"
 
     @staticmethod
     def goes_on(folder: Path) -> bool:
@@ -151,7 +161,7 @@ class Run:
         )
         expected = len(recipe.cohort()) - lost
         complete = has_model if recipe.method == "full" else len(self.adapters()) == expected
-        return complete and self.info().get("status") == "finished"
+        return complete and self._has_ended()
 
     def is_unfinished(self) -> bool:
         """Whether it can go on: it was stopped, killed, or is at work."""

@@ -117,8 +117,12 @@ def open_base(name: str, *, revision: str | None = None, chat_template: str | No
     )
 
 
-def require_name(name: str) -> None:
+def require_name(name: str, folder: Path | None = None) -> None:
     """Refuse what cannot stand in addresses, logs and metrics.
+
+    Args:
+        name: What a model is to be called.
+        folder: Of the adapter that it names, where that is known.
 
     Raises:
         UserError: Says which letters can.
@@ -126,7 +130,8 @@ def require_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise UserError(
             f"{name[:200]!r} cannot be the name of a model; use letters from a to z, digits, '.', "
-            "'_', '-' and '/', beginning with a letter or a digit, 128 at most: NAME=PATH"
+            "'_', '-' and '/', beginning with a letter or a digit, 128 at most: "
+            f"NAME={'PATH' if folder is None else typed(folder)}"
         )
 
 

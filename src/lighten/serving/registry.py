@@ -48,7 +48,7 @@ class Registry:
         problems = []
         for name, folder in folders.items():
             try:
-                self._require_free(name)
+                self._require_free(name, folder)
                 self.models[name] = adapters.open_adapter(name, folder, self.base)
                 self._in_use.add(self.models[name])
             except UserError as error:
@@ -56,10 +56,10 @@ class Registry:
         if problems:
             raise UserError("\n".join(problems))
 
-    def _require_free(self, name: str) -> None:
+    def _require_free(self, name: str, folder: Path | None = None) -> None:
         if name == self.name:
             raise UserError(f"{name!r} is the base's name; give the adapter another one")
-        adapters.require_name(name)
+        adapters.require_name(name, folder)
 
     @property
     def vocabulary(self) -> int:
