@@ -138,6 +138,10 @@ def test_what_trained_nothing_is_not_talked_to_as_if_it_had(run: Run, tmp_path: 
     for ask in asked:
         with pytest.raises(UserError, match=r"yet; go on with: lighten train --resume '.*a stop'"):
             ask()
+    with pytest.raises(UserError, match=r"checkpoint holds: '.*adapters/default'\)$") as caught:
+        Conversation(str(stopped.folder))
+    kept = str(caught.value).rpartition("holds: ")[2].strip("')")
+    assert Conversation(kept).names == ("default",)
     (stopped.folder / "sweep.json").write_text("{}")
     for ask in asked:
         with pytest.raises(UserError, match="a stop is a sweep; what it trained is in runs"):

@@ -284,9 +284,13 @@ class Run:
                 f"{self.folder} is a sweep; what it trained is in runs of their own"
                 f"{f': name {inside}' if inside else ''}"
             )
-        if self.is_unfinished() and any((self.folder / "checkpoints").glob("checkpoint-*")):
+        checkpoints = self.folder / "checkpoints"
+        if self.is_unfinished() and any(checkpoints.glob("checkpoint-*")):
+            adapters = checkpoints.glob("checkpoint-*/adapters/*")
+            newest = max(adapters, key=lambda a: int(a.parts[-3].rpartition("-")[2]), default=None)
+            held = f" (or name what its newest checkpoint holds: {typed(newest)})" if newest else ""
             command = folders.resume_command(self.folder)
-            return UserError(f"{self.folder} has {what} yet; go on with: {command}")
+            return UserError(f"{self.folder} has {what} yet; go on with: {command}{held}")
         return UserError(f"{self.folder} has {what} yet; train it first")
 
     def _json(self, name: str) -> dict[str, Any] | None:
