@@ -124,6 +124,9 @@ def test_a_folder_that_holds_something_of_a_model_says_what_to_name(tmp_path: Pa
     (export / "m.q4_k_m.gguf").touch()
     with pytest.raises(UserError, match=f"name the GGUF file in it: '{export}/m.q4_k_m.gguf'"):
         resolve(str(export))
+    (export / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="it is a run, name the base"):
+        resolve(str(export))
     (export / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="it is an adapter, name the base"):
         resolve(str(export))

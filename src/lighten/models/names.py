@@ -95,6 +95,8 @@ def _held_instead(folder: Path) -> str:
     """What to name where a folder holds no model but something of one."""
     if (folder / "adapter_config.json").is_file():
         return "; it is an adapter, name the base that its adapter_config.json names"
+    if (folder / "recipe.yaml").is_file():
+        return "; it is a run, name the base that its recipe.yaml names"
     files = sorted(folder.glob("*.gguf"))
     return f"; name the GGUF file in it: {typed(files[0])}" if files else ""
 
