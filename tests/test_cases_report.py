@@ -224,7 +224,7 @@ def test_runs_that_differ_in_a_mapping_are_compared(
     output = cli_output("runs", "compare", str(first.folder), str(second.folder))
     name = next(reversed(setting))
     assert f"{name} " in output
-    page = lighten.report(first, second, output=tmp_path / "page.html").read_text(encoding="utf-8")
+    page = lighten.report([first, second], output=tmp_path / "page.html").read_text("utf-8")
     assert name in page
 
 

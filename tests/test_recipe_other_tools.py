@@ -114,6 +114,7 @@ evals_per_epoch: 1
 saves_per_epoch: 1
 weight_decay: 0.0
 special_tokens:
+  pad_token: <|end_of_text|>
 deepspeed:
 fsdp:
 fsdp_config:

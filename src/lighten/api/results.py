@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,27 +55,32 @@ def evaluate(
         return evaluate_run(measured, against=other, progress=progress, **settings)
 
 
-def report(*runs: RunLike, output: str | os.PathLike[str] | None = None) -> Path:
+def report(
+    *runs: RunLike | Sequence[RunLike], output: str | os.PathLike[str] | None = None
+) -> Path:
     """Write the HTML page of a run, of several side by side, of a sweep or an audit; its path.
 
     Args:
-        runs: One or more.
+        runs: One or more, or a list of them.
         output: Where; default `report.html` in the run's folder, of several `comparison.html` in
             the first one's.
 
     Raises:
         UserError: No run, or one that does not exist.
     """
-    if not runs:
+    named: list[RunLike] = []
+    for run in runs:
+        named += [run] if isinstance(run, str | os.PathLike | Run) else run
+    if not named:
         raise UserError("report needs at least one run (see: lighten runs list)")
     target = None if output is None else Path(output).expanduser()
-    if len(runs) == 1 and not isinstance(runs[0], Run):
-        folder = Path(runs[0]).expanduser()
+    if len(named) == 1 and not isinstance(named[0], Run):
+        folder = Path(named[0]).expanduser()
         if (folder / AUDIT).is_file():
             from lighten.reporting.audit_page import write_audit_page
 
             return write_audit_page(folder, target)
-    chosen = [run_of(run) for run in runs]
+    chosen = [run_of(run) for run in named]
     from lighten.reporting.page import write_page
     from lighten.reporting.sweep_page import is_sweep, write_sweep_page
 

@@ -23,7 +23,7 @@ PASSED_OVER = frozenset((
     "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
     "batch_eval_metrics", "label_names", "length_column_name", "plot_loss",
     "use_cache", "pad_to_multiple_of", "pad_to_sequence_len", "lora_mlp_kernel", "lora_qkv_kernel",
-    "lora_o_kernel",
+    "lora_o_kernel", "pad_token",
 ))  # fmt: skip
 # What is so here anyway if they have one of these values: where memory runs out, micro-batches are
 # halved; each epoch has an order of its own.
@@ -157,8 +157,9 @@ _INSTEAD = {
     "truncation_mode": "set truncation_strategy: truncate, drop or raise",
     "eval_packing": _BOTH_PACKED, "eval_sample_packing": _BOTH_PACKED,
     "loss_type": "remove it; the loss is that of the next token",
-    "eos_token": _MODEL_SAYS, "pad_token": _MODEL_SAYS, "model_type": _MODEL_SAYS,
-    "tokenizer_type": _MODEL_SAYS, "special_tokens": "set added_tokens to what is new",
+    "eos_token": _MODEL_SAYS, "model_type": _MODEL_SAYS,
+    "tokenizer_type": _MODEL_SAYS, "special_tokens": "of them pad_token may stay; set "
+    "added_tokens to what is new, and leave out what the tokenizer says",
     "tokens": "set added_tokens", "new_special_tokens": "set added_tokens",
     "resize_vocab": "remove it; added_tokens makes room for what is new",
     "model_init_kwargs": "set dtype, attn_implementation or revision by their own names",
@@ -214,6 +215,8 @@ def meaning(name: str) -> str | None:
 def changes_nothing(name: str, value: Any) -> bool:
     """Whether it may be passed over: it moves no result, or says what is so here anyway."""
     word = str(value).strip().lower()
+    if name == "special_tokens" and isinstance(value, Mapping):
+        return all(changes_nothing(token, text) for token, text in value.items())
     if name in PASSED_OVER or word in _ALREADY.get(name, ()):
         return True
     if name in _ALREADY:
