@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -164,6 +165,7 @@ def test_adapters_come_and_go_while_others_answer(server: Server, folder: Path) 
                     wrong.append(f"{model}: {got!r}, not {expected!r}")
 
     changing = folder / "inside" / "changing"
+    name, as_macs_write_it = "말투", unicodedata.normalize("NFD", "말투")
     admin = server.http(ADMIN)
     with ThreadPoolExecutor(2) as pool:
         clients = [pool.submit(load) for _ in range(2)]
@@ -171,11 +173,13 @@ def test_adapters_come_and_go_while_others_answer(server: Server, folder: Path) 
         for source in ("one", "two", "spare"):  # trained anew in its place each time
             shutil.rmtree(changing, ignore_errors=True)
             shutil.copytree(folder / "inside" / source, changing)
-            body = {"lora_name": "changing", "lora_path": "changing"}
+            body = {"lora_name": as_macs_write_it, "lora_path": "changing"}
             answer = admin.post("/v1/load_lora_adapter", json=body)
             assert answer.status_code == 200, answer.text
-            changing_texts.append(text(server, "changing", QUESTIONS[0]))
-        unload_answer = admin.post("/v1/unload_lora_adapter", json={"lora_name": "changing"})
+            assert text(server, as_macs_write_it, QUESTIONS[0])
+            changing_texts.append(text(server, name, QUESTIONS[0]))
+        assert f'model="{name}"' in server.http().get("/metrics").text
+        unload_answer = admin.post("/v1/unload_lora_adapter", json={"lora_name": name})
         assert unload_answer.status_code == 200
         done.set()
         for client in clients:
@@ -183,8 +187,8 @@ def test_adapters_come_and_go_while_others_answer(server: Server, folder: Path) 
     assert wrong == []
     assert changing_texts[:2] == [before["one"], before["two"]]
     assert changing_texts[2] not in before.values()
-    with pytest.raises(openai.NotFoundError, match="changing"):
-        text(server, "changing", QUESTIONS[0])
+    with pytest.raises(openai.NotFoundError, match=name):
+        text(server, name, QUESTIONS[0])
 
 
 def test_streams_say_the_same_as_whole_answers(server: Server) -> None:

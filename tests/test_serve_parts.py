@@ -78,8 +78,8 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     refused("does not exist", adapters=["nowhere"])
     refused("nowhere does not exist", adapters={"a": Path("nowhere")})
     refused("nowhere does not exist", adapters="nowhere")
-    korean = shutil.copytree(folder / "inside" / "one", tmp_path / "민지")
-    refused(f"cannot be the name of a model; .*: NAME='{korean}'", adapters=[str(korean)])
+    spaced = shutil.copytree(folder / "inside" / "one", tmp_path / "민지 말투")
+    refused(f"cannot be the name of a model; .*: NAME='{spaced}'", adapters=[str(spaced)])
     planned, _ = lighten.api.plan_server(tiny_folder, adapters=[folder / "inside" / "one"])
     assert planned.adapters == 1
     refused("runs/nowhere does not exist; give an adapter's folder", adapters=["a=runs/nowhere"])

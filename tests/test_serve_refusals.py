@@ -361,7 +361,7 @@ def test_the_field_that_is_wrong_is_the_one_that_is_named(
     assert "_Turn" not in error["message"]
 
 
-@pytest.mark.parametrize("name", ["한글", "a b", "base"])
+@pytest.mark.parametrize("name", ["-한글", "가\n나", "a b", "base"])
 def test_a_name_that_cannot_be_is_blamed_on_the_name(served: Served, name: str) -> None:
     _, client = served(admin_keys=("admin",))
     body = {"lora_name": name, "lora_path": "more"}

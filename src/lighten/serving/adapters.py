@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from lighten.wording import typed
 log = logging.getLogger(__name__)
 # Raised when what is converted for llama.cpp changes, so that an old copy is not taken for it.
 LAYOUT = 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_NAME = re.compile(r"\w[\w./=-]{0,127}")
 _TEMPLATE = "chat_template.jinja"
 _READ = ("*.json", "*.jinja", "*.model")  # of a base, beside its weights
 # Beside the weights and settings, what decides how an adapter is asked.
@@ -117,6 +118,11 @@ def open_base(name: str, *, revision: str | None = None, chat_template: str | No
     )
 
 
+def spelt(name: str) -> str:
+    """A name in the form in which names are compared: a Mac's files have 가 in two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
 def require_name(name: str, folder: Path | None = None) -> None:
     """Refuse what cannot stand in addresses, logs and metrics.
 
@@ -129,8 +135,8 @@ def require_name(name: str, folder: Path | None = None) -> None:
     """
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"{name[:200]!r} cannot be the name of a model; use letters from a to z, digits, '.', "
-            "'_', '-' and '/', beginning with a letter or a digit, 128 at most: "
+            f"{name[:200]!r} cannot be the name of a model; use letters, digits, '.', '_', '=', "
+            "'-' and '/', beginning with a letter or a digit, 128 at most: "
             f"NAME={'PATH' if folder is None else typed(folder)}"
         )
 
@@ -215,7 +221,8 @@ def resolve(paths: Mapping[str, str] | Iterable[str], most: int | None = None) -
     pairs = paths.items() if isinstance(paths, Mapping) else [_pair(word) for word in paths]
     folders: dict[str, Path] = {}
     for name, path in pairs:
-        for key, folder in _below(name, path).items():
+        for written, folder in _below(name, path).items():
+            key = spelt(written)
             if key in folders:
                 raise UserError(
                     f"two adapters are called {key!r}: {folders[key]} and {folder}; name them: "

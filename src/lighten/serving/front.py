@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.data.asking import OPENED
 from lighten.errors import UserError
-from lighten.serving.adapters import Model
+from lighten.serving.adapters import Model, spelt
 from lighten.serving.answering import Answering, Disconnected, Front, chained, unless_disconnected
 from lighten.serving.answers import ChatForm, CompletionForm, Form
 from lighten.serving.echo import Echo, echoes
@@ -271,6 +271,7 @@ async def _load(request: Request, front: Front) -> Reply:
     # vLLM's: a name that is loaded already is loaded anew here, unless a client forbids it.
     inplace = body.pop("load_inplace", None) if isinstance(body, dict) else None
     name, path = _text_fields(body, "lora_name", "lora_path")
+    name = spelt(name)
     if inplace is not None and not isinstance(inplace, bool):
         raise Refused(400, "load_inplace must be true or false", "load_inplace")
     if inplace is False and name in front.registry.models:
@@ -281,6 +282,7 @@ async def _load(request: Request, front: Front) -> Reply:
 
 async def _unload(request: Request, front: Front) -> Reply:
     (name,) = _text_fields(await _body(request, front), "lora_name")
+    name = spelt(name)
     message = await front.registry.unload(name, front.engine)
     front.metrics.forget(name)
     return Reply({"message": message})

@@ -86,6 +86,8 @@ class Registry:
                           "adapter_id")  # fmt: skip
         model_name = adapter or name
         if model_name not in self.models:
+            model_name = adapters.spelt(model_name)
+        if model_name not in self.models:
             served = ", ".join(list(self.models)[:20]) + ", …" * (len(self.models) > 20)
             raise Refused(404, f"the model {model_name[:200]!r} is not served here; "
                           f"there are: {served}", "adapter_id" if adapter else "model",
