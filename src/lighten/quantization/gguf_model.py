@@ -126,7 +126,7 @@ def file_bytes(
     """
     require_gguf()
     model = _model(model_folder, type, weights)
-    return _content(model_folder, model, name, {}, 1)[0].file_bytes()
+    return _content(model_folder, model, name)[0].file_bytes()
 
 
 def write_gguf(
@@ -135,8 +135,6 @@ def write_gguf(
     type: str,
     *,
     name: str | None = None,
-    about: Mapping[str, str] | None = None,
-    threads: int | None = None,
 ) -> GgufPlan:
     """Write a model as a GGUF file with its tokenizer and chat template.
 
@@ -145,8 +143,6 @@ def write_gguf(
         target: The file, written whole or not at all.
         type: `f32`, `f16`, `bf16`, `q8_0`, `q4_k_m` or another of llama.cpp's.
         name: What the file calls the model; the folder's name when None.
-        about: More of `general.` by key, such as `license`.
-        threads: Of the quantiser; the machine's when None.
 
     Returns:
         What was written.
@@ -159,9 +155,7 @@ def write_gguf(
     model = _model(model_folder, type)
     _require_quantiser(model)
     plan = _plan(model)
-    content, vocabulary = _content(
-        model_folder, model, name, about or {}, threads or available_threads()
-    )
+    content, vocabulary = _content(model_folder, model, name)
     write(target, content)
     _tell_tokens(vocabulary, target)
     for sentence in plan.sentences():
@@ -169,9 +163,7 @@ def write_gguf(
     return plan
 
 
-def _content(
-    folder: Path, model: _Model, name: str | None, about: Mapping[str, str], threads: int
-) -> tuple[GgufContent, Vocabulary]:
+def _content(folder: Path, model: _Model, name: str | None) -> tuple[GgufContent, Vocabulary]:
     gguf = require_gguf()
     with as_user_error(f"{folder / 'tokenizer.json'} is no tokenizer that can be read"):
         vocabulary = read_vocabulary(folder, model.settings.vocabulary)
@@ -179,8 +171,6 @@ def _content(
     def header(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(vocabulary.name_for(name or folder.resolve().name))
-        for key, text in about.items():
-            writer.add_string(f"general.{key}", text)
         writer.add_file_type(model.type.number)
         if model.type.kind not in types.PLAIN:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -189,7 +179,7 @@ def _content(
 
     tensors = [tensor.plan for tensor in model.tensors]
     content = GgufContent(
-        model.settings.architecture, header, tensors, lambda: _data(model, threads)
+        model.settings.architecture, header, tensors, lambda: _data(model, available_threads())
     )
     return content, vocabulary
 
