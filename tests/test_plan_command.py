@@ -15,8 +15,9 @@ from lighten import api, models
 from lighten.api.recipes import plannable
 from lighten.errors import UserError
 from lighten.machine.hardware import Choice
+from lighten.models import gguf
 from lighten.parallel.streamed.build import build
-from lighten.planning import PARTS
+from lighten.planning import PARTS, memory
 from lighten.planning.build import config_of
 from lighten.planning.probe import random_base
 from lighten.planning.result import Plan
@@ -49,6 +50,18 @@ def test_a_gguf_file_whose_text_would_be_split_otherwise_is_refused_without_data
     assert completed.returncode == (1 if flags == ["--largest"] else 3), said
     assert "splits text as 'viking'" in said
     assert "Traceback" not in said
+
+
+def test_a_gguf_file_that_was_converted_is_planned_as_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTEN_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"))
+    before = memory.loading_of("gguf", path, 1000, 0)
+    copy = gguf.converted(path)
+    after = memory.loading_of("gguf", path, 1000, 0)
+    assert before.copies > after.copies == 0
+    assert after == memory.loading_of("folder", copy, 1000, 0)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,9 @@ def loading_of(source: str, path: Path, weights: int, converted: int) -> Loading
         converted: Bytes of its files whose weights change their format on the way; of others the
             files are mapped and become the weights.
     """
-    if source == "gguf":
+    if source == "gguf" and (copy := gguf.converted_already(path)) is not None:
+        path = copy
+    elif source == "gguf":
         # It is converted to float32 first, before there is a model; the copy is then a folder's.
         dense, making = gguf.conversion_bytes(path)
         size = sum(file.stat().st_size for file in weight_files(path))
