@@ -190,6 +190,24 @@ def test_a_lock_of_another_machine_says_how_to_go_on(tmp_path: Path, chat_file: 
     assert Run.create(recipe_for(run.folder, chat_file), resume=True).folder == run.folder
 
 
+def test_a_lock_of_another_container_with_this_host_name_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither sees the other's processes: with --network host both have the machine's name."""
+    monkeypatch.setattr(locks, "TOUCHED_S", 0.05)
+    elsewhere = {**locks._this_process(), "pid": 2**22 + 1, "pid_namespace": "pid:[1]"}
+    with monkeypatch.context() as there:
+        there.setattr(locks, "_this_process", lambda: elsewhere)
+        locks.acquire(tmp_path)
+    with pytest.raises(UserError, match="by process 4194305 in another container"):
+        locks.acquire(tmp_path)
+    locks.release(tmp_path)  # it is not ours, and stays
+    assert locks.holder(tmp_path) == elsewhere
+    monkeypatch.setattr(locks, "WATCHED_S", 0.2)
+    locks.acquire(tmp_path)  # nobody touches it any more
+    locks.release(tmp_path)
+
+
 def test_a_lock_that_another_machine_left_when_it_was_taken_away_is_taken_over(
     tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

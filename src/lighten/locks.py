@@ -17,8 +17,9 @@ from lighten.errors import UserError
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
-# Whether a process on another machine runs can only be seen from its lock, which it touches now and
-# then; whoever wants the folder watches for longer, as network folders tell of it late.
+# Whether a process on another machine, or in another container, runs can only be seen from its
+# lock, which it touches now and then; whoever wants the folder watches for longer, as network
+# folders tell of it late.
 TOUCHED_S, WATCHED_S = 15.0, 60.0
 # Where the start of a process is known by the clock alone, which is set now and then.
 CLOCK_S = 5.0
@@ -64,7 +65,7 @@ def _touched_at(path: Path) -> int | None:
 
 
 def _runs_elsewhere(folder: Path, host: str) -> bool:
-    """Whether a process on another machine goes on touching its lock."""
+    """Whether a process that cannot be seen from here goes on touching its lock."""
     path = (folder / LOCK).absolute()
     before = _touched_at(path)
     if path in _unheld and _unheld[path] == before:
@@ -106,7 +107,7 @@ def release(folder: Path) -> None:
     if (ended := _touched.pop((folder / LOCK).absolute(), None)) is not None:
         ended.set()
     held = holder(folder)
-    if held is not None and held["pid"] == os.getpid() and held["host"] == platform.node():
+    if held is not None and held["pid"] == os.getpid() and _is_here(held):
         with suppress(OSError):
             (folder / LOCK).unlink()
 
@@ -120,7 +121,7 @@ def require_unlocked(folder: Path) -> None:
     held = holder(folder)
     if held is None or not is_held(folder):
         return
-    here = held["host"] == platform.node()
+    here = _is_here(held)
     if here and held["pid"] == os.getpid():
         return
     # Older versions do not touch theirs.
@@ -129,11 +130,11 @@ def require_unlocked(folder: Path) -> None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether the process that locked the folder still runs, or is on another machine."""
+    """Whether the process that locked the folder still runs, or is where it cannot be seen."""
     held = holder(folder)
     if held is None:
         return False
-    if held["host"] != platform.node():
+    if not _is_here(held):
         return True  # nothing here can tell
     began, recorded = _began(held["pid"]), held.get("began")
     if began is None:
@@ -162,8 +163,25 @@ def _this_process() -> dict[str, Any]:
     pid = os.getpid()
     return {
         "pid": pid, "began": _began(pid), "ticks": _ticks(pid), "host": platform.node(),
-        "touched": True,
+        "touched": True, "pid_namespace": _pid_namespace(),
     }  # fmt: skip
+
+
+def _is_here(held: dict[str, Any]) -> bool:
+    """Whether the lock's process number means the same process here.
+
+    Two containers may share a host name, and neither sees the other's processes.
+    """
+    ours = _pid_namespace()
+    return held["host"] == platform.node() and held.get("pid_namespace", ours) == ours
+
+
+def _pid_namespace() -> str | None:
+    """What Linux calls the set of processes that this one sees; None elsewhere."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _began(pid: int) -> float | None:
@@ -193,12 +211,15 @@ def _ticks(pid: int) -> int | None:
 
 
 def _refusal(folder: Path, held: dict[str, Any]) -> str:
-    if held["host"] == platform.node():
+    if _is_here(held):
         return (
             f"{folder} is being written by process {held['pid']}; wait for it, stop it, or choose "
             "another --output_dir"
         )
+    where = f"on {held['host']}"
+    if held["host"] == platform.node():
+        where = "in another container of this machine"
     return (
-        f"{folder} is being written by process {held['pid']} on {held['host']}; if that has ended, "
+        f"{folder} is being written by process {held['pid']} {where}; if that has ended, "
         f"delete {folder / LOCK}, else wait for it or choose another --output_dir"
     )
