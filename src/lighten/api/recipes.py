@@ -32,13 +32,13 @@ def recipe_of(recipe: RecipeLike | None = None, **overrides: Any) -> Recipe:
     name = str(recipe.folder) if isinstance(recipe, Run) else os.fspath(recipe)
     if name.endswith((".yaml", ".yml")) or expanded(name).is_file():
         return Recipe.from_file(name, overrides)
-    found = path_checks.recipe_in(path_checks.run_folder(name))
-    if found is None:
+    in_folder = path_checks.recipe_in(path_checks.run_folder(name))
+    if in_folder is None:
         raise UserError(
             f"{name} is neither a recipe (recipe.yaml) nor a run's folder; a model and its data "
             f"are named as settings: model={name!r}, dataset=…"
         )
-    of_folder, place = found
+    of_folder, place = in_folder
     return recipe_of(of_folder, **{**place, **overrides})
 
 

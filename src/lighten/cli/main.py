@@ -136,9 +136,9 @@ def _recipe_arguments(words: list[str]) -> tuple[RecipeLike | None, dict[str, An
     if len(positionals) == 1 and positionals[0].endswith((".yaml", ".yml")):
         return positionals[0], settings
     if len(positionals) == 1:
-        found = path_checks.recipe_in(path_checks.run_folder(positionals[0]))
-        if found is not None:
-            recipe, place = found
+        in_folder = path_checks.recipe_in(path_checks.run_folder(positionals[0]))
+        if in_folder is not None:
+            recipe, place = in_folder
             return recipe, {**place, **settings}
         if any(aliases.RENAMED.get(name, name) == "dataset" for name in settings):
             return None, with_positionals(positionals, settings)
