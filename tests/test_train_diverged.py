@@ -151,7 +151,7 @@ def test_an_adapter_that_was_stopped_early_is_kept_where_the_last_other_one_dive
 def test_what_diverged_with_finite_weights_is_told_wherever_it_goes(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Its run, card and exports said nothing of it."""
+    """Its run, card, exports and quantised copies said nothing of it."""
     run = train(settings, learning_rate=[1e-2, 1e30], lora_dropout=0.0, warmup_steps=0,
                 max_grad_norm=None, max_steps=4, eval_steps=1, save_steps=1)  # fmt: skip
     good, bad = run.info()["adapters"]
@@ -166,6 +166,13 @@ def test_what_diverged_with_finite_weights_is_told_wherever_it_goes(
     assert json.loads((tmp_path / "bad" / "export.json").read_text(encoding="utf-8"))["diverged"]
     for place in (run.adapters()[bad["name"]], tmp_path / "bad"):
         assert sentence in (place / "README.md").read_text(encoding="utf-8")
+    table = lighten.quantize(
+        run, "gguf:bf16", adapter=bad["name"], output_dir=tmp_path / "table", tokens=100,
+        questions=0,
+    )  # fmt: skip
+    assert table.notes[0] == sentence
+    card = Path(table.format("gguf:bf16")["folder"]) / "README.md"
+    assert sentence in card.read_text(encoding="utf-8")
     other = lighten.export(
         run, "merged", adapter=good["name"], output_dir=tmp_path / "good", verify=False
     )

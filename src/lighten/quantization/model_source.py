@@ -62,6 +62,11 @@ class ModelSource:
         """Of 8-bit activations and 4-bit weights: what the run was trained for, else the usual."""
         return dynamic_group_size(self.run)
 
+    @property
+    def diverged(self) -> str | None:
+        """A sentence where its training did not come to its end."""
+        return None if self.artefact is None else self.artefact.facts.get("diverged")
+
     @contextmanager
     def folder_for(self, target: Target, sibling: Path) -> Iterator[Path]:
         """The model that a format is made from: as `export` makes it where both write one file.

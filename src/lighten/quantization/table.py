@@ -148,6 +148,8 @@ def quantize(
         rows += earlier
         notes = [*measuring.notes(), *_about_bytes([row["name"] for row in rows[1:]], model),
                  *expected.notes()]  # fmt: skip
+        if model.diverged is not None:
+            notes.insert(0, model.diverged)
         if earlier:
             names = ", ".join(row["name"] for row in earlier)
             notes.append(f"{names}: of an earlier command, their speeds too")
@@ -281,11 +283,12 @@ def _card(target: Target, model: ModelSource, record: dict[str, Any] | None) -> 
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", '
         'dtype="bfloat16")\n```\n'
     )
+    trained = "" if model.diverged is None else f" {model.diverged}"
     return (
         f"---\n{card_line(model.base)}library_name: {library}\ntags: [lighten, quantized]\n"
         f"---\n\n# {model.name}, {target.name}\n\n`{card_name(model.base)}` "
         f"{'as it came' if model.run is None else f'as trained in `{model.run.name}`'}, quantised "
-        f"to {target.name}.{how}\n\n{use}"
+        f"to {target.name}.{trained}{how}\n\n{use}"
     )
 
 
