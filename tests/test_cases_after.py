@@ -106,6 +106,32 @@ def test_an_adapters_chat_template_is_not_lost_to_its_bases(tmp_path: Path) -> N
     assert AutoTokenizer.from_pretrained(export.folder).chat_template == template
 
 
+def test_named_chat_templates_go_with_a_model_and_not_with_an_adapters_own(tmp_path: Path) -> None:
+    """Of a model with a template for tools, exports answered by the default one."""
+    base = save_tiny(tmp_path / "base", hidden_size=64, intermediate_size=64)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    own = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    named = {"default": own, "tool_use": "tools: " + own}
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(base)
+    copied = lighten.export(str(base), "merged", output_dir=tmp_path / "copied", verify=False)
+    assert AutoTokenizer.from_pretrained(copied.folder).chat_template == named
+    make("nf4", copied.folder, tmp_path / "nf4", [])
+    assert AutoTokenizer.from_pretrained(tmp_path / "nf4").chat_template == named
+    trained(tiny_model("llama", hidden_size=64, intermediate_size=64), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    for template in (None, own):
+        if template is not None:
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(tmp_path / "adapter")
+        merged = lighten.export(str(tmp_path / "adapter"), "merged", output_dir=tmp_path / "merged",
+                                verify=False)  # fmt: skip
+        expected = named if template is None else template
+        assert AutoTokenizer.from_pretrained(merged.folder).chat_template == expected
+
+
 def test_a_quantised_copys_receipt_is_of_its_own_format(tmp_path: Path) -> None:
     """Four bits may be farther away than sixteen; and a GGUF file's name says nothing."""
     base = save_tiny(tmp_path / "base", hidden_size=64, intermediate_size=64)

@@ -2,13 +2,16 @@
 
 from lighten.artifacts.source import (
     COMPANIONS,
+    NAMED_TEMPLATES,
     Artefact,
     added_words,
     copy_companions,
+    copy_named_templates,
     new_tokens,
     open_source,
 )
 
 __all__ = [
-    "COMPANIONS", "Artefact", "added_words", "copy_companions", "new_tokens", "open_source",
+    "COMPANIONS", "NAMED_TEMPLATES", "Artefact", "added_words", "copy_companions",
+    "copy_named_templates", "new_tokens", "open_source",
 ]  # fmt: skip

@@ -25,6 +25,8 @@ COMPANIONS = (
 )  # fmt: skip
 
 _TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer.json"
+# Where transformers keeps templates of other names than `default`, such as `tool_use`.
+NAMED_TEMPLATES = "additional_chat_templates"
 # What they say goes before `tokenizer_config.json`; transformers 5 writes neither.
 _OLDER = ("special_tokens_map.json", "added_tokens.json")
 
@@ -228,8 +230,19 @@ def copy_companions(artefact: Artefact, folder: Path) -> None:
         for name in _OLDER:
             if not (artefact.companions / name).is_file():
                 (folder / name).unlink(missing_ok=True)
-    if not (artefact.companions / _TEMPLATE).is_file() and _holds_template(artefact.companions):
+    has_file = (artefact.companions / _TEMPLATE).is_file()
+    has_own = has_file or _holds_template(artefact.companions)
+    if has_own and not has_file:
         (folder / _TEMPLATE).unlink(missing_ok=True)  # the base's would be read in its place
+    # An adapter that learnt by a template of its own did not learn by its base's other ones.
+    copy_named_templates(artefact.companions if has_own else artefact.base_folder, folder)
+
+
+def copy_named_templates(source: Path, folder: Path) -> None:
+    """Put a model's chat templates of other names than `default` beside weights."""
+    for file in sorted((source / NAMED_TEMPLATES).glob("*.jinja")):
+        (folder / NAMED_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / NAMED_TEMPLATES / file.name)
 
 
 def _holds_template(folder: Path) -> bool:

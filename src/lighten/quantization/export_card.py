@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lighten.artifacts import Artefact
+from lighten.artifacts import NAMED_TEMPLATES, Artefact
 from lighten.errors import UserError
 from lighten.machine import hardware
 from lighten.models.names import card_line, card_name
@@ -21,7 +21,8 @@ ONTO_KEY, ORIGINAL, DEQUANTIZED = "onto", "original", "dequantized"
 _BELONGS = (
     "README.md", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "tekken.json", "*.index.json", MANIFEST, "receipt.json", "calibration.json",
-    "*.jinja", "model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "*.gguf",
+    "*.jinja", NAMED_TEMPLATES, "model*.safetensors", "adapter_model.safetensors",
+    "pytorch_model*.bin", "*.gguf",
     "*.pte", "Modelfile", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 # What file managers put beside what they show.

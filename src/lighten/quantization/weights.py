@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lighten.adapters.fake_quant import scheme
-from lighten.artifacts import COMPANIONS
+from lighten.artifacts import COMPANIONS, copy_named_templates
 from lighten.models.describe import skeleton
 from lighten.quantization import int4
 from lighten.quantization.shapes import (
@@ -124,6 +124,7 @@ def _companions(model: Path, folder: Path) -> None:
     for name in COMPANIONS:
         if (model / name).is_file():
             shutil.copyfile(model / name, folder / name)
+    copy_named_templates(model, folder)
 
 
 def _without_head(file: Path) -> None:
