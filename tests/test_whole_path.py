@@ -129,6 +129,8 @@ MUTATIONS: dict[str, Any] = {
     "alpha_pattern": {"q_proj": 1.0}, "adapters": [{"name": "a"}, {"name": "b", "lora_r": 1}],
     "adapter_name_or_path": "start",
     "optim": "adamw_8bit", "loraplus_lr_ratio": 8.0,
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine",
+                            "lr_scheduler_kwargs": {"num_cycles": 1.5}},
     "gradient_checkpointing_layers": {"gradient_checkpointing": True,
                                       "gradient_checkpointing_layers": 2},
     "gradient_checkpointing_part": {"gradient_checkpointing": True,

@@ -231,11 +231,11 @@ def copy_companions(artefact: Artefact, folder: Path) -> None:
             if not (artefact.companions / name).is_file():
                 (folder / name).unlink(missing_ok=True)
     has_file = (artefact.companions / _TEMPLATE).is_file()
-    has_own = has_file or _holds_template(artefact.companions)
-    if has_own and not has_file:
+    has_template = has_file or _holds_template(artefact.companions)
+    if has_template and not has_file:
         (folder / _TEMPLATE).unlink(missing_ok=True)  # the base's would be read in its place
     # An adapter that learnt by a template of its own did not learn by its base's other ones.
-    copy_named_templates(artefact.companions if has_own else artefact.base_folder, folder)
+    copy_named_templates(artefact.companions if has_template else artefact.base_folder, folder)
 
 
 def copy_named_templates(source: Path, folder: Path) -> None:
