@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lighten.errors import UserError
 from lighten.gguf_names import stored_name
 from lighten.quantization import executorch
-from lighten.quantization.gguf_model import plan_gguf, write_gguf
+from lighten.quantization.gguf_model import pack, plan_gguf, write_gguf
 from lighten.quantization.gguf_tokenizer import read_vocabulary
 from lighten.quantization.llamacpp import Runtime
 from tests.tiny import CHATML, save_tiny, tiny_model, tiny_tokenizer
@@ -249,6 +249,19 @@ def test_types_are_as_near_as_their_bits(type: str, tolerance: float, tmp_path: 
             errors.append(np.sqrt(np.mean((values - original) ** 2) / np.mean(original**2)))
     assert len(errors) == 5 * 3 + 2
     assert max(errors) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL"])
+def test_numbers_that_a_block_cannot_say_are_refused(kind: str) -> None:
+    """A block's scale is a float16: beyond it, what was written were infinities."""
+    values = np.ones((2, 256), dtype=np.float32)
+    values[1, 3] = 7e4  # the scale is smaller than that
+    ggml_type = GGMLQuantizationType[kind]
+    read_back = dequantize(pack(values, ggml_type, 1, "it"), ggml_type)
+    assert read_back[1, 3] == pytest.approx(7e4, rel=0.1)
+    values[1, 3] = -1e10
+    with pytest.raises(UserError, match="it holds numbers beyond what float16 can say; choose"):
+        pack(values, ggml_type, 1, "it")
 
 
 def test_rows_that_do_not_fit_the_block_fall_back_and_say_so(tmp_path: Path) -> None:

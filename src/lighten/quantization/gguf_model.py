@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 # Buffers that old checkpoints carry and no architecture reads.
 _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_MOST_HALF = 65504.0  # of float16
 _PICTURES = ("vision_tower.", "multi_modal_projector.", "visual.")
 
 
@@ -408,7 +409,8 @@ def pack(values: Array, kind: int, threads: int, name: str) -> Array:
         name: What an error calls them.
 
     Raises:
-        UserError: A number is beyond float16, or `xllamacpp` is missing for a K-quant.
+        UserError: A number, or a block's scale, is beyond float16, or `xllamacpp` is missing for a
+            K-quant.
     """
     if kind == types.F32:
         return values
@@ -416,16 +418,27 @@ def pack(values: Array, kind: int, threads: int, name: str) -> Array:
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
         if not np.isfinite(half).all():
-            raise UserError(
-                f"{name} holds numbers beyond what float16 can say; choose bf16, f32 or q8_0"
-            )
+            raise UserError(_beyond(name))
         return half
     if kind == types.BF16:
         bits = values.view(np.uint32)
         # To the nearest, ties to even.
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    if importlib.util.find_spec("xllamacpp") is not None or kind in types.K_QUANTS:
-        return quantize_rows(values, kind, threads)
     gguf = require_gguf()
-    packed: Array = gguf.quants.quantize(values, gguf.GGMLQuantizationType(kind))
+    ggml_type = gguf.GGMLQuantizationType(kind)
+    packed: Array
+    if importlib.util.find_spec("xllamacpp") is not None or kind in types.K_QUANTS:
+        packed = quantize_rows(values, kind, threads)
+    else:
+        packed = gguf.quants.quantize(values, ggml_type)
+    # A block's scale is a float16: of numbers that are not far beyond it, it says what they are.
+    if max(values.max(initial=0), -values.min(initial=0)) > _MOST_HALF:
+        with np.errstate(all="ignore"):
+            read_back = gguf.quants.dequantize(packed, ggml_type)
+        if not np.isfinite(read_back).all():
+            raise UserError(_beyond(name))
     return packed
+
+
+def _beyond(name: str) -> str:
+    return f"{name} holds numbers beyond what float16 can say; choose bf16 or f32"
